@@ -1,0 +1,140 @@
+"""Images and text to ids, and back."""
+
+import copy
+
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{%- if message['content'] is string -%}{{- message['content'] -}}
+{%- else -%}{%- for part in message['content'] -%}
+{{- '<|image_pad|>' if part['type'] == 'image' else part['text'] -}}
+{%- endfor -%}{%- endif -%}
+{{- '<|im_end|>' -}}
+{%- endgeneration -%}
+{%- else -%}
+{%- if message['content'] is string -%}{{- message['content'] -}}
+{%- else -%}{%- for part in message['content'] -%}
+{{- '<|image_pad|>' if part['type'] == 'image' else part['text'] -}}
+{%- endfor -%}{%- endif -%}
+{{- '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+class UniCode2Processor(ProcessorMixin):
+    r"""
+    Image processor and tokenizer in one. An image's place in a prompt is `image_token`; it becomes the begin-of-image token,
+    `num_image_tokens` placeholders and the end-of-image token.
+
+    With a [`UniCode2Quantizer`] attached, images become visual token ids at once and no `pixel_values` are returned.
+
+    Args:
+        image_processor (`SiglipImageProcessor`): resizes and normalises images.
+        tokenizer (`Qwen2Tokenizer`): knows `image_token`, `boi_token` and `eoi_token`, none of the visual ids.
+        patch_size (`int`, *optional*, defaults to 14): side of a patch of the vision encoder, in pixels.
+        chat_template (`str`, *optional*): ChatML with images by default.
+        image_token, boi_token, eoi_token (`str`): the three tokens; Qwen2.5's own by default.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size: int = 14,
+        chat_template: str | None = None,
+        image_token: str = "<|image_pad|>",
+        boi_token: str = "<|vision_start|>",
+        eoi_token: str = "<|vision_end|>",
+        **kwargs,
+    ):
+        self.patch_size = patch_size
+        self.image_token, self.boi_token, self.eoi_token = image_token, boi_token, eoi_token
+        self.image_token_id, self.boi_token_id, self.eoi_token_id = tokenizer.convert_tokens_to_ids(
+            [image_token, boi_token, eoi_token]
+        )
+        self.quantizer, self.visual_token_offset = None, None
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders per image, T."""
+        size = self.image_processor.size
+        return (size["height"] // self.patch_size) * (size["width"] // self.patch_size)
+
+    def attach_quantizer(self, quantizer, visual_token_offset: int) -> "UniCode2Processor":
+        """Makes images come out as visual token ids. The quantizer is never saved with the processor.
+
+        Args:
+            quantizer (`UniCode2Quantizer`): encoder and codebook.
+            visual_token_offset (`int`): first visual token id, `UniCode2Config.visual_token_offset`.
+        """
+        self.quantizer, self.visual_token_offset = quantizer, visual_token_offset
+        return self
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        r"""
+        Args:
+            images (image or list of images, *optional*): in the order of their `image_token`s in the texts.
+            text (`str` or `list[str]`, *optional*): prompts.
+
+        Returns:
+            `input_ids` and `attention_mask`; `pixel_values` `(num_images, 3, height, width)` unless a quantizer is attached.
+
+        Raises:
+            `ValueError`: on an empty prompt, or when images and `image_token`s differ in number.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None and any(isinstance(t, str) and not t.strip() for t in texts):
+            raise ValueError(
+                f"Prompt {[not t.strip() for t in texts].index(True) + 1} of {len(texts)} is empty; write some text."
+            )
+        batch = super().__call__(images=images, text=text, **kwargs)
+        if self.quantizer is not None and "pixel_values" in batch and "input_ids" in batch:
+            pixel_values = torch.as_tensor(batch.pop("pixel_values")).to(self.quantizer.device)
+            tokens = iter((self.quantizer.encode_images(pixel_values) + self.visual_token_offset).flatten().tolist())
+            rows = batch["input_ids"].tolist() if isinstance(batch["input_ids"], torch.Tensor) else batch["input_ids"]
+            rows = [[next(tokens) if id_ == self.image_token_id else id_ for id_ in row] for row in rows]
+            batch["input_ids"] = torch.tensor(rows) if isinstance(batch["input_ids"], torch.Tensor) else rows
+        return batch
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.boi_token + self.image_token * self.num_image_tokens + self.eoi_token
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens: bool = True, generation_mode=None, **kwargs
+    ):
+        """Texts; or, for `generation_mode="image"`, one `PIL.Image` for each image `(batch_size, 3, height, width)` in [0, 1]."""
+        if generation_mode != "image":
+            return self.post_process_image_text_to_text(
+                generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+            )
+        from PIL import Image
+
+        pixels = (generated_outputs.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+        return [Image.fromarray(image) for image in pixels.cpu().numpy()]
+
+    def to_dict(self) -> dict:
+        slim = copy.copy(self)
+        slim.quantizer = slim.visual_token_offset = None  # a codebook is never copied, nor saved with the processor
+        output = ProcessorMixin.to_dict(slim)
+        for name in ("quantizer", "visual_token_offset", "image_token_id", "boi_token_id", "eoi_token_id"):
+            output.pop(name, None)
+        return output
+
+
+__all__ = ["UniCode2Processor"]

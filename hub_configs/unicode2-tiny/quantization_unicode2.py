@@ -1,0 +1,149 @@
+"""The frozen half of UniCode²: codebook C1 with nearest-code search, and the encoder in front of it (section 3.2)."""
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+
+from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
+
+
+class UniCode2Codebook(nn.Module):
+    r"""
+    Codebook C1: frozen codes, sorted by coarse cell, which only index (Eq. 5 of the paper).
+
+    All state is in buffers, so nothing here is ever trained. The codes are rounded to bfloat16 when they are built and kept
+    in float32, so that the dtype of a model does not change its codes.
+
+    Buffers:
+        codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes, sorted by cell.
+        cell_centroids (`torch.FloatTensor` of shape `(num_cells, codebook_dim)`): the coarse centroids.
+        cell_offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): cell i holds codes `cell_offsets[i]` to `cell_offsets[i + 1]`.
+        previews (`torch.ByteTensor` of shape `(codebook_size, preview_size, preview_size, 3)`): mean RGB thumbnail of a code.
+    """
+
+    def __init__(self, config: UniCode2CodebookConfig):
+        super().__init__()
+        size, side = config.codebook_size, config.preview_size
+        self.codes = nn.Buffer(torch.zeros(size, config.codebook_dim))
+        self.cell_centroids = nn.Buffer(torch.zeros(config.num_cells, config.codebook_dim))
+        self.cell_offsets = nn.Buffer(torch.zeros(config.num_cells + 1, dtype=torch.long))
+        self.previews = nn.Buffer(torch.zeros(size, side, side, 3, dtype=torch.uint8)) if side else None
+
+    @torch.no_grad()
+    def encode(self, features: torch.Tensor, chunk_size: int = 16384) -> torch.LongTensor:
+        r"""
+        Nearest code of each feature in Euclidean distance, Eq. 5; ties go to the lowest code.
+
+        Args:
+            features (`torch.Tensor` of shape `(..., codebook_dim)`): float features; the search runs in float32.
+            chunk_size (`int`, *optional*, defaults to 16384): codes compared at a time; bounds the memory.
+
+        Returns:
+            `torch.LongTensor` of shape `(...)`.
+
+        Raises:
+            `ValueError`: on another width, or on features that are not finite.
+        """
+        if features.shape[-1] != self.codes.shape[1]:
+            raise ValueError(f"The features are {features.shape[-1]} wide and the codes {self.codes.shape[1]}.")
+        query = features.reshape(-1, features.shape[-1]).float()  # (num_queries, codebook_dim)
+        bad = (~torch.isfinite(query).all(-1)).nonzero().flatten()
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} of {len(query)} features are not finite; the first is number {bad[0].item()}."
+            )
+        with torch.autocast(query.device.type, enabled=False):
+            best, found = torch.full_like(query[:, 0], torch.inf), torch.zeros_like(query[:, 0], dtype=torch.long)
+            for start in range(0, len(self.codes), chunk_size):
+                codes = self.codes[start : start + chunk_size].float()  # (chunk_size, codebook_dim)
+                distance = codes.square().sum(-1) - 2 * query @ codes.T  # (num_queries, chunk_size), less |query|²
+                nearest, index = distance.min(-1)
+                found = torch.where(nearest < best, index + start, found)
+                best = torch.minimum(nearest, best)
+        return found.reshape(features.shape[:-1])
+
+    def decode(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Codes of shape `(...)` to their vectors, `(..., codebook_dim)`, Eq. 4."""
+        return self.codes[codes]
+
+    def preview(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Codes of shape `(..., rows, columns)` to a mosaic of thumbnails, uint8 `(..., 3, rows * side, columns * side)`.
+
+        Raises `ValueError` when the codebook was built without thumbnails.
+        """
+        if self.previews is None:
+            raise ValueError(
+                "This codebook has no thumbnails (`preview_size` is 0); attach a decoder to see its codes."
+            )
+        tiles = self.previews[codes]  # (..., rows, columns, side, side, 3)
+        tiles = tiles.movedim(-1, -5).transpose(-2, -3)  # (..., 3, rows, side, columns, side)
+        return tiles.flatten(-2).flatten(-3, -2)
+
+
+class UniCode2Quantizer(PreTrainedModel):
+    r"""
+    Frozen vision encoder and codebook C1: images in, codes out. Loads alone, without a language model.
+
+    It stays in float32 whatever dtype is asked for (a code must not depend on it), and is always frozen and in eval mode.
+    """
+
+    config: UniCode2QuantizerConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["UniCode2Codebook"]
+    _keep_in_fp32_modules_strict = ["vision_model", "codebook"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: UniCode2QuantizerConfig):
+        super().__init__(config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.codebook = UniCode2Codebook(config.codebook_config)
+        self.post_init()
+        self.freeze()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        init_codebook(module)
+
+    def freeze(self) -> "UniCode2Quantizer":
+        """No gradients, eval mode. Needed after every load, since `from_pretrained` makes all parameters trainable."""
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> "UniCode2Quantizer":
+        """Stays in eval mode: the quantizer is frozen."""
+        return super().train(False)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    @torch.no_grad()
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch features of images, `(batch_size, 3, height, width)` to float32 `(batch_size, num_image_tokens, codebook_dim)`."""
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return self.vision_model(pixel_values.to(self.vision_model.dtype)).last_hidden_state
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """Images to codes, `(batch_size, 3, height, width)` to `(batch_size, num_image_tokens)`."""
+        return self.codebook.encode(self.get_image_features(pixel_values))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """The same as [`~UniCode2Quantizer.encode_images`]."""
+        return self.encode_images(pixel_values)
+
+
+@torch.no_grad()
+def init_codebook(module: nn.Module) -> None:
+    """Brings a fresh codebook to its starting values; it holds no random state."""
+    if isinstance(module, UniCode2Codebook):
+        for buffer in module.buffers():
+            init.zeros_(buffer)
+
+
+__all__ = ["UniCode2Codebook", "UniCode2Quantizer"]

@@ -1,0 +1,54 @@
+import pytest
+from PIL import Image
+from transformers import pipeline
+
+from transformers_unicode2 import UniCode2AnyToAnyPipeline
+
+
+def write_odd_images(folder):
+    """One file for each of the formats that people bring."""
+    base = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    base.save(folder / "exif.jpg", exif=exif)
+    base.convert("CMYK").save(folder / "cmyk.jpg")
+    base.convert("RGBA").save(folder / "rgba.png")
+    base.convert("P").save(folder / "palette.png")
+    Image.linear_gradient("L").convert("I;16").save(folder / "grey16.png")
+    base.save(folder / "photo.webp")
+    base.resize((4000, 50)).save(folder / "panorama.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_odd_images(tmp_path_factory.mktemp("images"))
+
+
+def chat(file, text):
+    return [{"role": "user", "content": [{"type": "image", "image": str(file)}, {"type": "text", "text": text}]}]
+
+
+def test_image_text_to_text_reads_every_format(tiny_checkpoint, files):
+    pipe = pipeline("image-text-to-text", model=str(tiny_checkpoint))
+    for file in files:
+        result = pipe(text=chat(file, "what color is the ground?"), max_new_tokens=8, return_full_text=False)
+        assert isinstance(result[0]["generated_text"], str) and result[0]["generated_text"], file.name
+
+
+def test_any_to_any_reads_and_draws(tiny_checkpoint, files):
+    pipe = pipeline("any-to-any", model=str(tiny_checkpoint), pipeline_class=UniCode2AnyToAnyPipeline)
+    for file in files:
+        question = chat(file, "what color is the ground?")
+        assert isinstance(pipe(text=question, max_new_tokens=8, return_full_text=False)[0]["generated_text"], str)
+        image = pipe(text=chat(file, "draw it again"), generation_mode="image")[0]["generated_image"]
+        assert isinstance(image, Image.Image) and image.size == (64, 64), file.name
+    image = pipe(text=[{"role": "user", "content": "a red circle"}], generation_mode="image")[0]["generated_image"]
+    assert image.size == (64, 64)
+
+
+def test_saved_any_to_any_pipeline_keeps_the_processor(tiny_checkpoint, tmp_path):
+    pipe = pipeline("any-to-any", model=str(tiny_checkpoint), pipeline_class=UniCode2AnyToAnyPipeline)
+    pipe.save_pretrained(tmp_path)
+    again = pipeline("any-to-any", model=str(tmp_path), pipeline_class=UniCode2AnyToAnyPipeline)
+    assert {**again.processor.to_dict(), "auto_map": None} == {**pipe.processor.to_dict(), "auto_map": None}

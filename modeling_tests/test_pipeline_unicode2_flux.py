@@ -1,0 +1,104 @@
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+
+from transformers_unicode2 import UniCode2ConditionMapper, UniCode2FluxPipeline
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint):
+    pipe = UniCode2FluxPipeline.from_pretrained(str(tiny_checkpoint))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, seed=0, **kwargs):
+    kwargs = {"num_inference_steps": 2, "output_type": "pt", "generator": torch.Generator().manual_seed(seed), **kwargs}
+    return pipe(**kwargs)
+
+
+def test_same_generator_gives_the_same_bits_and_leaves_the_global_one_alone(pipe):
+    state = torch.random.get_rng_state()
+    first, second, other = (
+        draw(pipe, prompt="a red circle"),
+        draw(pipe, prompt="a red circle"),
+        draw(pipe, 1, prompt="a red circle"),
+    )
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(first.images, second.images)
+    assert not torch.equal(first.visual_token_ids, other.visual_token_ids)
+
+
+def test_painting_written_tokens_equals_drawing_the_prompt(pipe):
+    drawn = pipe.generate_visual_tokens("a blue star", torch.Generator().manual_seed(3))
+    image = pipe(
+        visual_token_ids=drawn, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)
+    ).images
+    conditioning = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), pipe.encode_visual_tokens(drawn)))
+    plain = FluxPipeline.__call__(
+        pipe,
+        **conditioning,
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    assert torch.equal(image, plain)
+
+
+def test_batches_and_several_images_per_prompt(pipe):
+    output = draw(pipe, prompt=["a red circle", "two stars"], num_images_per_prompt=2)
+    assert output.images.shape == (4, 3, 64, 64)
+    assert output.visual_token_ids.shape == (4, 64)
+
+
+def test_image_is_redrawn_from_its_own_codes(pipe, photo):
+    output = draw(pipe, image=[photo, photo.rotate(90)])
+    pixels = pipe.processor.image_processor([photo, photo.rotate(90)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(output.visual_token_ids, pipe.vision_language_encoder.get_image_tokens(pixels))
+
+
+def test_saved_pipeline_paints_the_same_through_either_class(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    expected = draw(pipe, prompt="a red circle")
+    for cls in (UniCode2FluxPipeline, DiffusionPipeline):
+        loaded = cls.from_pretrained(str(tmp_path))
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded) is UniCode2FluxPipeline is diffusers.UniCode2FluxPipeline
+        again = draw(loaded, prompt="a red circle")
+        assert torch.equal(again.visual_token_ids, expected.visual_token_ids)
+        # another place in memory may change the last bit of a product
+        torch.testing.assert_close(again.images, expected.images, atol=1e-5, rtol=0)
+
+
+def test_bad_input_is_refused_with_the_numbers(pipe, photo):
+    with pytest.raises(ValueError, match="exactly one of .* got prompt and image"):
+        pipe("a circle", image=photo)
+    with pytest.raises(ValueError, match="got none"):
+        pipe()
+    with pytest.raises(ValueError, match="Prompt 2 of 2 is empty"):
+        pipe(["a circle", ""])
+    with pytest.raises(ValueError, match="runs from 5 to 5; visual token ids are 768 to 4863"):
+        pipe(visual_token_ids=torch.full((1, 64), 5))
+    with pytest.raises(ValueError, match="takes 64 visual tokens an image and got 60"):
+        pipe(visual_token_ids=torch.full((1, 60), 768))
+
+
+def test_mapper_sees_the_order_of_tokens_and_calibrates_its_output():
+    torch.manual_seed(0)
+    mapper = UniCode2ConditionMapper(
+        visual_dim=16, hidden_dim=32, output_dim=24, pooled_dim=8, num_visual_tokens=16, num_layers=1, num_attention_heads=2,
+        output_scale=0.3, pooled_scale=2.0,
+    )  # fmt: skip
+    embeds = 5 * torch.randn(2, 16, 16)
+    output = mapper(embeds)
+    assert output.prompt_embeds.shape == (2, 16, 24) and output.pooled_prompt_embeds.shape == (2, 8)
+    order = torch.randperm(16)
+    permuted = mapper(embeds[:, order]).prompt_embeds
+    assert (permuted - output.prompt_embeds[:, order]).abs().max() > 1e-3
+    rms = output.prompt_embeds.square().mean(-1).sqrt()
+    torch.testing.assert_close(rms, torch.full_like(rms, 0.3), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="is 15, which is not a square number"):
+        UniCode2ConditionMapper(visual_dim=16, num_visual_tokens=15)

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+
+def test_image_becomes_one_block_of_placeholders(processor, photo):
+    batch = processor(images=photo, text="<|image_pad|>what is this?", return_tensors="pt")
+    assert batch["pixel_values"].shape == (1, 3, 64, 64)
+    assert (batch["input_ids"] == processor.image_token_id).sum() == processor.num_image_tokens == 64
+    assert batch["input_ids"][0, 0] == processor.boi_token_id
+    assert batch["input_ids"][0, 65] == processor.eoi_token_id
+
+
+def test_attached_quantizer_gives_the_ids_that_the_model_computes(processor, tiny_model, photo):
+    text = ["<|image_pad|> and <|image_pad|>?", "no image"]
+    plain = processor(images=[photo, photo.rotate(90)], text=text, padding=True, return_tensors="pt")
+    try:
+        offset = tiny_model.config.visual_token_offset
+        processor.attach_quantizer(tiny_model.get_quantizer(), offset)
+        ids = processor(images=[photo, photo.rotate(90)], text=text, padding=True, return_tensors="pt")
+        assert "quantizer" not in processor.to_dict()
+    finally:
+        processor.quantizer = None
+    expected = plain["input_ids"].clone()
+    expected[expected == processor.image_token_id] = tiny_model.get_image_tokens(plain["pixel_values"]).flatten()
+    assert torch.equal(ids["input_ids"], expected)
+    assert "pixel_values" not in ids
+    assert ids["input_ids"][1, 0] == processor.tokenizer.pad_token_id  # padded on the left
+
+
+def test_load_after_save_gives_an_equal_processor(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert {**loaded.to_dict(), "auto_map": None} == {**processor.to_dict(), "auto_map": None}
+    assert loaded.chat_template == processor.chat_template
+
+
+def test_chat_template_marks_what_the_assistant_says(processor, photo):
+    chat = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "what is this?"}]},
+        {"role": "assistant", "content": "noise"},
+    ]
+    batch = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    said = batch["input_ids"][batch["assistant_masks"].bool()]
+    assert processor.decode(said) == "noise<|im_end|>"
+
+
+def test_bad_prompts_are_refused(processor, photo):
+    with pytest.raises(ValueError, match="Prompt 2 of 2 is empty"):
+        processor(text=["a cat", " "])
+    with pytest.raises(ValueError, match="total 2 <|image_pad|> tokens and 1 images"):
+        processor(images=photo, text="<|image_pad|><|image_pad|>")
+
+
+def test_images_come_back_as_pictures(processor):
+    pixels = torch.rand(2, 3, 8, 8)
+    images = processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert all(isinstance(image, Image.Image) and image.size == (8, 8) for image in images)

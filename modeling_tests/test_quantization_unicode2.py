@@ -1,0 +1,57 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transformers_unicode2 import UniCode2Codebook, UniCode2CodebookConfig, UniCode2Quantizer
+
+
+def make_codebook(codes: torch.Tensor) -> UniCode2Codebook:
+    codebook = UniCode2Codebook(
+        UniCode2CodebookConfig(codebook_size=len(codes), codebook_dim=codes.shape[1], num_cells=1)
+    )
+    codebook.codes.copy_(codes)
+    return codebook
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 200), st.integers(1, 24))
+def test_encode_agrees_with_brute_force_in_float64(seed, size, dim):
+    generator = torch.Generator().manual_seed(seed)
+    codebook = make_codebook(torch.randn(size, dim, generator=generator).bfloat16().float())
+    features = torch.randn(50, dim, generator=generator)
+    distance = torch.cdist(features.double(), codebook.codes.double())
+    chosen = distance.gather(1, codebook.encode(features, chunk_size=64)[:, None])[:, 0]
+    assert (chosen - distance.amin(1)).max() < 1e-5
+
+
+def test_every_code_is_its_own_nearest_code(model):
+    codebook = model.get_quantizer().codebook
+    assert torch.equal(codebook.encode(codebook.codes), torch.arange(len(codebook.codes)))
+    assert torch.equal(
+        codebook.encode(codebook.decode(torch.arange(96).reshape(4, 24))), torch.arange(96).reshape(4, 24)
+    )
+
+
+def test_ties_go_to_the_lowest_code():
+    codes = torch.randn(10, 4)
+    codes[7] = codes[3]
+    assert make_codebook(codes).encode(codes[7:8], chunk_size=5).item() == 3
+
+
+def test_bad_features_are_refused_by_position_and_width(model):
+    codebook = model.get_quantizer().codebook
+    features = torch.zeros(5, 16)
+    features[2, 3] = torch.nan
+    with pytest.raises(ValueError, match="1 of 5 features are not finite; the first is number 2"):
+        codebook.encode(features)
+    with pytest.raises(ValueError, match="features are 8 wide and the codes 16"):
+        codebook.encode(torch.zeros(5, 8))
+
+
+def test_quantizer_loads_alone_and_stays_frozen(model, pixel_values, tmp_path):
+    model.get_quantizer().save_pretrained(tmp_path)
+    quantizer = UniCode2Quantizer.from_pretrained(tmp_path)
+    assert torch.equal(quantizer.encode_images(pixel_values), model.get_quantizer().encode_images(pixel_values))
+    assert not any(parameter.requires_grad for parameter in quantizer.train().parameters())
+    assert not quantizer.training

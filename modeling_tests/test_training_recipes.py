@@ -1,0 +1,138 @@
+"""Every recipe parses; every stage runs two steps on small shapes, learns, and resumes to the same bytes after a kill."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
+
+RECIPES = Path(__file__).parents[1] / "training_recipes"
+STAGES = sorted(path for name in ("stage1", "stage1.5", "stage2") for path in RECIPES.glob(f"*/{name}.yaml"))
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory, tiny_checkpoint):
+    """A checkpoint with few weights and a small pre-tokenized data set."""
+    from transformers import AutoProcessor
+
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
+    config = UniCode2Config.from_pretrained(tiny_checkpoint).to_dict()
+    config["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "layer_types": None}
+    config["text_config"] |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    UniCode2ForConditionalGeneration(UniCode2Config(**config)).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "codes": torch.randint(0, 8, (64,), generator=generator).tolist(),
+            "caption": "a red circle",
+            "dense_caption": "a small red circle at 3 4, on a white ground",
+            "questions": ["what color is the circle?", "how many objects are there?"],
+            "answers": ["red", "one"],
+        }
+        for _ in range(48)
+    ]
+    (folder / "tokens").mkdir()
+    Dataset.from_list(rows).to_parquet(str(folder / "tokens" / "train-00000.parquet"))
+    return folder
+
+
+def run_stage(recipe, folder, output, *extra):
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(RECIPES / "accelerate/cpu.yaml"),
+    ]
+    command += ["-m", "transformers_unicode2.training.sft", "--config", str(recipe), "--use_cpu", "true"]
+    command += ["--model", str(folder / "model"), "--data", str(folder / "tokens"), "--output_dir", str(output)]
+    command += ["--per_device_train_batch_size", "4", "--warmup_steps", "1", "--save_steps", "2", *extra]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
+def test_recipe_parses(path):
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize("recipe", STAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_stage_runs_two_steps(recipe, tiny_run, tmp_path):
+    run_stage(recipe, tiny_run, tmp_path / "out", "--max_steps", "2", "--dtype", "float32")
+    before = UniCode2ForConditionalGeneration.from_pretrained(tiny_run / "model").state_dict()
+    after = UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    frozen = [name for name in before if ".quantizer." in name]
+    assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
+    for module in ("projector", "language_model"):
+        assert any(not torch.equal(before[name], after[name]) for name in before if module in name), module
+
+
+def test_killed_stage_resumes_to_the_same_bytes(tiny_run, tmp_path):
+    import shutil
+
+    recipe = RECIPES / "unicode2-tiny/stage2.yaml"
+    run_stage(recipe, tiny_run, tmp_path / "whole", "--max_steps", "4")
+    shutil.copytree(
+        tmp_path / "whole/checkpoint-2", tmp_path / "killed/checkpoint-2"
+    )  # as a kill after step 2 leaves it
+    run_stage(recipe, tiny_run, tmp_path / "killed", "--max_steps", "4")
+    name = "model.safetensors"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_stage_learns_what_its_data_say(tiny_run, tmp_path):
+    recipe = RECIPES / "unicode2-tiny/stage2.yaml"
+    run = run_stage(
+        recipe, tiny_run, tmp_path / "out", "--max_steps", "60", "--learning_rate", "0.01", "--logging_steps", "10"
+    )
+    losses = [
+        eval(line.split("\r")[-1])["text_loss"]
+        for line in (run.stdout + run.stderr).splitlines()
+        if "'text_loss'" in line
+    ]
+    assert float(losses[-1]) < 0.5 * float(losses[0]), losses
+
+
+def test_paper_settings_are_those_of_table_6():
+    stages = {path.stem: yaml.safe_load(path.read_text()) for path in (RECIPES / "unicode2-7b").glob("stage*.yaml")}
+    assert {name: recipe["learning_rate"] for name, recipe in stages.items()} == {
+        "stage1": 1e-3,
+        "stage1.5": 1e-5,
+        "stage2": 1e-5,
+    }
+    for recipe in stages.values():
+        assert (recipe["adam_beta1"], recipe["adam_beta2"], recipe["weight_decay"]) == (0.9, 0.95, 0.0)
+        assert recipe["lr_scheduler_type"] == "cosine" and recipe["warmup_steps"] == 0.03 and recipe["bf16"]
+    zero3 = yaml.safe_load((RECIPES / "accelerate/zero3.yaml").read_text())
+    assert zero3["num_processes"] * stages["stage1"]["per_device_train_batch_size"] == 512
+    assert zero3["deepspeed_config"]["zero_stage"] == 3
+
+
+def test_unknown_task_and_module_are_refused(tiny_run):
+    from transformers_unicode2.training.data import build_examples
+    from transformers_unicode2.training.sft import freeze_all_but
+
+    with pytest.raises(ValueError, match="Unknown tasks painting; the tasks are caption"):
+        build_examples(None, {"painting": 1.0}, None, 0)
+    model = UniCode2ForConditionalGeneration.from_pretrained(tiny_run / "model")
+    with pytest.raises(ValueError, match="lies in `encoder2`"):
+        freeze_all_but(model, ["encoder2"])
+
+
+def test_contrastive_loss_is_lowest_for_matching_pairs():
+    from transformers_unicode2.training.mapper import contrastive_loss
+
+    torch.manual_seed(0)
+    text = torch.randn(8, 16)
+    assert contrastive_loss(text, text, 0.07) < 0.05 < contrastive_loss(text.roll(1, 0), text, 0.07)
+    twins = torch.cat([text[:4], text[:4]])
+    assert contrastive_loss(twins, twins, 0.07) < 0.05  # equal captions are no negatives

@@ -1,0 +1,60 @@
+"""UniCode²: cascaded large-scale codebooks for unified multimodal understanding and generation, on Hugging Face libraries."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2Config, UniCode2QuantizerConfig
+from .modeling_unicode2 import UniCode2ForConditionalGeneration, UniCode2Model, UniCode2PreTrainedModel
+from .processing_unicode2 import UniCode2Processor
+from .quantization_unicode2 import UniCode2Codebook, UniCode2Quantizer
+
+__version__ = "0.1.0"
+
+LAZY = {
+    "UniCode2AnyToAnyPipeline": ".pipeline_unicode2",
+    "UniCode2ConditionMapper": ".diffusion.condition_mapper_unicode2",
+    "UniCode2FluxPipeline": ".diffusion.pipeline_unicode2_flux",
+}
+
+for config_class, model_class in ((UniCode2Config, UniCode2Model), (UniCode2QuantizerConfig, UniCode2Quantizer)):
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModel.register(config_class, model_class)
+    config_class.register_for_auto_class()
+AutoModelForImageTextToText.register(UniCode2Config, UniCode2ForConditionalGeneration)
+AutoModelForMultimodalLM.register(UniCode2Config, UniCode2ForConditionalGeneration)
+AutoProcessor.register(UniCode2Config, UniCode2Processor)
+UniCode2Model.register_for_auto_class("AutoModel")
+UniCode2Quantizer.register_for_auto_class("AutoModel")
+UniCode2ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+UniCode2Processor.register_for_auto_class()
+
+
+def __getattr__(name: str):
+    if name in LAZY:
+        from importlib import import_module
+
+        if name != "UniCode2AnyToAnyPipeline":
+            import_module(".diffusion.registration", __name__)
+        return getattr(import_module(LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "UniCode2AnyToAnyPipeline",
+    "UniCode2Codebook",
+    "UniCode2CodebookConfig",
+    "UniCode2ConditionMapper",
+    "UniCode2Config",
+    "UniCode2FluxPipeline",
+    "UniCode2ForConditionalGeneration",
+    "UniCode2Model",
+    "UniCode2PreTrainedModel",
+    "UniCode2Processor",
+    "UniCode2Quantizer",
+    "UniCode2QuantizerConfig",
+]

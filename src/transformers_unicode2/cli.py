@@ -1,0 +1,37 @@
+"""`unicode2 <command>`: finds the command's module, nothing else."""
+
+import sys
+from importlib import import_module
+
+# command: module, its functions for the parser and for the work, what it does
+COMMANDS = {
+    "demo": ("demo", "make_parser", "main", "ask about an image, draw a prompt"),
+    "evaluate scenes": ("evaluation.evaluate_scenes", "make_parser", "main", "score a checkpoint on drawn scenes"),
+    "codebook build": ("codebook.build", "make_parser", "main", "images to a codebook (Algorithm 1)"),
+    "init": ("hub", "make_init_parser", "init", "language model + encoder + codebook to a checkpoint"),
+    "assemble": ("hub", "make_assemble_parser", "assemble", "checkpoint + mapper + decoder to one repository"),
+    "tokenize": ("training.data", "make_parser", "main", "images of a data set to codes"),
+    "scenes": ("evaluation.dataset", "make_parser", "main", "write drawn scenes and emoji to parquet"),
+}
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    if name is None:
+        rows = "\n".join(f"  {name:<18}{row[-1]}" for name, row in COMMANDS.items())
+        asked_for_help = not words or words[0] in ("-h", "--help")
+        print(f"usage: unicode2 <command> [options]\n\n{rows}", file=sys.stdout if asked_for_help else sys.stderr)
+        sys.exit(0 if asked_for_help else 2)
+    module, make_parser, run, _ = COMMANDS[name]
+    module = import_module(f".{module}", __package__)
+    arguments = getattr(module, make_parser)().parse_args(words[len(name.split()) :])
+    try:
+        getattr(module, run)(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"unicode2 {name}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

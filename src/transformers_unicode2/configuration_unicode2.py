@@ -1,0 +1,178 @@
+"""Configurations of UniCode²."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+# What a Hub repo needs so that every Auto class finds the code that travels with it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_unicode2.UniCode2Config",
+    "AutoModel": "modeling_unicode2.UniCode2Model",
+    "AutoModelForImageTextToText": "modeling_unicode2.UniCode2ForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_unicode2.UniCode2ForConditionalGeneration",
+    "AutoProcessor": "processing_unicode2.UniCode2Processor",
+}
+
+
+@strict
+class UniCode2CodebookConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`UniCode2Codebook`] (section 3.2, Algorithm 1 of the paper). The defaults are the paper's.
+
+    Args:
+        codebook_size (`int`, *optional*, defaults to 500000):
+            Number of codes, K.
+        codebook_dim (`int`, *optional*, defaults to 1152):
+            Width of a code, d; the hidden size of the vision encoder.
+        num_cells (`int`, *optional*, defaults to 1000):
+            Number of coarse clusters, K1, by which the codes are sorted.
+        preview_size (`int`, *optional*, defaults to 0):
+            Side in pixels of the mean thumbnail that each code carries; 0 for none.
+    """
+
+    model_type = "unicode2_codebook"
+    base_config_key = "codebook_config"
+
+    codebook_size: int = 500_000
+    codebook_dim: int = 1152
+    num_cells: int = 1000
+    preview_size: int = 0
+
+
+@strict
+class UniCode2QuantizerConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`UniCode2Quantizer`]: a frozen vision encoder and the codebook over its patch features.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            The encoder, a `SiglipVisionConfig` by default.
+        codebook_config (`dict` or `UniCode2CodebookConfig`, *optional*):
+            The codebook; its `codebook_dim` must be the encoder's `hidden_size`.
+    """
+
+    model_type = "unicode2_quantizer"
+    base_config_key = "quantizer_config"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
+        "codebook_config": UniCode2CodebookConfig,
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    codebook_config: dict | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "configuration_unicode2.UniCode2QuantizerConfig",
+                "AutoModel": "quantization_unicode2.UniCode2Quantizer",
+            },
+        )
+        super().__post_init__(**kwargs)
+        check_widths(self.vision_config, self.codebook_config)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Patches, and so codes, per image, T."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+
+@strict
+class UniCode2Config(PreTrainedConfig):
+    r"""
+    Configuration of a UniCode² model. Text ids are `[0, visual_token_offset)`, the visual token id of a code is
+    `visual_token_offset + code`; the offset is the number of rows of the text embedding.
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            The language model, a `Qwen2Config` by default.
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            The frozen encoder, a `SiglipVisionConfig` by default.
+        codebook_config (`dict` or `UniCode2CodebookConfig`, *optional*):
+            The codebook; its `codebook_dim` must be the encoder's `hidden_size`.
+        image_token_id (`int`, *optional*, defaults to 151655):
+            Text id that holds the place of one patch of an image given as pixels (`<|image_pad|>` of Qwen2.5).
+        boi_token_id (`int`, *optional*, defaults to 151652):
+            Text id in front of an image (`<|vision_start|>` of Qwen2.5).
+        eoi_token_id (`int`, *optional*, defaults to 151653):
+            Text id behind an image (`<|vision_end|>` of Qwen2.5).
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation between the two linear layers of the projector (section 3.3).
+
+    Example:
+
+    ```python
+    >>> from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
+
+    >>> config = UniCode2Config(
+    ...     text_config={"model_type": "qwen2", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1,
+    ...                  "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2},
+    ...     vision_config={"hidden_size": 16, "image_size": 32, "patch_size": 8, "num_hidden_layers": 1,
+    ...                    "num_attention_heads": 2, "intermediate_size": 16},
+    ...     codebook_config={"codebook_size": 64, "codebook_dim": 16, "num_cells": 4},
+    ...     image_token_id=10, boi_token_id=11, eoi_token_id=12,
+    ... )
+    >>> model = UniCode2ForConditionalGeneration(config)
+    >>> config.num_image_tokens, config.visual_token_offset
+    (16, 300)
+
+    ```"""
+
+    model_type = "unicode2"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
+        "codebook_config": UniCode2CodebookConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    codebook_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 151655
+    boi_token_id: int = 151652
+    eoi_token_id: int = 151653
+    projector_hidden_act: str = "gelu"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        check_widths(self.vision_config, self.codebook_config)
+        for name in ("image_token_id", "boi_token_id", "eoi_token_id"):
+            if not 0 <= getattr(self, name) < self.text_config.vocab_size:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, outside the text vocabulary of {self.text_config.vocab_size} ids."
+                )
+
+    @property
+    def visual_token_offset(self) -> int:
+        """First visual token id; the visual token id of a code is this plus the code."""
+        return self.text_config.vocab_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Patches, and so visual tokens, per image, T."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    def get_quantizer_config(self) -> UniCode2QuantizerConfig:
+        """The part of the configuration that turns images into codes."""
+        return UniCode2QuantizerConfig(vision_config=self.vision_config, codebook_config=self.codebook_config)
+
+
+def check_widths(vision_config: PreTrainedConfig, codebook_config: UniCode2CodebookConfig) -> None:
+    """Raises `ValueError` when the encoder's width is not the codebook's, or when there are more cells than codes."""
+    if vision_config.hidden_size != codebook_config.codebook_dim:
+        raise ValueError(
+            f"The vision encoder's `hidden_size` is {vision_config.hidden_size} and the codebook's `codebook_dim` is "
+            f"{codebook_config.codebook_dim}; they must be equal."
+        )
+    if codebook_config.num_cells > codebook_config.codebook_size:
+        raise ValueError(
+            f"`num_cells` is {codebook_config.num_cells}, more than the `codebook_size` of {codebook_config.codebook_size}."
+        )
+
+
+__all__ = ["UniCode2CodebookConfig", "UniCode2Config", "UniCode2QuantizerConfig"]

@@ -1,0 +1,161 @@
+"""Asks about an image, draws a prompt, and puts everything on one contact sheet.
+
+unicode2 demo
+unicode2 demo --image cat.jpg --question "what is this?" --prompt "two red circles" --output demo
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+# Bundled images with what the demo asks about them and what it draws beside them.
+EXAMPLES = (
+    ("emoji_on_photo.jpg", "what is this?", "a red circle left of a blue square"),
+    ("scene.png", "how many objects are there?", "three green stars"),
+)
+TILE = 256  # pixels
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unicode2 demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--image", metavar="FILE", help="image to ask about and to redraw (default: bundled ones)")
+    parser.add_argument("--question", metavar="TEXT", help="question about the image")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    parser.add_argument(
+        "--output", metavar="DIR", default="unicode2-demo", help="folder for the images (default: %(default)s)"
+    )
+    parser.add_argument("--model", help="checkpoint with a FLUX decoder (default: the embedded unicode2-tiny)")
+    parser.add_argument("--steps", type=int, default=20, help="diffusion steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def embedded_checkpoint() -> Path:
+    """Folder of unicode2-tiny, which comes with the package."""
+    from importlib.resources import files
+
+    return Path(str(files("transformers_unicode2.unicode2_tiny").joinpath("config.json"))).parent
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Any image file as RGB: turned as its EXIF says, transparency on white, 16 bit brought to 8.
+
+    Raises `ValueError` when the file is missing, empty, truncated or no image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no image file {path}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes); give an image file.")
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} ({path.stat().st_size} bytes) cannot be read as an image: {error}.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return image.point(lambda value: value / 256).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def main(args: argparse.Namespace) -> None:
+    for name in ("question", "prompt"):
+        if getattr(args, name) is not None and not getattr(args, name).strip():
+            raise ValueError(f"--{name} is empty; write some text.")
+    root = args.model or str(embedded_checkpoint())
+    examples = [(embedded_checkpoint() / "examples" / file, question, prompt) for file, question, prompt in EXAMPLES]
+    if args.image or args.question or args.prompt:
+        image, question, prompt = examples[0]
+        examples = [(args.image or image, args.question or question, args.prompt or prompt)]
+    images = [load_image(path) for path, _, _ in examples]
+
+    import torch
+
+    from transformers_unicode2 import UniCode2FluxPipeline
+
+    start = time.perf_counter()
+    pipe = UniCode2FluxPipeline.from_pretrained(root)
+    print(f"model loaded in {time.perf_counter() - start:.1f} s")
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = []
+    for (_, question, prompt), image in zip(examples, images):
+        start = time.perf_counter()
+        answer = ask(pipe, image, question)
+        print(f"{question} {answer} ({time.perf_counter() - start:.1f} s)")
+        start = time.perf_counter()
+        redrawn = pipe(image=image, num_inference_steps=args.steps, generator=generator)
+        drawn = pipe(prompt, num_inference_steps=args.steps, generator=generator)
+        print(f"drew {prompt!r} ({time.perf_counter() - start:.1f} s)")
+        rows.append(
+            [
+                image,
+                mosaic(pipe, redrawn.visual_token_ids),
+                redrawn.images[0],
+                drawn.images[0],
+                question,
+                answer,
+                prompt,
+            ]
+        )
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for i, row in enumerate(rows):
+        row[3].save(output / f"drawing-{i + 1}.png")
+    contact_sheet(rows).save(output / "contact-sheet.png")
+    print(f"wrote {output / 'contact-sheet.png'}")
+
+
+def ask(pipe, image: Image.Image, question: str) -> str:
+    """The model's answer to a question about an image."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    inputs = pipe.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    output = pipe.vision_language_encoder.generate(**inputs, max_new_tokens=64, do_sample=False)
+    return pipe.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def mosaic(pipe, visual_token_ids) -> Image.Image:
+    """The thumbnails of an image's codes, side by side."""
+    model = pipe.vision_language_encoder
+    side = int(model.config.num_image_tokens**0.5)
+    codes = (visual_token_ids[0] - model.config.visual_token_offset).unflatten(0, (side, side))
+    return Image.fromarray(model.get_quantizer().codebook.preview(codes).permute(1, 2, 0).numpy())
+
+
+def contact_sheet(rows: list[list]) -> Image.Image:
+    """One row an example: input, its codes, the image redrawn from them, the drawing; captions below."""
+    margin, caption = 12, 44
+    sheet = Image.new("RGB", (4 * TILE + 5 * margin, len(rows) * (TILE + caption + margin) + margin), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for i, (*pictures, question, answer, prompt) in enumerate(rows):
+        texts = [f"{question}\n→ {answer}", "its codes", "redrawn from its codes", f"drawn: {prompt}"]
+        top = margin + i * (TILE + caption + margin)
+        for j, (picture, text) in enumerate(zip(pictures, texts)):
+            left = margin + j * (TILE + margin)
+            small = picture.width < TILE
+            tile = picture.resize((TILE, TILE), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+            sheet.paste(tile, (left, top))
+            pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), outline=(200, 200, 200))
+            pen.multiline_text((left, top + TILE + 4), text[:64], fill="black", font=font)
+    return sheet
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())

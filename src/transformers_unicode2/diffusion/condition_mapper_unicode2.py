@@ -1,0 +1,105 @@
+"""The condition mapper M_φ: embeddings of visual tokens to the conditioning of a frozen diffusion decoder (Eq. 9)."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+
+@dataclass
+class UniCode2ConditionOutput(BaseOutput):
+    r"""
+    Args:
+        prompt_embeds (`torch.Tensor` of shape `(batch_size, num_visual_tokens, output_dim)`):
+            What a text encoder's token embeddings would be.
+        pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`):
+            What its pooled embedding would be.
+    """
+
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+
+
+class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
+    r"""
+    Two linear layers per token, as in FLUX Redux, behind a learnt 2-D position embedding and, optionally, a few transformer
+    layers.
+
+    FLUX and SDXL ignore the order of their conditioning tokens, so the position must be inside the token. They do not
+    normalise it either, so the output is brought to a learnt scale per channel that starts at `output_scale`.
+
+    Args:
+        visual_dim (`int`, defaults to 1152): width of a visual token embedding, the `codebook_dim`.
+        hidden_dim (`int`, defaults to 12288): width between the two linear layers.
+        output_dim (`int`, defaults to 4096): width of the decoder's text embeddings.
+        pooled_dim (`int`, defaults to 768): width of the decoder's pooled text embedding.
+        num_visual_tokens (`int`, defaults to 729): tokens per image, a square number.
+        num_layers (`int`, defaults to 0): transformer layers over the tokens in front of the two linear layers.
+        num_attention_heads (`int`, defaults to 16): their heads.
+        output_scale (`float`, defaults to 1.0): starting root mean square of `prompt_embeds`; the text encoder's is right.
+        pooled_scale (`float`, defaults to 1.0): the same for `pooled_prompt_embeds`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        visual_dim: int = 1152,
+        hidden_dim: int = 12288,
+        output_dim: int = 4096,
+        pooled_dim: int = 768,
+        num_visual_tokens: int = 729,
+        num_layers: int = 0,
+        num_attention_heads: int = 16,
+        output_scale: float = 1.0,
+        pooled_scale: float = 1.0,
+    ):
+        super().__init__()
+        side = round(num_visual_tokens**0.5)
+        if side * side != num_visual_tokens:
+            raise ValueError(f"`num_visual_tokens` is {num_visual_tokens}, which is not a square number.")
+        self.row_embedding = nn.Parameter(torch.zeros(side, 1, visual_dim))
+        self.column_embedding = nn.Parameter(torch.zeros(1, side, visual_dim))
+        nn.init.normal_(self.row_embedding, std=0.02)
+        nn.init.normal_(self.column_embedding, std=0.02)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                visual_dim, num_attention_heads, 4 * visual_dim, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(num_layers)
+        )
+        self.up = nn.Linear(visual_dim, hidden_dim)
+        self.act = nn.SiLU()
+        self.down = nn.Linear(hidden_dim, output_dim)
+        self.norm = nn.RMSNorm(output_dim, eps=1e-6)
+        nn.init.constant_(self.norm.weight, output_scale)
+        self.pool_score = nn.Linear(hidden_dim, 1)
+        self.pool = nn.Linear(hidden_dim, pooled_dim)
+        self.pool_norm = nn.RMSNorm(pooled_dim, eps=1e-6)
+        nn.init.constant_(self.pool_norm.weight, pooled_scale)
+
+    def forward(self, visual_embeds: torch.Tensor, return_dict: bool = True) -> UniCode2ConditionOutput | tuple:
+        r"""
+        Args:
+            visual_embeds (`torch.Tensor` of shape `(batch_size, num_visual_tokens, visual_dim)`): rows of C2, in raster order.
+
+        Raises:
+            `ValueError`: on another number of tokens.
+        """
+        if visual_embeds.shape[1] != self.config.num_visual_tokens:
+            raise ValueError(
+                f"The mapper takes {self.config.num_visual_tokens} visual tokens an image and got {visual_embeds.shape[1]}."
+            )
+        position = (self.row_embedding + self.column_embedding).flatten(0, 1)  # (num_visual_tokens, visual_dim)
+        hidden = visual_embeds.to(self.dtype) + position
+        for layer in self.layers:
+            hidden = layer(hidden)
+        hidden = self.act(self.up(hidden))  # (batch_size, num_visual_tokens, hidden_dim)
+        prompt_embeds = self.norm(self.down(hidden))
+        weights = self.pool_score(hidden).softmax(1)  # (batch_size, num_visual_tokens, 1)
+        pooled = self.pool_norm(self.pool((weights * hidden).sum(1)))  # (batch_size, pooled_dim)
+        if not return_dict:
+            return prompt_embeds, pooled
+        return UniCode2ConditionOutput(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)

@@ -1,0 +1,229 @@
+"""`UniCode2FluxPipeline`: a prompt, an image or visual tokens to an image, painted by a frozen FLUX."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.utils import BaseOutput
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+    ProcessorMixin,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from .condition_mapper_unicode2 import UniCode2ConditionMapper
+
+
+@dataclass
+class UniCode2PipelineOutput(BaseOutput):
+    r"""
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): the images, as `output_type` says.
+        visual_token_ids (`torch.LongTensor` of shape `(num_images, num_image_tokens)`): what they were painted from.
+    """
+
+    images: list | torch.Tensor
+    visual_token_ids: torch.LongTensor
+
+
+class UniCode2FluxPipeline(FluxPipeline):
+    r"""
+    FLUX conditioned on visual tokens (sections 3.4 and 3.5). The language model writes the tokens of an image, the condition
+    mapper turns them into what the text encoders would give, FLUX paints. Without the text encoders, which are not needed, a
+    FLUX repository loads with `text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None`.
+
+    Args:
+        vision_language_encoder (`UniCode2ForConditionalGeneration`): writes visual tokens, and reads them off images.
+        processor (`UniCode2Processor`): prompts and images to its inputs.
+        condition_mapper (`UniCode2ConditionMapper`): visual tokens to conditioning.
+        image_size (`int`, *optional*, defaults to 512): side of the images in pixels when a call names none.
+        scheduler, vae, transformer, text_encoder, tokenizer, text_encoder_2, tokenizer_2, image_encoder, feature_extractor:
+            as in [`FluxPipeline`].
+    """
+
+    model_cpu_offload_seq = "vision_language_encoder->condition_mapper->text_encoder->text_encoder_2->transformer->vae"
+    _optional_components = [
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "image_encoder",
+        "feature_extractor",
+    ]
+    _lora_loadable_modules = ["transformer"]
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        transformer: FluxTransformer2DModel,
+        vision_language_encoder: PreTrainedModel,
+        processor: ProcessorMixin,
+        condition_mapper: UniCode2ConditionMapper,
+        text_encoder: CLIPTextModel = None,
+        tokenizer: CLIPTokenizer = None,
+        text_encoder_2: T5EncoderModel = None,
+        tokenizer_2: T5TokenizerFast = None,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        feature_extractor: CLIPImageProcessor = None,
+        image_size: int = 512,
+    ):
+        super().__init__(
+            scheduler,
+            vae,
+            text_encoder,
+            tokenizer,
+            text_encoder_2,
+            tokenizer_2,
+            transformer,
+            image_encoder,
+            feature_extractor,
+        )
+        self.register_modules(
+            vision_language_encoder=vision_language_encoder, processor=processor, condition_mapper=condition_mapper
+        )
+        self.register_to_config(image_size=image_size)
+
+    @torch.no_grad()
+    def generate_visual_tokens(
+        self,
+        prompt: str | list[str],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prior_guidance_scale: float | None = None,
+        prior_generation_kwargs: dict | None = None,
+    ) -> torch.LongTensor:
+        r"""
+        Lets the language model write an image for each prompt: visual token ids `(batch_size, num_image_tokens)`.
+
+        The random numbers come from `generator`, the (first) one of the call; the global generator is left as it was.
+
+        Raises:
+            `ValueError`: on an empty prompt.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        empty = [i for i, text in enumerate(prompts) if not text.strip()]
+        if empty or not prompts:
+            raise ValueError(f"Prompt {empty[0] + 1 if empty else 0} of {len(prompts)} is empty; say what to draw.")
+        chats = [[{"role": "user", "content": text}] for text in prompts]
+        texts = self.processor.apply_chat_template(chats, add_generation_prompt=True)
+        device = self._execution_device
+        inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt").to(device)
+        first = generator[0] if isinstance(generator, list) else generator
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(
+            devices=devices, enabled=first is not None, device_type=device.type if devices else "cuda"
+        ):
+            if first is not None:
+                torch.manual_seed(torch.randint(2**62, (), generator=first, device=first.device).item())
+            return self.vision_language_encoder.generate(
+                **inputs,
+                generation_mode="image",
+                guidance_scale=prior_guidance_scale,
+                **(prior_generation_kwargs or {}),
+            )
+
+    @torch.no_grad()
+    def encode_visual_tokens(self, visual_token_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Visual token ids `(batch_size, num_image_tokens)` to `prompt_embeds` and `pooled_prompt_embeds` (Eq. 6 and 9).
+
+        Raises:
+            `ValueError`: on ids outside the visual vocabulary.
+        """
+        config = self.vision_language_encoder.config
+        low, high = config.visual_token_offset, config.visual_token_offset + config.codebook_config.codebook_size - 1
+        if visual_token_ids.min() < low or visual_token_ids.max() > high:
+            raise ValueError(
+                f"`visual_token_ids` runs from {visual_token_ids.min().item()} to {visual_token_ids.max().item()}; "
+                f"visual token ids are {low} to {high}."
+            )
+        codes = visual_token_ids.to(self._execution_device) - low
+        embeds = self.vision_language_encoder.model.visual_embeddings(
+            codes
+        )  # (batch_size, num_image_tokens, visual_dim)
+        condition = self.condition_mapper(embeds)
+        dtype = self.transformer.dtype
+        return condition.prompt_embeds.to(dtype), condition.pooled_prompt_embeds.to(dtype)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Image.Image | list[Image.Image] | None = None,
+        visual_token_ids: torch.LongTensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prior_guidance_scale: float | None = None,
+        prior_generation_kwargs: dict | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **kwargs,
+    ) -> UniCode2PipelineOutput | tuple:
+        r"""
+        Args:
+            prompt (`str` or `list[str]`, *optional*): what to draw.
+            image (`PIL.Image.Image` or a list, *optional*): images to redraw from their own codes.
+            visual_token_ids (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*): tokens to paint.
+                Exactly one of these three.
+            height, width (`int`, *optional*, default to `image_size`): pixels.
+            num_inference_steps (`int`, defaults to 50) and guidance_scale (`float`, defaults to 3.5): of FLUX, as in the paper.
+            num_images_per_prompt (`int`, defaults to 1): each with tokens of its own for a prompt.
+            generator (`torch.Generator` or a list of them, *optional*): makes a call repeatable.
+            prior_guidance_scale (`float`, *optional*): classifier-free guidance of the language model.
+            prior_generation_kwargs (`dict`, *optional*): passed on to its `generate`.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            **kwargs: everything else that [`FluxPipeline`] takes.
+        """
+        given = [
+            name
+            for name, value in (("prompt", prompt), ("image", image), ("visual_token_ids", visual_token_ids))
+            if value is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(
+                f"Give exactly one of `prompt`, `image` and `visual_token_ids`; got {' and '.join(given) or 'none'}."
+            )
+        # 1. Tokens
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+            visual_token_ids = self.generate_visual_tokens(
+                prompts, generator, prior_guidance_scale, prior_generation_kwargs
+            )
+        else:
+            if image is not None:
+                pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+                visual_token_ids = self.vision_language_encoder.get_image_tokens(
+                    pixel_values.to(self._execution_device)
+                )
+            visual_token_ids = visual_token_ids.repeat_interleave(num_images_per_prompt, dim=0)
+        # 2. Conditioning
+        prompt_embeds, pooled_prompt_embeds = self.encode_visual_tokens(visual_token_ids)
+        # 3. Painting
+        images = (
+            super()
+            .__call__(
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                height=height or self.config.image_size,
+                width=width or self.config.image_size,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                output_type=output_type,
+                return_dict=True,
+                **kwargs,
+            )
+            .images
+        )
+        return UniCode2PipelineOutput(images=images, visual_token_ids=visual_token_ids) if return_dict else (images,)

@@ -1,0 +1,94 @@
+"""Writes scenes and emoji with their texts to parquet, the form in which the training stages read them.
+
+    unicode2 scenes --output data --num-scenes 60000 --num-emoji 40000 --emoji-dir emoji
+
+Columns: `image` (PNG), `kind` ("scene" or "emoji"), `caption`, `dense_caption`, `questions` and `answers` (lists of strings).
+Row i of a split depends on the seed and on i alone, so a data set can be made in pieces and made again.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from . import emoji, scenes
+
+ROWS_PER_SHARD = 10_000
+
+
+def render_row(index: int, kind: str, split: str, seed: int, emoji_dir: str | None, image_size: int) -> dict:
+    """One row: the image and every text about it."""
+    rng = np.random.default_rng([seed, ("train", "test").index(split), ("scene", "emoji").index(kind), index])
+    if kind == "scene":
+        module, scene = scenes, scenes.sample_scene(rng, split)
+        image = scenes.draw_scene(scene, image_size)
+    else:
+        module, scene = emoji, emoji.sample_emoji_scene(rng, split)
+        image = emoji.draw_emoji_scene(scene, emoji_dir, image_size)
+    asked = module.questions(scene, rng)
+    return {
+        "image": image,
+        "kind": kind,
+        "caption": module.caption(scene, rng),
+        "dense_caption": module.dense_caption(scene, rng),
+        "questions": [question.text for question in asked],
+        "answers": [question.answer for question in asked],
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unicode2 scenes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--output", required=True, help="folder for the parquet files")
+    parser.add_argument("--num-scenes", type=int, default=60_000)
+    parser.add_argument("--num-emoji", type=int, default=0)
+    parser.add_argument(
+        "--emoji-dir", help="folder with captions.tsv and the images that it lists; needed with --num-emoji"
+    )
+    parser.add_argument("--split", choices=("train", "test"), default="train")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    from datasets import Dataset, Features, Image, List, Value
+    from tqdm import tqdm
+
+    if args.num_emoji and not args.emoji_dir:
+        raise ValueError(f"--num-emoji is {args.num_emoji}, so --emoji-dir must name the folder with the emoji.")
+    text = Value("string")
+    features = Features(
+        {
+            "image": Image(),
+            "kind": text,
+            "caption": text,
+            "dense_caption": text,
+            "questions": List(text),
+            "answers": List(text),
+        }
+    )
+    order = ["scene"] * args.num_scenes + ["emoji"] * args.num_emoji
+    order = [order[i] for i in np.random.default_rng(args.seed).permutation(len(order))]
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    progress = tqdm(total=len(order), unit="image", desc=f"rendering {args.split}")
+    for start in range(0, len(order), ROWS_PER_SHARD):
+        path = output / f"{args.split}-{start // ROWS_PER_SHARD:05d}.parquet"
+        kinds = order[start : start + ROWS_PER_SHARD]
+        if not path.is_file():
+            rows = []
+            for offset, kind in enumerate(kinds):
+                rows.append(render_row(start + offset, kind, args.split, args.seed, args.emoji_dir, args.image_size))
+                progress.update()
+            temporary = path.with_suffix(".tmp")
+            Dataset.from_list(rows, features=features).to_parquet(str(temporary))
+            temporary.rename(path)
+        else:
+            progress.update(len(kinds))
+    progress.close()
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())

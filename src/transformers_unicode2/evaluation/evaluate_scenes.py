@@ -1,0 +1,227 @@
+"""Question answering, drawing and redrawing on drawn scenes, decided exactly from answers and pixels.
+
+    unicode2 evaluate scenes --model hub_configs/unicode2-tiny --num-scenes 300 --seed 0 --json scores.json
+
+All figures are shares in percent over scenes that no training stage has seen: `new scenes` are put together from known
+(color, shape) pairs, `unseen pairs` from pairs that never occur in training. Drawing from the codes of another prompt
+(`shuffled codes`) shows what chance gives. With --emoji-dir, emoji are named, too, and with --clip their drawings are
+compared in the space of a CLIP image tower that the model never met.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import emoji
+from .scenes import (
+    CATEGORIES,
+    SEEN_PAIRS,
+    UNSEEN_PAIRS,
+    article,
+    check_drawing,
+    draw_scene,
+    questions,
+    same_scene,
+    sample_prompt,
+    sample_scene,
+)
+
+PARTS = {"new scenes": SEEN_PAIRS, "unseen pairs": tuple(sorted(UNSEEN_PAIRS))}
+COLOR_CATEGORIES = ("counting", "colors", "color attribution")  # the categories whose prompts name a pair
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unicode2 evaluate scenes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint: folder or Hub name")
+    parser.add_argument(
+        "--num-scenes", type=int, default=300, help="scenes, and prompts, per figure (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to a file")
+    parser.add_argument("--steps", type=int, default=20, help="diffusion steps (default: %(default)s)")
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free guidance of the language model (default: the model's)"
+    )
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--emoji-dir", help="folder with captions.tsv and the images that it lists")
+    parser.add_argument("--clip", help="folder of a CLIPVisionModelWithProjection that judges drawn emoji")
+    parser.add_argument("--sheet", metavar="FILE", help="write a sheet of drawings to look at")
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict:
+    from transformers_unicode2 import UniCode2FluxPipeline
+
+    if args.num_scenes < 1:
+        raise ValueError(f"--num-scenes is {args.num_scenes}; it must be at least 1.")
+    pipe = UniCode2FluxPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    report = {"model": args.model, "seed": args.seed, "num_scenes": args.num_scenes}
+    report |= {"understanding": {}, "drawing": {}, "redrawing": {}}
+    for number, (part, pairs) in enumerate(PARTS.items()):
+        rng = np.random.default_rng([args.seed, number])
+        scenes = [sample_scene(rng, "test", pairs) for _ in range(args.num_scenes)]
+        images = [draw_scene(scene, 64) for scene in scenes]
+        asked = [questions(scene, rng, pairs)[0] for scene in scenes]
+        answers = answer(pipe, images, [question.text for question in asked], args.batch_size)
+        right = [given == question.answer for given, question in zip(answers, asked)]
+        report["understanding"][part] = shares([question.kind for question in asked], right)
+        categories = CATEGORIES if part == "new scenes" else COLOR_CATEGORIES
+        prompts = [sample_prompt(categories[i % len(categories)], rng, pairs) for i in range(args.num_scenes)]
+        drawn, tokens = draw(pipe, [prompt.text for prompt in prompts], args)
+        kinds = [prompt.category for prompt in prompts]
+        report["drawing"][part] = shares(kinds, [check_drawing(*pair) for pair in zip(prompts, drawn)])
+        if part == "new scenes":
+            if args.sheet:
+                write_sheet(args.sheet, drawn, images, paint(pipe, encode(pipe, images[:48]), args))
+            shuffled = paint(pipe, shuffle(tokens, rng), args)
+            report["drawing"]["shuffled codes"] = shares(
+                kinds, [check_drawing(*pair) for pair in zip(prompts, shuffled)]
+            )
+            codes = encode(pipe, images)
+            size = pipe.vision_language_encoder.config.codebook_config.codebook_size
+            report["utilization"] = {"share": 100 * len(codes.unique()) / size, "num_images": len(images)}
+        redrawn = paint(pipe, encode(pipe, images), args)
+        kept = [same_scene(*pair) for pair in zip(scenes, redrawn)]
+        report["redrawing"][part] = shares(["scene"] * len(kept), kept)
+    if args.emoji_dir:
+        report["emoji"] = evaluate_emoji(pipe, args)
+    print_report(report)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def batches(items: list, size: int, description: str) -> Iterator[list]:
+    from tqdm import tqdm
+
+    yield from tqdm([items[i : i + size] for i in range(0, len(items), size)], unit="batch", desc=description)
+
+
+@torch.no_grad()
+def answer(pipe, images: list[Image.Image], texts: list[str], batch_size: int) -> list[str]:
+    """The model's greedy answers to one question an image."""
+    processor, model, answers = pipe.processor, pipe.vision_language_encoder, []
+    for batch in batches(list(zip(images, texts)), batch_size, "answering"):
+        chats = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for _, text in batch
+        ]
+        prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
+        inputs = processor(images=[image for image, _ in batch], text=prompts, padding=True, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]
+
+
+def encode(pipe, images: list[Image.Image]) -> torch.LongTensor:
+    """Visual token ids of images, `(num_images, num_image_tokens)`."""
+    return pipe.vision_language_encoder.get_image_tokens(
+        pipe.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    )
+
+
+def draw(pipe, prompts: list[str], args: argparse.Namespace) -> tuple[list[Image.Image], torch.LongTensor]:
+    """Drawings of prompts, and the visual token ids that they were painted from."""
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = [
+        pipe.generate_visual_tokens(batch, generator, args.guidance)
+        for batch in batches(prompts, args.batch_size, "writing tokens")
+    ]
+    tokens = torch.cat(tokens)
+    return paint(pipe, tokens, args), tokens
+
+
+def paint(pipe, tokens: torch.LongTensor, args: argparse.Namespace) -> list[Image.Image]:
+    """Visual token ids to images."""
+    generator, images = torch.Generator().manual_seed(args.seed), []
+    for batch in batches(list(tokens), args.batch_size, "painting"):
+        images += pipe(visual_token_ids=torch.stack(batch), generator=generator, num_inference_steps=args.steps).images
+    return images
+
+
+def shuffle(tokens: torch.LongTensor, rng: np.random.Generator) -> torch.LongTensor:
+    """The same ids, dealt out anew over all images and places."""
+    return tokens.flatten()[torch.from_numpy(rng.permutation(tokens.numel()))].reshape(tokens.shape)
+
+
+def shares(kinds: list[str], right: list[bool]) -> dict[str, float]:
+    """Percentage of `True`, over all and per kind."""
+    groups = defaultdict(list)
+    for kind, flag in zip(kinds, right):
+        groups[kind].append(flag)
+    return {"all": 100 * float(np.mean(right))} | {
+        kind: 100 * float(np.mean(flags)) for kind, flags in sorted(groups.items())
+    }
+
+
+def evaluate_emoji(pipe, args: argparse.Namespace) -> dict:
+    """Names held-out renderings; draws each name once and, with a CLIP, looks which emoji the drawing is nearest to."""
+    rng = np.random.default_rng([args.seed, 2])
+    names = [emoji.NAMES[i % len(emoji.NAMES)] for i in range(max(args.num_scenes, len(emoji.NAMES)))]
+    images = [emoji.draw_emoji_scene(emoji.sample_emoji_scene(rng, "test", name), args.emoji_dir, 64) for name in names]
+    answers = answer(pipe, images, ["what is this?"] * len(images), args.batch_size)
+    named = shares(["name"] * len(names), [given == article(name) for given, name in zip(answers, names)])
+    result = {"named": named["all"], "num_renderings": len(names)}
+    if args.clip:
+        drawn = draw(pipe, [f"{article(f'big {name}')} on a white ground" for name in emoji.NAMES], args)[0]
+        references = [
+            emoji.draw_emoji_scene(emoji.EmojiScene(name, "big", 0.5, 0.5, 0.9, 0.0, "white"), args.emoji_dir, 64)
+            for name in emoji.NAMES
+        ]
+        similarity = (
+            clip_embeddings(args.clip, drawn) @ clip_embeddings(args.clip, references).T
+        )  # (num_names, num_names)
+        nearest = similarity.argmax(-1)
+        result |= {
+            "drawn": 100 * (nearest == torch.arange(len(nearest))).float().mean().item(),
+            "num_drawings": len(drawn),
+        }
+        if args.sheet:
+            write_sheet(str(Path(args.sheet).with_suffix(".emoji.png")), drawn, references, [])
+    return result
+
+
+@torch.no_grad()
+def clip_embeddings(folder: str, images: list[Image.Image]) -> torch.Tensor:
+    """Unit-length CLIP embeddings, `(num_images, projection_dim)`."""
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    pixels = CLIPImageProcessor()(images, return_tensors="pt")["pixel_values"]
+    embeds = CLIPVisionModelWithProjection.from_pretrained(folder)(pixels).image_embeds
+    return torch.nn.functional.normalize(embeds.float(), dim=-1)
+
+
+def write_sheet(path: str, *rows: list[Image.Image]) -> None:
+    """Writes images side by side, a band of at most 48 for each list."""
+    sheet = Image.new("RGB", (24 * 66, sum(2 * 66 + 6 for row in rows if row)), "white")
+    for band, row in enumerate(row for row in rows if row):
+        for i, image in enumerate(row[:48]):
+            sheet.paste(image, (i % 24 * 66, band * 138 + i // 24 * 66))
+    sheet.save(path)
+
+
+def print_report(report: dict) -> None:
+    print(f"\n{report['model']}: {report['num_scenes']} scenes per figure, seed {report['seed']}")
+    for task in ("understanding", "drawing", "redrawing"):
+        for part, figures in report[task].items():
+            details = ", ".join(
+                f"{kind} {value:.1f}" for kind, value in figures.items() if kind not in ("all", "scene")
+            )
+            print(f"{task:>14} | {part:<14} | {figures['all']:5.1f} % | {details}")
+    print(
+        f"{'utilization':>14} | {report['utilization']['num_images']} images    | {report['utilization']['share']:5.1f} %"
+    )
+    for name, value in report.get("emoji", {}).items():
+        print(f"{'emoji':>14} | {name:<14} | {value:.1f}")
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())

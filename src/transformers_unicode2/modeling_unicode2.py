@@ -1,0 +1,400 @@
+"""The trainable half of UniCode²: C2, projector, language model and visual head (sections 3.2 to 3.4)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_unicode2 import UniCode2Config
+from .generation_unicode2 import UniCode2GenerationMixin
+from .quantization_unicode2 import UniCode2Quantizer, init_codebook
+
+
+@dataclass
+class UniCode2ModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
+            Embeddings of the images given as pixels.
+        image_tokens (`torch.LongTensor` of shape `(num_images, num_image_tokens)`, *optional*):
+            Their visual token ids.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+    image_tokens: torch.LongTensor | None = None
+
+
+@dataclass
+class UniCode2CausalLMOutputWithPast(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
+            Mean negative log-likelihood over all target tokens, text and visual.
+        text_loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
+            The same over the text targets, Eq. 7; 0 without any.
+        visual_loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
+            The same over the visual targets, Eq. 8; 0 without any.
+        logits (`torch.FloatTensor`, *optional*, returned without `labels`):
+            Scores over the unified vocabulary, `(batch_size, num_tokens, visual_token_offset + codebook_size)`; with
+            `output_modality="text"` only its text part, `(batch_size, num_tokens, visual_token_offset)`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    text_loss: torch.FloatTensor | None = None
+    visual_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class UniCode2ImageFeatures(BaseModelOutputWithPooling):
+    """Encoder output whose `pooler_output` is a tuple of one `(num_image_tokens, hidden_size)` embedding an image."""
+
+
+class UniCode2Projector(nn.Module):
+    """MLP from codes to the width of the language model (section 3.3)."""
+
+    def __init__(self, config: UniCode2Config):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.codebook_config.codebook_dim, config.text_config.hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, visual_embeds: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(visual_embeds)))
+
+
+class UniCode2VisualHead(nn.Module):
+    """Scores of the next code: hidden state, linear to the width of a code, inner product with C2 (Eq. 8)."""
+
+    def __init__(self, config: UniCode2Config):
+        super().__init__()
+        self.linear = nn.Linear(config.text_config.hidden_size, config.codebook_config.codebook_dim)
+
+    def forward(self, hidden_states: torch.Tensor, visual_embeddings: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden_states) @ visual_embeddings.T  # (..., codebook_size)
+
+
+class UniCode2PreTrainedModel(PreTrainedModel):
+    config: UniCode2Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["UniCode2Codebook"]
+    _keep_in_fp32_modules_strict = ["quantizer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        init_codebook(module)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Loads a checkpoint and freezes its quantizer. Raises `ValueError` when the checkpoint holds no codebook."""
+        want_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if ".codebook." in key)
+        if missing:
+            raise ValueError(
+                f"The checkpoint has no codebook: {', '.join(missing)} not found. Build one with `unicode2 codebook build`."
+            )
+        model.get_quantizer().freeze()
+        return (model, info) if want_info else model
+
+
+class UniCode2Model(UniCode2PreTrainedModel):
+    r"""
+    Images and text to hidden states. Image pixels become codes through the frozen quantizer (SigLIP and C1, Eq. 5); codes,
+    whether from pixels or given as visual token ids, are embedded by C2 (Eq. 6) and the projector.
+    """
+
+    def __init__(self, config: UniCode2Config):
+        super().__init__(config)
+        self.quantizer = UniCode2Quantizer(config.get_quantizer_config())
+        self.visual_embeddings = nn.Embedding(config.codebook_config.codebook_size, config.codebook_config.codebook_dim)
+        self.projector = UniCode2Projector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+        self.quantizer.freeze()
+
+    def get_quantizer(self) -> UniCode2Quantizer:
+        return self.quantizer
+
+    def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """Images `(num_images, 3, height, width)` to visual token ids `(num_images, num_image_tokens)`."""
+        return self.quantizer.encode_images(pixel_values) + self.config.visual_token_offset
+
+    def embed_image_tokens(self, visual_token_ids: torch.LongTensor) -> torch.Tensor:
+        """Visual token ids `(...)` to embeddings `(..., hidden_size)`: C2 (Eq. 6) and the projector."""
+        return self.projector(self.visual_embeddings(visual_token_ids - self.config.visual_token_offset))
+
+    def embed_input_ids(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """Ids of the unified vocabulary `(batch_size, num_tokens)` to embeddings `(batch_size, num_tokens, hidden_size)`."""
+        offset = self.config.visual_token_offset
+        is_visual = input_ids >= offset
+        text = self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0))
+        visual = self.embed_image_tokens(input_ids.masked_fill(~is_visual, offset))
+        return torch.where(is_visual[..., None], visual.to(text.dtype), text)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> UniCode2ImageFeatures:
+        """Images `(num_images, 3, height, width)` to their embeddings, one `(num_image_tokens, hidden_size)` each.
+
+        `last_hidden_state` holds the visual token ids, `(num_images, num_image_tokens)`.
+        """
+        tokens = self.get_image_tokens(pixel_values)
+        return UniCode2ImageFeatures(last_hidden_state=tokens, pooler_output=tuple(self.embed_image_tokens(tokens)))
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, num_features: int
+    ) -> torch.BoolTensor:
+        """Where image placeholders are, `(batch_size, num_tokens)`. Raises `ValueError` unless there are `num_features` of them."""
+        if input_ids is None:
+            image_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(image_id)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        if mask.sum() != num_features:
+            raise ValueError(
+                f"The prompt holds {mask.sum().item()} image placeholders and the images need {num_features}: "
+                f"{num_features // self.config.num_image_tokens} images of {self.config.num_image_tokens} tokens."
+            )
+        return mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UniCode2ModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Ids of the unified vocabulary; `num_image_tokens` times `image_token_id` for each image in `pixel_values`.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
+                Images, in the order of their placeholders.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": get_image_features(...)}` in place of `pixel_values`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("Give at most one of `pixel_values` and `mm_encoder_outputs`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)  # (batch_size, num_tokens, hidden_size)
+        images = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            images = self.get_image_features(pixel_values)
+        if images is not None:
+            features = torch.cat(tuple(images.pooler_output)).to(
+                inputs_embeds
+            )  # (num_images * num_image_tokens, hidden_size)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, len(features))
+            inputs_embeds = inputs_embeds.masked_scatter(mask[..., None], features)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return UniCode2ModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=None if images is None else features.unflatten(0, (-1, self.config.num_image_tokens)),
+            image_tokens=None if images is None else images.last_hidden_state,
+        )
+
+
+class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2GenerationMixin):
+    r"""
+    The model that reads and writes images and text: [`UniCode2Model`] with a head for text ids and one for visual ids.
+
+    `generate(generation_mode="text")` never computes visual scores and `generate(generation_mode="image")` never text scores.
+    """
+
+    output_modalities = ("image", "text")
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: UniCode2Config):
+        super().__init__(config)
+        self.model = UniCode2Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.visual_head = UniCode2VisualHead(config)
+        self.decoder = None
+        self.post_init()
+        self.get_quantizer().freeze()
+
+    def get_quantizer(self) -> UniCode2Quantizer:
+        return self.model.quantizer
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> UniCode2ImageFeatures:
+        """See [`UniCode2Model.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """Images `(num_images, 3, height, width)` to visual token ids `(num_images, num_image_tokens)`."""
+        return self.model.get_image_tokens(pixel_values)
+
+    def compute_logits(self, hidden_states: torch.Tensor, output_modality: str | None = None) -> torch.Tensor:
+        """Hidden states `(..., hidden_size)` to scores over the unified vocabulary, or its part for `output_modality`.
+
+        `"text"` gives the text ids alone, `(..., visual_token_offset)`; `"image"` gives all ids with the text ids at minus
+        infinity; `None` computes both heads.
+        """
+        if output_modality == "text":
+            return self.lm_head(hidden_states)
+        visual = self.visual_head(hidden_states, self.model.visual_embeddings.weight)  # (..., codebook_size)
+        if output_modality == "image":
+            return nn.functional.pad(visual, (self.config.visual_token_offset, 0), value=-torch.inf)
+        return torch.cat([self.lm_head(hidden_states), visual], dim=-1)
+
+    def compute_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, text part (Eq. 7) and visual part (Eq. 8); each text target over the text ids, each visual one over the codes.
+
+        `hidden_states` is `(batch_size, num_tokens, hidden_size)`, `labels` are ids of the unified vocabulary
+        `(batch_size, num_tokens)` with -100 where there is no target. The loss is the sum divided by `num_items_in_batch`
+        (the number of targets if that is not given). Both heads always run, so that no rank waits for another.
+        """
+        offset = self.config.visual_token_offset
+        hidden, target = hidden_states[:, :-1], labels[:, 1:]  # position t predicts token t + 1
+        is_text, is_visual = (target >= 0) & (target < offset), target >= offset
+        text_logits = self.lm_head(hidden[is_text]).float()  # (num_text_targets, visual_token_offset)
+        text = nn.functional.cross_entropy(text_logits, target[is_text], reduction="sum")
+        visual_logits = self.compute_logits(hidden[is_visual], "image")[
+            ..., offset:
+        ].float()  # (num_visual_targets, codebook_size)
+        visual = nn.functional.cross_entropy(visual_logits, target[is_visual] - offset, reduction="sum")
+        num_text, num_visual = is_text.sum(), is_visual.sum()
+        total = (num_text + num_visual).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return (text + visual) / total, text / num_text.clamp(min=1), visual / num_visual.clamp(min=1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        output_modality: str | None = None,
+        visual_guidance_scale: float | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UniCode2CausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
+                Targets in the unified vocabulary, -100 for none. `image_token_id` stands for the visual token id of the
+                patch whose place it holds. With labels no logits are returned.
+            output_modality (`str`, *optional*):
+                `"text"` or `"image"` to compute the scores of one head only.
+            visual_guidance_scale (`float`, *optional*):
+                Classifier-free guidance: the second half of the batch is the first one without its prompt, and the scores of
+                the first half, moved away from the second's by this factor, are returned for it.
+        """
+        self.check_ids(input_ids)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        losses, logits = (None, None, None), None
+        if labels is not None:
+            if outputs.image_tokens is not None and input_ids is not None:
+                image_id = self.config.image_token_id
+                seen = input_ids.masked_scatter(input_ids == image_id, outputs.image_tokens)
+                labels = torch.where(labels == image_id, seen, labels)
+            losses = self.compute_loss(outputs.last_hidden_state, labels, num_items_in_batch)
+        else:
+            logits = self.compute_logits(
+                slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep), output_modality
+            )
+            if visual_guidance_scale is not None:
+                conditional, unconditional = logits.chunk(2)  # each (batch_size, num_tokens, vocabulary)
+                guided = torch.lerp(unconditional.float(), conditional.float(), visual_guidance_scale)
+                logits = torch.where(conditional.isinf(), conditional, guided)
+        return UniCode2CausalLMOutputWithPast(
+            loss=losses[0],
+            text_loss=losses[1],
+            visual_loss=losses[2],
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def check_ids(self, input_ids: torch.LongTensor | None) -> None:
+        """Raises `ValueError` on ids outside the unified vocabulary (on a CPU; a GPU is not made to wait for this)."""
+        size = self.config.visual_token_offset + self.config.codebook_config.codebook_size
+        if (
+            input_ids is not None
+            and input_ids.device.type == "cpu"
+            and input_ids.numel()
+            and not torch.compiler.is_compiling()
+        ):
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"`input_ids` runs from {low.item()} to {high.item()}; the vocabulary has ids 0 to {size - 1}."
+                )
+
+    @torch.no_grad()
+    def decode_image_tokens(self, visual_token_ids: torch.LongTensor) -> torch.Tensor:
+        """Visual token ids `(batch_size, num_image_tokens)` to images `(batch_size, 3, height, width)` in [0, 1].
+
+        Painted by the diffusion pipeline in `self.decoder` if there is one, else a mosaic of the codes' thumbnails.
+        """
+        if self.decoder is not None:
+            return self.decoder(visual_token_ids=visual_token_ids, output_type="pt").images
+        side = int(self.config.num_image_tokens**0.5)
+        codes = (visual_token_ids - self.config.visual_token_offset).unflatten(-1, (side, side))
+        return self.get_quantizer().codebook.preview(codes).float() / 255
+
+
+__all__ = ["UniCode2ForConditionalGeneration", "UniCode2Model", "UniCode2PreTrainedModel"]

@@ -1,0 +1,142 @@
+"""Training of the condition mapper against a frozen FLUX (section 3.4).
+
+    accelerate launch -m transformers_unicode2.training.mapper --config training_recipes/unicode2-tiny/mapper-flux.yaml
+
+Two losses, weighted by the recipe. The contrastive loss is the paper's (Eq. 10): the pooled conditioning of an image against
+the frozen text encoder's pooled embedding of its caption, with the other captions of the batch as negatives. It leaves the
+scale and the single tokens free, so flow matching through the frozen decoder, which the paper does not use, is there to teach
+the tokens what the decoder understands. Neither the decoder nor C2 learns.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class MapperArguments:
+    data: str = field(metadata={"help": "folder of train-*.parquet with images and captions"})
+    tokens: str = field(metadata={"help": "folder of the same rows, pre-tokenized"})
+    model: str = field(metadata={"help": "UniCode² checkpoint whose C2 embeds the tokens"})
+    decoder: str = field(metadata={"help": "frozen FLUX pipeline with its text encoders"})
+    mapper: dict = field(default_factory=dict, metadata={"help": "fields of UniCode2ConditionMapper"})
+    contrastive_weight: float = 1.0
+    flow_matching_weight: float = 1.0
+    temperature: float = field(default=0.07, metadata={"help": "tau of Eq. 10"})
+
+
+@torch.no_grad()
+def encode_latents(vae, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Pixels `(batch_size, 3, height, width)` in [-1, 1] to normalised VAE latents `(batch_size, channels, h, w)`."""
+    latents = vae.encode(pixel_values.to(vae.dtype)).latent_dist.mode()
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def flow_matching_loss(
+    transformer, latents: torch.Tensor, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
+) -> torch.Tensor:
+    """The flow-matching loss of a FLUX transformer, a scalar.
+
+    `x_t = (1 - t) x_0 + t noise` with `t` uniform in (0, 1); the target is `noise - x_0`. `latents` is
+    `(batch_size, channels, h, w)`, `prompt_embeds` `(batch_size, num_tokens, joint_attention_dim)`, `pooled_prompt_embeds`
+    `(batch_size, pooled_projection_dim)`.
+    """
+    from diffusers import FluxPipeline
+
+    batch_size, channels, height, width = latents.shape
+    packed = FluxPipeline._pack_latents(latents, batch_size, channels, height, width)  # (batch_size, h*w/4, 4*channels)
+    like = {"device": latents.device, "dtype": latents.dtype}
+    image_ids = FluxPipeline._prepare_latent_image_ids(batch_size, height // 2, width // 2, **like)
+    times = torch.rand(batch_size, device=latents.device)
+    noise = torch.randn_like(packed)
+    mix = times[:, None, None]
+    prediction = transformer(
+        hidden_states=(1 - mix) * packed + mix * noise,
+        encoder_hidden_states=prompt_embeds,
+        pooled_projections=pooled_prompt_embeds,
+        timestep=times,
+        img_ids=image_ids,
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, **like),
+    ).sample
+    return torch.nn.functional.mse_loss(prediction.float(), (noise - packed).float())
+
+
+def contrastive_loss(mapped: torch.Tensor, text: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Eq. 10: cosine similarity over `temperature`, in-batch negatives; both `(batch_size, dim)`. Equal texts are no negatives."""
+    mapped, text = (
+        torch.nn.functional.normalize(mapped.float(), dim=-1),
+        torch.nn.functional.normalize(text.float(), dim=-1),
+    )
+    twins = (text @ text.T > 1 - 1e-5).fill_diagonal_(False)
+    logits = (mapped @ text.T / temperature).masked_fill(twins, -torch.inf)
+    return torch.nn.functional.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+class MapperWithLosses(torch.nn.Module):
+    """The mapper, the only part that learns, and what its losses need, frozen and out of its state dict."""
+
+    def __init__(self, mapper, decoder, visual_embeddings: torch.Tensor, args: MapperArguments):
+        super().__init__()
+        self.mapper, self.args = mapper, args
+        self.frozen = [decoder, visual_embeddings.detach()]  # in a list, so that nothing of it is registered
+
+    def forward(self, codes, latents, input_ids):
+        decoder, visual_embeddings = self.frozen
+        condition = self.mapper(visual_embeddings[codes])
+        with torch.no_grad():
+            text = decoder.text_encoder(input_ids).pooler_output  # (batch_size, pooled_dim)
+        contrastive = contrastive_loss(condition.pooled_prompt_embeds, text, self.args.temperature)
+        flow = flow_matching_loss(decoder.transformer, latents, condition.prompt_embeds, condition.pooled_prompt_embeds)
+        loss = self.args.contrastive_weight * contrastive + self.args.flow_matching_weight * flow
+        return {"loss": loss, "contrastive": contrastive.detach(), "flow": flow.detach()}
+
+
+def main(args: MapperArguments, training_args) -> None:
+    from diffusers import FluxPipeline
+    from transformers import Trainer, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ForConditionalGeneration
+    from transformers_unicode2.training.data import load_images_with_codes, pixel_collator
+
+    set_seed(training_args.seed)
+    decoder = FluxPipeline.from_pretrained(args.decoder)
+    for module in (decoder.transformer, decoder.vae, decoder.text_encoder):
+        module.requires_grad_(False).eval()
+    visual_embeddings = UniCode2ForConditionalGeneration.from_pretrained(args.model).model.visual_embeddings.weight
+    rows = load_images_with_codes(args.data, args.tokens)
+    with torch.no_grad():  # calibrate the starting scale to the text encoders' (see UniCode2ConditionMapper)
+        sample = decoder.encode_prompt(rows["caption"][:64], None, max_sequence_length=decoder.tokenizer_max_length)
+    scales = {
+        "output_scale": sample[0].square().mean().sqrt().item(),
+        "pooled_scale": sample[1].square().mean().sqrt().item(),
+    }
+    mapper = UniCode2ConditionMapper(**{**scales, **args.mapper})
+
+    def collate(batch):
+        captions = [row["caption"] for row in batch]
+        tokens = decoder.tokenizer(
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=decoder.tokenizer_max_length,
+            return_tensors="pt",
+        )
+        latents = encode_latents(decoder.vae, pixel_collator(batch)["pixel_values"])
+        return {
+            "codes": torch.tensor([row["codes"] for row in batch]),
+            "latents": latents,
+            "input_ids": tokens["input_ids"],
+        }
+
+    model = MapperWithLosses(mapper, decoder, visual_embeddings, args)
+    trainer = Trainer(model, training_args, train_dataset=rows, data_collator=collate)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    mapper.save_pretrained(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    from transformers import TrainingArguments
+    from trl import TrlParser
+
+    main(*TrlParser((MapperArguments, TrainingArguments)).parse_args_and_config())

@@ -1,0 +1,80 @@
+"""Stages 1, 1.5 and 2: understanding (Eq. 7) and generation (Eq. 8) over the unified vocabulary, with TRL.
+
+    accelerate launch -m transformers_unicode2.training.sft --config training_recipes/unicode2-tiny/stage1.yaml
+    accelerate launch -m transformers_unicode2.training.sft --config training_recipes/unicode2-tiny/stage1.yaml --max_steps 10
+
+The data are pre-tokenized (`unicode2 tokenize`), so neither the encoder nor C1 works during training. The quantizer stays
+frozen; what else is trained is up to `train_modules`. A run that was killed goes on from its last checkpoint.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+
+@dataclass
+class StageArguments:
+    model: str = field(metadata={"help": "checkpoint to start from"})
+    data: str = field(metadata={"help": "folder of pre-tokenized train-*.parquet"})
+    tasks: dict = field(default_factory=dict, metadata={"help": "task: share of the rows that take part in it"})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights; `bf16: true` adds mixed precision"})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the language model"})
+    train_modules: list[str] = field(
+        default_factory=lambda: ["visual_embeddings", "projector", "language_model", "lm_head", "visual_head"],
+        metadata={"help": "modules that learn; the rest is frozen"},
+    )
+
+
+class UniCode2SFTTrainer(SFTTrainer):
+    """`SFTTrainer` whose loss is the model's own, over both heads; TRL's fused one knows a single head.
+
+    Logs `text_loss` (Eq. 7) and `visual_loss` (Eq. 8) beside the loss.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        for name in ("text_loss", "visual_loss"):
+            self._metrics[mode][name].append(
+                self.accelerator.gather_for_metrics(getattr(outputs, name).detach()).mean().item()
+            )
+        return (loss, outputs) if return_outputs else loss
+
+
+def freeze_all_but(model, modules: list[str]) -> None:
+    """Lets the parameters learn whose path holds one of `modules`. Raises `ValueError` for a name that matches none."""
+    names = [name for name, _ in model.named_parameters()]
+    for module in modules:
+        if not any(module in name.split(".") for name in names) and module != "lm_head":  # a tied head has no parameter
+            raise ValueError(f"No parameter of the model lies in `{module}`; check `train_modules`.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not set(modules).isdisjoint(name.split(".")) and ".quantizer." not in name)
+
+
+def main(args: StageArguments, training_args: SFTConfig) -> None:
+    from datasets import load_dataset
+    from transformers import AutoProcessor, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from transformers_unicode2 import UniCode2ForConditionalGeneration
+    from transformers_unicode2.training.data import build_examples
+
+    set_seed(training_args.seed)
+    model = UniCode2ForConditionalGeneration.from_pretrained(
+        args.model, dtype=args.dtype, attn_implementation=args.attn_implementation
+    )
+    processor = AutoProcessor.from_pretrained(args.model)
+    freeze_all_but(model, args.train_modules)
+    rows = load_dataset("parquet", data_files=f"{args.data}/train-*.parquet", split="train")
+    examples = build_examples(rows, args.tasks, processor, model.config.visual_token_offset)
+    trainer = UniCode2SFTTrainer(model, training_args, train_dataset=examples, processing_class=processor.tokenizer)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer.save_model()
+    processor.save_pretrained(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    main(*TrlParser((StageArguments, SFTConfig)).parse_args_and_config())

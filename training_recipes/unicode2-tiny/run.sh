@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Trains unicode2-tiny from nothing: run it from the root of the repository. Stages that are done are skipped, one that was
+# killed goes on from its last checkpoint. Emoji: training_recipes/README.md.
+set -euo pipefail
+recipes=training_recipes/unicode2-tiny
+out=outputs/unicode2-tiny
+emoji=${1:-$out/emoji}
+launch() { accelerate launch --config_file training_recipes/accelerate/cpu.yaml "$@" --use_cpu true; }
+once() { # NAME COMMAND...: runs a stage unless it has finished
+  local mark=$out/.done-$1
+  shift
+  [ -f "$mark" ] || { "$@" && touch "$mark"; }
+}
+mkdir -p "$out"
+once data unicode2 scenes --output $out/data --num-scenes 50000 --num-emoji 40000 --emoji-dir "$emoji"
+once llm python $recipes/make_llm.py --config $recipes/llm.yaml
+once siglip launch $recipes/train_siglip.py --config $recipes/siglip.yaml
+once codebook unicode2 codebook build --images $out/data --encoder $out/siglip --codebook-size 4096 --num-cells 64 \
+  --allocation proportional --num-images 20000 --patches-per-image 24 --output $out/codebook
+once init unicode2 init --llm $out/llm --vision $out/siglip --codebook $out/codebook --output $out/init
+once tokens unicode2 tokenize --data $out/data --model $out/init --output $out/tokens
+once stage1 launch -m transformers_unicode2.training.sft --config $recipes/stage1.yaml
+once stage1.5 launch -m transformers_unicode2.training.sft --config $recipes/stage1.5.yaml
+once stage2 launch -m transformers_unicode2.training.sft --config $recipes/stage2.yaml
+once vae launch $recipes/train_vae.py --config $recipes/vae.yaml
+once flux launch $recipes/train_flux.py --config $recipes/flux.yaml
+once mapper launch -m transformers_unicode2.training.mapper --config $recipes/mapper-flux.yaml
+once assemble unicode2 assemble --model $out/stage2 --mapper $out/mapper-flux --decoder $out/flux --image-size 64 --output $out/unicode2-tiny
+unicode2 evaluate scenes --model $out/unicode2-tiny --emoji-dir "$emoji" --json $out/scores.json

@@ -1,0 +1,59 @@
+"""Trains the VAE of the stand-in for FLUX.1-dev: a small `AutoencoderKL`, from scratch.
+
+    accelerate launch training_recipes/unicode2-tiny/train_vae.py --config training_recipes/unicode2-tiny/vae.yaml
+
+The loss is L1 plus a small KL term. `scaling_factor` and `shift_factor` are set from the latents' own mean and spread.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class VaeArguments:
+    data: str = field(metadata={"help": "folder of train-*.parquet"})
+    model: dict = field(default_factory=dict, metadata={"help": "fields of AutoencoderKL"})
+    kl_weight: float = field(default=1e-4, metadata={"help": "weight of the KL term"})
+
+
+def main(args: VaeArguments, training_args) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import Trainer, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from transformers_unicode2.training.data import load_images, pixel_collator
+
+    set_seed(training_args.seed)
+    blocks = len(args.model["block_out_channels"])
+
+    class VaeWithLoss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * blocks,
+                up_block_types=("UpDecoderBlock2D",) * blocks,
+                **args.model,
+            )
+
+        def forward(self, pixel_values):
+            posterior = self.vae.encode(pixel_values).latent_dist
+            decoded = self.vae.decode(posterior.sample()).sample
+            l1 = torch.nn.functional.l1_loss(decoded.float(), pixel_values)
+            kl = posterior.kl().mean() / pixel_values[0].numel()
+            return {"loss": l1 + args.kl_weight * kl, "l1": l1.detach()}
+
+    rows = load_images(args.data)
+    trainer = Trainer(VaeWithLoss(), training_args, train_dataset=rows, data_collator=pixel_collator)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    vae = trainer.model.vae.eval()
+    with torch.no_grad():
+        latents = vae.encode(pixel_collator([rows[i] for i in range(512)])["pixel_values"]).latent_dist.mode()
+    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+    vae.save_pretrained(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    from transformers import TrainingArguments
+    from trl import TrlParser
+
+    main(*TrlParser((VaeArguments, TrainingArguments)).parse_args_and_config())
