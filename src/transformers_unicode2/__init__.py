@@ -35,13 +35,16 @@ UniCode2Processor.register_for_auto_class()
 
 
 def __getattr__(name: str):
-    if name in LAZY:
-        from importlib import import_module
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        if name != "UniCode2AnyToAnyPipeline":
+    try:
+        if ".diffusion." in LAZY[name]:
             import_module(".diffusion.registration", __name__)
         return getattr(import_module(LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs {error.name}; install transformers_unicode2[diffusion].") from error
 
 
 __all__ = [

@@ -15,6 +15,10 @@ COMMANDS = {
 }
 
 
+# module that may be missing: extra that brings it
+EXTRAS = {"diffusers": "diffusion", "faiss": "codebook", "datasets": "codebook", "trl": "training", "skimage": "evaluation"}
+
+
 def main() -> None:
     words = sys.argv[1:]
     name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
@@ -28,6 +32,10 @@ def main() -> None:
     arguments = getattr(module, make_parser)().parse_args(words[len(name.split()) :])
     try:
         getattr(module, run)(arguments)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(error.name, "all")
+        print(f"unicode2 {name}: needs {error.name}; pip install 'transformers_unicode2[{extra}]'", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError, ImportError) as error:
         print(f"unicode2 {name}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
