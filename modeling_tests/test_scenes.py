@@ -49,7 +49,7 @@ def test_training_scenes_hold_no_unseen_pair_and_no_test_scene():
     rng = np.random.default_rng(2)
     for _ in range(500):
         scene = scenes.sample_scene(rng, "train")
-        texts = [scenes.caption(scene, rng), scenes.dense_caption(scene, rng)]
+        texts = [scenes.caption(scene, rng), scenes.dense_caption(scene)]
         texts += [text for question in scenes.questions(scene, rng) for text in (question.text, question.answer)]
         assert not {(o.color, o.shape) for o in scene.objects} & scenes.UNSEEN_PAIRS
         assert not [pair for pair in scenes.UNSEEN_PAIRS for text in texts if " ".join(pair) in text]

@@ -136,3 +136,44 @@ def test_contrastive_loss_is_lowest_for_matching_pairs():
     assert contrastive_loss(text, text, 0.07) < 0.05 < contrastive_loss(text.roll(1, 0), text, 0.07)
     twins = torch.cat([text[:4], text[:4]])
     assert contrastive_loss(twins, twins, 0.07) < 0.05  # equal captions are no negatives
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
+    """Two steps of each command of run.sh, on 96 drawn scenes, up to an assembled repository that draws."""
+    import os
+
+    text = (RECIPES / "unicode2-tiny/run.sh").read_text()
+    for name in ("siglip", "stage1", "stage1.5", "stage2", "vae", "flux", "mapper-flux"):
+        recipe = yaml.safe_load((RECIPES / f"unicode2-tiny/{name}.yaml").read_text())
+        recipe |= {"max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 1, "save_steps": 2}
+        target = tmp_path / f"training_recipes/unicode2-tiny/{name}.yaml"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(yaml.safe_dump(recipe))
+    for path in [
+        *RECIPES.glob("unicode2-tiny/*.py"),
+        RECIPES / "unicode2-tiny/llm.yaml",
+        RECIPES / "accelerate/cpu.yaml",
+    ]:
+        target = tmp_path / "training_recipes" / path.relative_to(RECIPES)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    replacements = {
+        "--num-scenes 50000 --num-emoji 40000": "--num-scenes 96",
+        ' --emoji-dir "$emoji"': "",
+        "--codebook-size 4096 --num-cells 64": "--codebook-size 128 --num-cells 4",
+        "--num-images 20000": "--num-images 96",
+        "evaluate scenes": "evaluate scenes --num-scenes 6 --steps 2",
+    }
+    for old, new in replacements.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    (tmp_path / "run.sh").write_text(text)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for _ in range(2):  # the second time, all stages are done
+        run = subprocess.run(
+            ["bash", "run.sh"], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert "redrawing | new scenes" in run.stdout
+    assert (tmp_path / "outputs/unicode2-tiny/unicode2-tiny/model_index.json").is_file()

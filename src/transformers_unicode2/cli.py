@@ -16,7 +16,13 @@ COMMANDS = {
 
 
 # module that may be missing: extra that brings it
-EXTRAS = {"diffusers": "diffusion", "faiss": "codebook", "datasets": "codebook", "trl": "training", "skimage": "evaluation"}
+EXTRAS = {
+    "diffusers": "diffusion",
+    "faiss": "codebook",
+    "datasets": "codebook",
+    "trl": "training",
+    "skimage": "evaluation",
+}
 
 
 def main() -> None:

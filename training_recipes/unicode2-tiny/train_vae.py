@@ -63,7 +63,9 @@ def main(args: VaeArguments, training_args) -> None:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
     vae = trainer.model.vae.eval()
     with torch.no_grad():
-        latents = vae.encode(pixel_collator([rows[i] for i in range(512)])["pixel_values"]).latent_dist.mode()
+        latents = vae.encode(
+            pixel_collator([rows[i] for i in range(min(512, len(rows)))])["pixel_values"]
+        ).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     vae.save_pretrained(training_args.output_dir)
 

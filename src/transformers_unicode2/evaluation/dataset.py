@@ -30,7 +30,7 @@ def render_row(index: int, kind: str, split: str, seed: int, emoji_dir: str | No
         "image": image,
         "kind": kind,
         "caption": module.caption(scene, rng),
-        "dense_caption": module.dense_caption(scene, rng),
+        "dense_caption": module.dense_caption(scene),
         "questions": [question.text for question in asked],
         "answers": [question.answer for question in asked],
     }

@@ -129,7 +129,7 @@ def caption(scene: EmojiScene, rng: np.random.Generator) -> str:
     return f"{article(name)} {ground_phrase(scene)}" if rng.random() < 0.5 else article(name)
 
 
-def dense_caption(scene: EmojiScene, rng: np.random.Generator | None = None) -> str:
+def dense_caption(scene: EmojiScene) -> str:
     """Name, size, turn, place on a 16 x 16 grid (column, row) and ground."""
     place = f"at {min(int(scene.x * 16), 15)} {min(int(scene.y * 16), 15)}"
     return f"{article(scene.size)} {scene.name} {scene.turned} {place}, {ground_phrase(scene)}"
