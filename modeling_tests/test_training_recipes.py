@@ -33,7 +33,7 @@ def tiny_run(tmp_path_factory, tiny_checkpoint):
         {
             "codes": torch.randint(0, 8, (64,), generator=generator).tolist(),
             "caption": "a red circle",
-            "dense_caption": "a small red circle at 3 4, on a white ground",
+            "dense_caption": "a small red circle at c4, on a white ground",
             "questions": ["what color is the circle?", "how many objects are there?"],
             "answers": ["red", "one"],
         }

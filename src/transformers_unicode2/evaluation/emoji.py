@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .scenes import GROUNDS, Question, article
+from .scenes import GROUNDS, Question, article, cell
 
 EMOJI = """
 avocado, backpack, balloon, banana, basketball, bear, bell, bell pepper, bicycle, broccoli, bus, butterfly, cactus,
@@ -130,9 +130,8 @@ def caption(scene: EmojiScene, rng: np.random.Generator) -> str:
 
 
 def dense_caption(scene: EmojiScene) -> str:
-    """Name, size, turn, place on a 16 x 16 grid (column, row) and ground."""
-    place = f"at {min(int(scene.x * 16), 15)} {min(int(scene.y * 16), 15)}"
-    return f"{article(scene.size)} {scene.name} {scene.turned} {place}, {ground_phrase(scene)}"
+    """Name, size, turn, cell of the 8 x 8 grid and ground."""
+    return f"{article(scene.size)} {scene.name} {scene.turned} at {cell(scene.x, scene.y)}, {ground_phrase(scene)}"
 
 
 def questions(scene: EmojiScene, rng: np.random.Generator) -> list[Question]:

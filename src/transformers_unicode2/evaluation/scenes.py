@@ -266,10 +266,16 @@ def join_phrases(phrases: list[str], rng: np.random.Generator) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def cell(x: float, y: float) -> str:
+    """Column letter and row number of a point, shares of the image's width and height, on an 8 x 8 grid."""
+    return "abcdefgh"[min(int(x * 8), 7)] + str(min(int(y * 8), 7) + 1)
+
+
 def dense_caption(scene: Scene) -> str:
-    """Everything there is to say, in reading order: size, texture, color, shape, place on a 16 x 16 grid (column, row)."""
+    """Everything there is to say, in reading order: size, texture, color, shape, and the cell of an 8 x 8 grid, as in a
+    spreadsheet: `a1` is the top left, `h8` the bottom right."""
     items = sorted(scene.objects, key=lambda o: (int(o.y * 3), o.x))
-    places = [f"{article(describe(o, 'all'))} at {int(o.x * 16)} {int(o.y * 16)}" for o in items]
+    places = [f"{article(describe(o, 'all'))} at {cell(o.x, o.y)}" for o in items]
     return f"{', '.join(places)}, {ground_phrase(scene)}"
 
 
