@@ -34,6 +34,7 @@ def main(args: FluxArguments, training_args) -> None:
     from transformers_unicode2.codebook.storage import load_codebook
     from transformers_unicode2.training.data import load_images_with_codes, pixel_collator
     from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss
+    from transformers_unicode2.training.optimizer import MuonWithAdamW
 
     set_seed(training_args.seed)
     max_length = args.clip["max_position_embeddings"]
@@ -90,14 +91,16 @@ def main(args: FluxArguments, training_args) -> None:
         features = codes[torch.tensor([row["codes"] for row in rows])]
         return {"latents": latents, "input_ids": tokens["input_ids"], "features": features}
 
+    model = FluxWithLoss()
     trainer = Trainer(
-        FluxWithLoss(),
+        model,
         training_args,
         train_dataset=load_images_with_codes(args.data, args.tokens),
         data_collator=collate,
+        optimizers=(MuonWithAdamW.for_trainer(model, training_args, ("x_embedder", "proj_out")), None),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
-    model = trainer.model.eval()
+    model.eval()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     FluxPipeline(
         scheduler, vae, model.text_encoder, tokenizer, model.text_encoder_2, tokenizer, model.transformer

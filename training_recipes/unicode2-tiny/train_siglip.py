@@ -8,7 +8,6 @@ the features through noise, which spreads what they need far enough apart to sur
 used afterwards.
 """
 
-import io
 import math
 from dataclasses import dataclass, field
 
@@ -25,11 +24,12 @@ class SiglipArguments:
 
 
 def main(args: SiglipArguments, training_args) -> None:
-    import PIL.Image
     import torch
-    from datasets import Image, load_dataset
     from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessor, SiglipModel, Trainer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
+
+    from transformers_unicode2.training.data import load_images, pixel_collator
+    from transformers_unicode2.training.optimizer import MuonWithAdamW
 
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, padding_side="right")
@@ -66,7 +66,7 @@ def main(args: SiglipArguments, training_args) -> None:
             vision = self.siglip.vision_model(pixel_values)
             contrastive = self.contrastive_loss(vision.pooler_output, input_ids, same_text)
             features = vision.last_hidden_state  # (batch_size, num_patches, hidden_size)
-            spread = features.detach().float().std(dim=(0, 1))
+            spread = features.detach().float().var(dim=(0, 1)).mean().sqrt()
             features = features + args.noise * spread * torch.randn_like(features)
             patch_size = config.vision_config.patch_size
             pixels = torch.nn.functional.unfold(pixel_values, patch_size, stride=patch_size).transpose(1, 2)
@@ -105,15 +105,12 @@ def main(args: SiglipArguments, training_args) -> None:
             return_tensors="pt",
         )
         same = torch.tensor([[a == b for b in texts] for a in texts])
-        pixels = image_processor(
-            [PIL.Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows], return_tensors="pt"
-        )["pixel_values"]
-        return {"input_ids": tokens["input_ids"], "pixel_values": pixels, "same_text": same}
+        return {"input_ids": tokens["input_ids"], "same_text": same, **pixel_collator(rows)}
 
-    rows = load_dataset("parquet", data_files=f"{args.data}/train-*.parquet", split="train").cast_column(
-        "image", Image(decode=False)
-    )
-    trainer = Trainer(SiglipWithDecoder(), training_args, train_dataset=rows, data_collator=collate)
+    rows = load_images(args.data)
+    model = SiglipWithDecoder()
+    optimizer = MuonWithAdamW.for_trainer(model, training_args, ("to_pixels", "to_words"))
+    trainer = Trainer(model, training_args, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
     trainer.model.siglip.save_pretrained(training_args.output_dir)
     image_processor.save_pretrained(training_args.output_dir)

@@ -29,7 +29,7 @@ COLORS = {
 }
 GROUNDS = {"white": (255, 255, 255), "grey": (192, 192, 192), "beige": (232, 220, 196), "pink": (246, 214, 222)}
 TEXTURES = ("plain", "striped", "dotted", "speckled")
-SIZES = {"small": (0.105, 0.125), "large": (0.165, 0.2)}  # radius as a share of the image's width
+SIZES = {"small": (0.13, 0.15), "large": (0.195, 0.23)}  # radius as a share of the image's width
 UNSEEN_PAIRS = frozenset(
     {
         ("cyan", "circle"),
@@ -47,7 +47,7 @@ NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 PLACES = tuple(
     f"{row} {column}".strip() for row in ("top", "middle", "bottom") for column in ("left", "center", "right")
 )
-MIN_OBJECT_AREA = 0.007  # share of the image's area; the smallest star covers 0.012
+MIN_OBJECT_AREA = 0.012  # share of the image's area; the smallest star covers 0.019
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,16 @@ def split_of(scene: Scene) -> str:
 
 
 def place_objects(
-    specs: list[tuple[str, str]], rng: np.random.Generator, relation: str | None = None, attempts: int = 200
+    specs: list[tuple[str, str]], rng: np.random.Generator, relation: str | None = None, attempts: int = 1000
 ) -> tuple[SceneObject, ...] | None:
     """Gives each `(color, shape)` a size and a place such that none overlap; `None` when no place was found."""
     for _ in range(attempts):
         placed: list[SceneObject] = []
         for color, shape in specs:
-            size = "small" if len(specs) > 2 and rng.random() < 0.7 else str(rng.choice(list(SIZES)))
+            size = "small" if rng.random() < (0, 0, 0.7, 1)[len(specs) - 1] else str(rng.choice(list(SIZES)))
             radius = float(rng.uniform(*SIZES[size]))
             x, y = (float(value) for value in rng.uniform(radius + 0.02, 0.98 - radius, size=2))
-            if any(max(abs(o.x - x), abs(o.y - y)) < o.radius + radius + 0.05 for o in placed):
+            if any(max(abs(o.x - x), abs(o.y - y)) < o.radius + radius + 0.04 for o in placed):
                 break
             placed.append(SceneObject(shape, color, size, x, y, radius, bool(rng.random() < 0.3)))
         if len(placed) == len(specs) and (relation is None or holds(relation, placed[0], placed[1])):
@@ -176,7 +176,7 @@ def shape_mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (np.minimum(np.abs(x), np.abs(y)) <= 0.32) & (np.maximum(np.abs(x), np.abs(y)) <= 1)
     angle = (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5  # star: one tip, folded five times
     along, across = np.hypot(x, y) * np.cos(angle), np.abs(np.hypot(x, y) * np.sin(angle))
-    inner = 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+    inner = 0.382 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
     return (1 - along) * inner[1] >= across * (1 - inner[0])
 
 

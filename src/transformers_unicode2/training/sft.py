@@ -18,6 +18,9 @@ class StageArguments:
     data: str = field(metadata={"help": "folder of pre-tokenized train-*.parquet"})
     tasks: dict = field(default_factory=dict, metadata={"help": "task: share of the rows that take part in it"})
     dtype: str = field(default="float32", metadata={"help": "dtype of the weights; `bf16: true` adds mixed precision"})
+    muon: bool = field(
+        default=False, metadata={"help": "Muon for the matrices, AdamW for the rest; AdamW alone if false"}
+    )
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the language model"})
     train_modules: list[str] = field(
         default_factory=lambda: ["visual_embeddings", "projector", "language_model", "lm_head", "visual_head"],
@@ -61,6 +64,7 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
 
     from transformers_unicode2 import UniCode2ForConditionalGeneration
     from transformers_unicode2.training.data import build_examples
+    from transformers_unicode2.training.optimizer import MuonWithAdamW
 
     set_seed(training_args.seed)
     model = UniCode2ForConditionalGeneration.from_pretrained(
@@ -70,7 +74,14 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
     freeze_all_but(model, args.train_modules)
     rows = load_dataset("parquet", data_files=f"{args.data}/train-*.parquet", split="train")
     examples = build_examples(rows, args.tasks, processor, model.config.visual_token_offset)
-    trainer = UniCode2SFTTrainer(model, training_args, train_dataset=examples, processing_class=processor.tokenizer)
+    optimizer = MuonWithAdamW.for_trainer(model, training_args, ("visual_head",)) if args.muon else None
+    trainer = UniCode2SFTTrainer(
+        model,
+        training_args,
+        train_dataset=examples,
+        processing_class=processor.tokenizer,
+        optimizers=(optimizer, None),
+    )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
     trainer.save_model()
     processor.save_pretrained(training_args.output_dir)
