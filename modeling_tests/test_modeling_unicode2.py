@@ -14,7 +14,7 @@ def test_pixels_and_their_visual_token_ids_give_the_same_logits(model, prompt, p
 
 
 def test_image_tokens_are_the_nearest_codes_behind_the_offset(model, pixel_values, config):
-    features = model.get_quantizer().get_image_features(pixel_values)
+    features = model.get_quantizer().get_image_features(pixel_values).last_hidden_state
     codes = torch.cdist(features.double(), model.get_quantizer().codebook.codes.double()).argmin(-1)
     assert torch.equal(model.get_image_tokens(pixel_values), codes + config.visual_token_offset)
 

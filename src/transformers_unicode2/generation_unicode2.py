@@ -111,6 +111,10 @@ class UniCode2GenerationMixin(GenerationMixin):
         settings.pop("guidance_scale", None)
         if guidance_scale not in (None, 1, 1.0):
             settings.update(visual_guidance_scale=float(guidance_scale), prompt_length=input_ids.shape[1])
+        sampled = settings.get("do_sample", self.generation_config.do_sample)
+        if self.config.visual_head == "two_level" and sampled and settings.get("num_beams", 1) in (None, 1):
+            temperature = settings.get("temperature", self.generation_config.temperature)
+            settings["visual_temperature"] = 1.0 if temperature is None else temperature
         length = self.config.num_image_tokens
         settings.update(max_new_tokens=length, min_new_tokens=None, max_length=None)
         output = super().generate(input_ids, attention_mask=mask, output_modality="image", **settings)
@@ -137,10 +141,11 @@ class UniCode2GenerationMixin(GenerationMixin):
                 kwargs[name] = torch.cat([kwargs[name]] * 2)
         if kwargs.get("mm_encoder_outputs"):
             image = kwargs["mm_encoder_outputs"]["image"]
-            twice = type(image)(
-                last_hidden_state=torch.cat([image.last_hidden_state] * 2), pooler_output=tuple(image.pooler_output) * 2
-            )
-            kwargs["mm_encoder_outputs"] = {"image": twice}
+            twice = {
+                "pooler_output": tuple(image.pooler_output) * 2,
+                "image_tokens": torch.cat([image.image_tokens] * 2),
+            }
+            kwargs["mm_encoder_outputs"] = {"image": type(image)(**twice)}
         inputs = super().prepare_inputs_for_generation(
             torch.cat([input_ids] * 2), attention_mask=attention_mask, **kwargs
         )

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
 
@@ -27,8 +28,12 @@ class UniCode2Codebook(nn.Module):
         size, side = config.codebook_size, config.preview_size
         self.codes = nn.Buffer(torch.zeros(size, config.codebook_dim))
         self.cell_centroids = nn.Buffer(torch.zeros(config.num_cells, config.codebook_dim))
-        self.cell_offsets = nn.Buffer(torch.zeros(config.num_cells + 1, dtype=torch.long))
+        self.cell_offsets = nn.Buffer(equal_cells(size, config.num_cells))
         self.previews = nn.Buffer(torch.zeros(size, side, side, 3, dtype=torch.uint8)) if side else None
+
+    def forward(self, inputs: torch.Tensor, task: str = "encode") -> torch.Tensor:
+        """`encode`, `decode` or `preview`: by way of a forward, so that a codebook that was offloaded is brought back."""
+        return getattr(self, task)(inputs)
 
     @torch.no_grad()
     def encode(self, features: torch.Tensor, chunk_size: int = 16384) -> torch.LongTensor:
@@ -124,14 +129,16 @@ class UniCode2Quantizer(PreTrainedModel):
         return loaded
 
     @torch.no_grad()
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch features of images, `(batch_size, 3, height, width)` to float32 `(batch_size, num_image_tokens, codebook_dim)`."""
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """The encoder's output for images `(batch_size, 3, height, width)`, in float32 outside of any autocast; its
+        `last_hidden_state` holds the patch features, `(batch_size, num_image_tokens, codebook_dim)`."""
+        kwargs["return_dict"] = True
         with torch.autocast(pixel_values.device.type, enabled=False):
-            return self.vision_model(pixel_values.to(self.vision_model.dtype)).last_hidden_state
+            return self.vision_model(pixel_values.to(self.vision_model.dtype), **kwargs)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Images to codes, `(batch_size, 3, height, width)` to `(batch_size, num_image_tokens)`."""
-        return self.codebook.encode(self.get_image_features(pixel_values))
+        return self.codebook(self.get_image_features(pixel_values).last_hidden_state)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """The same as [`~UniCode2Quantizer.encode_images`]."""
@@ -140,10 +147,16 @@ class UniCode2Quantizer(PreTrainedModel):
 
 @torch.no_grad()
 def init_codebook(module: nn.Module) -> None:
-    """Brings a fresh codebook to its starting values; it holds no random state."""
+    """Brings a fresh codebook to its starting values: no codes yet, in cells of equal size; it holds no random state."""
     if isinstance(module, UniCode2Codebook):
         for buffer in module.buffers():
             init.zeros_(buffer)
+        init.copy_(module.cell_offsets, equal_cells(len(module.codes), len(module.cell_centroids)))
+
+
+def equal_cells(codebook_size: int, num_cells: int) -> torch.LongTensor:
+    """Offsets, `(num_cells + 1,)`, of cells that share the codes as evenly as can be."""
+    return torch.arange(num_cells + 1) * codebook_size // num_cells
 
 
 __all__ = ["UniCode2Codebook", "UniCode2Quantizer"]

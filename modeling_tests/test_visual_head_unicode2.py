@@ -1,0 +1,166 @@
+"""Both visual heads against brute force, and a loss that never holds the scores of all targets."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration, modeling_unicode2
+
+HEADS = ("flat", "two_level")
+SIZES = [20, 30, 0, 10, 36]  # of the cells; one is empty
+
+
+@pytest.fixture(params=HEADS)
+def headed(request, config):
+    """A model with either head, random weights and cells of different sizes."""
+    config.visual_head = request.param
+    config.codebook_config.num_cells = len(SIZES)
+    torch.manual_seed(0)
+    model = UniCode2ForConditionalGeneration(UniCode2Config(**config.to_dict())).eval()
+    offsets = torch.tensor([0, *SIZES]).cumsum(0)
+    model.get_quantizer().codebook.cell_offsets.copy_(offsets)
+    if request.param == "two_level":
+        model.visual_head.cell_offsets.copy_(offsets)
+    with torch.no_grad():
+        for parameter in (model.model.visual_embeddings.weight, model.visual_head.linear.weight):
+            parameter.normal_(std=0.5)
+    return model
+
+
+def brute_force(model, hidden):
+    """Log-probability of each code after hidden states `(num_rows, hidden_size)`, one code at a time, in float64."""
+    head, codes = model.visual_head, model.model.visual_embeddings.weight.double()
+    output = hidden.double() @ head.linear.weight.double().T + head.linear.bias.double()
+    scores = output[:, : codes.shape[1]] @ codes.T
+    if model.config.visual_head == "flat":
+        return scores.log_softmax(-1)
+    cell_scores = output[:, codes.shape[1] :]
+    result, start = torch.full_like(scores, float("nan")), 0
+    filled = [i for i, size in enumerate(SIZES) if size]
+    cell_probability = dict(zip(filled, cell_scores[:, filled].log_softmax(-1).T))
+    for cell, size in enumerate(SIZES):
+        for code in range(start, start + size):
+            inside = scores[:, start : start + size].log_softmax(-1)
+            result[:, code] = cell_probability[cell] + inside[:, code - start]
+        start += size
+    return result
+
+
+def test_scores_are_those_of_brute_force(headed):
+    hidden = torch.randn(6, 32)
+    scores = headed.visual_head(hidden[None], headed.model.visual_embeddings)[0]
+    reference = brute_force(headed, hidden)
+    assert torch.allclose(scores.double().log_softmax(-1), reference, atol=1e-5)
+    assert torch.allclose(reference.exp().sum(-1), torch.ones(6, dtype=torch.double))
+    if headed.config.visual_head == "two_level":
+        assert torch.allclose(scores.double(), reference, atol=1e-5)  # normalised as they come
+
+
+def test_loss_and_gradients_are_those_of_brute_force(headed, monkeypatch):
+    hidden, codes = torch.randn(40, 32, requires_grad=True), torch.randint(96, (40,))
+    parameters = [hidden, headed.model.visual_embeddings.weight, headed.visual_head.linear.weight]
+    expected = -brute_force(headed, hidden)[torch.arange(40), codes].sum()
+    expected_gradients = torch.autograd.grad(expected, parameters)
+    labels = torch.cat([torch.tensor([-100]), codes + headed.config.visual_token_offset])[None]
+    for limit in (2**26, 96 * 7):  # in one part, and in six
+        monkeypatch.setattr(modeling_unicode2, "MAX_SCORES", limit)
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, 1))[None]
+        loss = headed.compute_loss(padded, labels, num_items_in_batch=1)[0]
+        gradients = torch.autograd.grad(loss, parameters)
+        assert torch.allclose(loss.double(), expected, rtol=1e-6)
+        for gradient, reference in zip(gradients, expected_gradients):
+            assert (gradient - reference).norm() <= 1e-5 * reference.norm()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest floating-point tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.numel = max(self.numel, tensor.numel())
+        return output
+
+
+def test_loss_never_holds_all_scores(headed, monkeypatch):
+    hidden = torch.randn(1, 301, 32, requires_grad=True)
+    targets = torch.randint(96, (1, 301)) + headed.config.visual_token_offset
+    texts = torch.randint(20, 700, (1, 301))
+    monkeypatch.setattr(modeling_unicode2, "MAX_SCORES", 768 * 10)
+    for labels in (targets, texts):
+        with LargestTensor() as largest:
+            headed.compute_loss(hidden, labels)[0].backward()
+        parameters = max(p.numel() for p in headed.parameters())
+        assert largest.numel <= max(768 * 10, parameters, hidden.numel())
+
+
+def test_drawn_codes_follow_the_product(headed):
+    """A drawn cell and a code drawn from it have the product's distribution, at any temperature."""
+    hidden = torch.randn(1, 32).expand(200_000, 1, 32)
+    for temperature in (1.0, 0.7):
+        torch.manual_seed(1)
+        scores = headed.visual_head(hidden, headed.model.visual_embeddings, temperature=temperature)[:, 0]
+        drawn = torch.multinomial((scores / temperature).softmax(-1), 1)[:, 0]
+        frequency = drawn.bincount(minlength=96) / len(drawn)
+        reference = brute_force(headed, hidden[0])[0]
+        if headed.config.visual_head == "flat":
+            expected = (reference / temperature).softmax(-1)
+        else:
+            cells = torch.repeat_interleave(torch.tensor(SIZES))
+            mass = torch.zeros(5, dtype=torch.double).scatter_add(0, cells, reference.exp())
+            within = torch.where(mass[cells] > 0, reference - mass[cells].log(), -torch.inf)
+            heat = torch.zeros(5, dtype=torch.double).scatter_add(0, cells, (within / temperature).exp())
+            cell_probability = (mass.log() / temperature).softmax(-1)
+            expected = cell_probability[cells] * (within / temperature).exp() / heat[cells]
+        assert (frequency - expected).abs().sum() < 0.02, temperature
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"do_sample": True}, {"do_sample": False}, {"do_sample": True, "guidance_scale": 3.0}]
+)
+def test_either_head_draws(headed, arguments):
+    prompt = torch.tensor([[20, 21, 22], [23, 24, 25]])
+    torch.manual_seed(3)
+    codes = headed.generate(prompt, generation_mode="image", **arguments)
+    assert codes.shape == (2, 16) and (codes >= headed.config.visual_token_offset).all()
+    torch.manual_seed(3)
+    assert torch.equal(codes, headed.generate(prompt, generation_mode="image", **arguments))
+
+
+def test_either_head_is_saved_and_loaded(headed, tmp_path, pixel_values):
+    headed.save_pretrained(tmp_path)
+    loaded = UniCode2ForConditionalGeneration.from_pretrained(tmp_path)
+    assert type(loaded.visual_head) is type(headed.visual_head)
+    for name, value in headed.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_guidance_before_the_scores_is_guidance_of_the_scores(headed):
+    hidden = torch.randn(4, 3, 32)
+    conditional, unconditional = headed.visual_head(hidden, headed.model.visual_embeddings).chunk(2)
+    guided = headed.visual_head(hidden, headed.model.visual_embeddings, guidance_scale=2.5)
+    if headed.config.visual_head == "flat":
+        assert torch.allclose(guided, torch.lerp(unconditional, conditional, 2.5), atol=1e-4)
+    assert guided.shape == conditional.shape
+
+
+def test_two_level_head_computes_a_fraction_of_the_scores(config):
+    config.visual_head = "two_level"
+    config.codebook_config.codebook_size, config.codebook_config.num_cells = 10_000, 100
+    model = UniCode2ForConditionalGeneration(UniCode2Config(**config.to_dict()))
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(temperature):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.visual_head(torch.randn(1, 1, 32), model.model.visual_embeddings, temperature=temperature)
+        return counter.get_total_flops()
+
+    assert count(1.0) < 0.05 * count(None)
+
+
+def test_unknown_head_is_refused(config):
+    with pytest.raises(ValueError, match="`visual_head` is 'tree'; it must be one of flat, two_level"):
+        UniCode2Config(**{**config.to_dict(), "visual_head": "tree"})

@@ -1,0 +1,64 @@
+"""ProcessorTesterMixin on the processor and ImageProcessingTestMixin on the image processor that we register."""
+
+import unittest
+
+from tests.test_image_processing_common import ImageProcessingTestMixin, prepare_image_inputs
+from tests.test_processing_common import ProcessorTesterMixin
+from transformers import AutoTokenizer
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from transformers_unicode2 import UniCode2Processor
+from transformers_unicode2.demo import embedded_checkpoint
+
+
+class UniCode2ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
+    processor_class = UniCode2Processor
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return SiglipImageProcessorPil(size={"height": 32, "width": 32})
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        return AutoTokenizer.from_pretrained(embedded_checkpoint())
+
+    @staticmethod
+    def prepare_processor_dict():
+        return {"patch_size": 8}
+
+
+class SiglipImageProcessingTester:
+    batch_size, num_channels, image_size, min_resolution, max_resolution = 3, 3, 18, 30, 80
+    image_processing_classes = {"pil": SiglipImageProcessorPil}
+
+    def __init__(self, parent):
+        self.parent = parent
+
+    def prepare_image_processor_dict(self):
+        return {
+            "do_resize": True,
+            "size": {"height": 16, "width": 16},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+
+    def expected_output_image_shape(self, images):
+        return self.num_channels, 16, 16
+
+    def prepare_image_inputs(self, equal_resolution=False, numpify=False, torchify=False):
+        return prepare_image_inputs(
+            batch_size=self.batch_size,
+            num_channels=self.num_channels,
+            min_resolution=self.min_resolution,
+            max_resolution=self.max_resolution,
+            equal_resolution=equal_resolution,
+            numpify=numpify,
+            torchify=torchify,
+        )
+
+
+class SiglipImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
+    image_processor_tester_class = SiglipImageProcessingTester
