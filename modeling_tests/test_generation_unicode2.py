@@ -81,3 +81,180 @@ def test_unknown_mode_and_guidance_in_text_mode_are_refused(model):
         model.generate(torch.tensor([[20]]), generation_mode="video")
     with pytest.raises(ValueError, match="`guidance_scale` is 3.0 in text mode"):
         model.generate(torch.tensor([[20]]), guidance_scale=3.0)
+
+
+# ------------------------------------------------------------------------------------ everything that `generate` offers
+
+
+def count_calls(module):
+    """List that grows by the batch size at each call of a module."""
+    calls = []
+    module.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    return calls
+
+
+def test_neither_mode_pays_for_the_other_head(model, prompt, pixel_values):
+    text, visual = count_calls(model.lm_head), count_calls(model.visual_head)
+    model.generate(**prompt, pixel_values=pixel_values, max_new_tokens=4)
+    assert text and not visual
+    text.clear()
+    model.generate(**prompt, pixel_values=pixel_values, generation_mode="image")
+    assert visual and not text
+
+
+@pytest.mark.parametrize("guidance_scale, rows", [(None, 2), (1.0, 2), (3.0, 4)])
+def test_guidance_is_one_forward_and_scale_one_costs_nothing(model, prompt, pixel_values, config, guidance_scale, rows):
+    calls = count_calls(model.visual_head)
+    model.generate(**prompt, pixel_values=pixel_values, generation_mode="image", guidance_scale=guidance_scale)
+    assert calls == [rows] * config.num_image_tokens
+
+
+@pytest.mark.parametrize("mode", ["text", "image"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.7, "top_k": 5},
+        {"do_sample": True, "top_p": 0.8},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+    ids=lambda a: ",".join(f"{k}={v}" for k, v in a.items()),
+)
+def test_generation_strategies(model, prompt, pixel_values, config, mode, arguments):
+    model.generation_config.eos_token_id = None
+    arguments = {**arguments, "generation_mode": mode}
+    if mode == "text":
+        arguments["max_new_tokens"] = 6
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        runs.append(model.generate(**prompt, pixel_values=pixel_values, **arguments))
+    assert torch.equal(*runs)
+    written = runs[0] if mode == "image" else runs[0][:, prompt["input_ids"].shape[1] :]
+    assert written.shape == (
+        2 * arguments.get("num_return_sequences", 1),
+        config.num_image_tokens if mode == "image" else 6,
+    )
+    assert ((written >= config.visual_token_offset) == (mode == "image")).all()
+
+
+@pytest.mark.parametrize("mode", ["text", "image"])
+def test_cache_does_not_change_what_is_written(model, prompt, pixel_values, mode):
+    arguments = {**prompt, "pixel_values": pixel_values, "generation_mode": mode, "do_sample": False}
+    if mode == "text":
+        arguments["max_new_tokens"] = 12
+    dynamic = model.generate(**arguments)
+    assert torch.equal(dynamic, model.generate(**arguments, use_cache=False))
+    assert torch.equal(dynamic, model.generate(**arguments, cache_implementation="static"))
+
+
+def test_top_k_and_top_p_act_on_the_visual_ids(model):
+    prompt = torch.tensor([[20, 21]])
+    greedy = model.generate(prompt, generation_mode="image", do_sample=False)
+    for arguments in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert torch.equal(greedy, model.generate(prompt, generation_mode="image", do_sample=True, **arguments))
+
+
+def test_image_as_visual_ids_equals_image_as_pixels(model, prompt, pixel_values, config):
+    ids = prompt["input_ids"].masked_scatter(
+        prompt["input_ids"] == config.image_token_id, model.get_image_tokens(pixel_values)
+    )
+    for mode in ("text", "image"):
+        arguments = {"attention_mask": prompt["attention_mask"], "generation_mode": mode, "do_sample": False}
+        if mode == "text":
+            arguments["max_new_tokens"] = 8
+        given = model.generate(ids, **arguments)
+        read = model.generate(prompt["input_ids"], pixel_values=pixel_values, **arguments)
+        assert torch.equal(given[:, -8:], read[:, -8:])
+
+
+def test_prompt_with_several_images(model, prompt, pixel_values, config):
+    block = prompt["input_ids"][:1, 1:19]
+    two = torch.cat([torch.tensor([[20]]), block, torch.tensor([[21]]), block, torch.tensor([[22]])], 1)
+    together = model.generate(two, pixel_values=pixel_values, max_new_tokens=6, do_sample=False)
+    tokens = model.get_image_tokens(pixel_values)
+    ids = two.masked_scatter(two == config.image_token_id, tokens)
+    assert torch.equal(together[:, -6:], model.generate(ids, max_new_tokens=6, do_sample=False)[:, -6:])
+
+
+def test_inputs_embeds(model, prompt, config):
+    ids = prompt["input_ids"][:1, -2:]
+    embeds = model.model.embed_input_ids(ids)
+    written = model.generate(inputs_embeds=embeds, max_new_tokens=6, do_sample=False)
+    assert torch.equal(written, model.generate(ids, max_new_tokens=6, do_sample=False)[:, 2:])
+    for scale in (None, 2.0):
+        arguments = {"generation_mode": "image", "do_sample": False, "guidance_scale": scale}
+        assert torch.equal(model.generate(inputs_embeds=embeds, **arguments), model.generate(ids, **arguments))
+    with pytest.raises(ValueError, match="Image mode needs a prompt: `input_ids` or `inputs_embeds`"):
+        model.generate(generation_mode="image")
+
+
+def test_streamer_and_stopping_criteria(model):
+    from transformers import MaxTimeCriteria, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.ids, self.ended = [], False
+
+        def put(self, value):
+            self.ids += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    for mode in ("text", "image"):
+        streamer = Collect()
+        length = {"max_new_tokens": 5} if mode == "text" else {}
+        output = model.generate(torch.tensor([[20, 21]]), generation_mode=mode, streamer=streamer, **length)
+        assert streamer.ended and streamer.ids[-len(output[0]) :] == output[0].tolist()
+    stopped = model.generate(
+        torch.tensor([[20, 21]]), max_new_tokens=50, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(0.0)])
+    )
+    assert stopped.shape[1] == 3
+
+
+def test_interleaved_never_begins_an_image_that_would_not_fit(model, config):
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():  # the begin-of-image id is by far the likeliest text
+        model.lm_head.weight[config.boi_token_id] = 50 * model.model.language_model.norm.weight
+    for room in range(1, 2 * (config.num_image_tokens + 2) + 2):
+        row = model.generate(torch.tensor([[20]]), generation_mode="interleaved", max_new_tokens=room, do_sample=True)
+        row = row[0].tolist()
+        assert row.count(config.boi_token_id) == row.count(config.eoi_token_id)
+        assert sum(id_ >= config.visual_token_offset for id_ in row) == 16 * row.count(config.boi_token_id)
+
+
+def test_details_of_a_generation(model):
+    output = model.generate(
+        torch.tensor([[20, 21]]),
+        generation_mode="image",
+        return_dict_in_generate=True,
+        output_scores=True,
+        do_sample=False,
+    )
+    assert output.sequences.shape == (1, 3 + 16) and len(output.scores) == 16
+
+
+def test_continuous_batching_equals_generate(model, prompt, pixel_values, config):
+    ids = prompt["input_ids"].masked_scatter(
+        prompt["input_ids"] == config.image_token_id, model.get_image_tokens(pixel_values)
+    )
+    requests = [row[mask.bool()].tolist() for row, mask in zip(ids, prompt["attention_mask"])]
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    results = model.generate_batch(requests, generation_config=settings)
+    for request, result in zip(requests, results.values()):
+        alone = model.generate(torch.tensor([request]), max_new_tokens=6, do_sample=False, eos_token_id=-1)
+        assert result.generated_tokens == alone[0, len(request) :].tolist()
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_candidate_generation_is_refused(model, mode):
+    with pytest.raises(ValueError, match="`prompt_lookup_num_tokens` .* a vocabulary that is split"):
+        model.generate(torch.tensor([[20, 21]]), generation_mode=mode, prompt_lookup_num_tokens=2)

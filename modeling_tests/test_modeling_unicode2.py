@@ -25,7 +25,8 @@ def test_output_modalities_are_parts_of_the_unified_logits(model, prompt, pixel_
         both, text, image = (model(**inputs, output_modality=m).logits for m in (None, "text", "image"))
     offset = config.visual_token_offset
     assert both.shape[-1] == offset + config.codebook_config.codebook_size
-    assert torch.equal(both[..., :offset], text)
+    frame = torch.tensor([config.boi_token_id, config.eoi_token_id, config.image_token_id])
+    assert torch.equal(both[..., :offset].index_fill(-1, frame, -torch.inf), text)
     assert torch.equal(both[..., offset:], image[..., offset:])
     assert image[..., :offset].isneginf().all()
 

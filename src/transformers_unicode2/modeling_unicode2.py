@@ -457,11 +457,14 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
     ) -> torch.Tensor:
         """Hidden states `(batch_size, num_tokens, hidden_size)` to scores over the unified vocabulary, or a part of it.
 
-        `output_modality="text"` gives the text ids alone, `(..., visual_token_offset)`; `"image"` gives all ids with the text
-        ids at minus infinity; `None` computes both heads.
+        `output_modality="text"` gives the text ids alone, `(..., visual_token_offset)`, with those that frame an image at minus
+        infinity; `"image"` gives all ids with the text ids at minus infinity; `None` computes both heads.
         """
         if output_modality == "text":
-            return self.lm_head(hidden_states)
+            logits = self.lm_head(hidden_states)
+            for id_ in (self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id):
+                logits[..., id_] = -torch.inf
+            return logits
         visual = self.visual_head(
             hidden_states, self.model.visual_embeddings, visual_guidance_scale, visual_temperature
         )  # (..., codebook_size)
@@ -537,6 +540,8 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
                 With a two-level visual head, draws a cell at this temperature and scores the codes of that cell alone.
         """
         self.check_ids(input_ids)
+        if "write_index" in kwargs and output_modality is None:  # continuous batching, which writes text
+            output_modality = "text"
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
