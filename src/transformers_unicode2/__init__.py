@@ -2,11 +2,16 @@
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    AutoTokenizer,
+    Qwen2Tokenizer,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2Config, UniCode2QuantizerConfig
 from .modeling_unicode2 import UniCode2ForConditionalGeneration, UniCode2Model, UniCode2PreTrainedModel
@@ -28,6 +33,13 @@ for config_class, model_class in ((UniCode2Config, UniCode2Model), (UniCode2Quan
 AutoModelForImageTextToText.register(UniCode2Config, UniCode2ForConditionalGeneration)
 AutoModelForMultimodalLM.register(UniCode2Config, UniCode2ForConditionalGeneration)
 AutoProcessor.register(UniCode2Config, UniCode2Processor)
+AutoTokenizer.register(UniCode2Config, tokenizer_class=Qwen2Tokenizer)
+image_processors = {"pil": SiglipImageProcessorPil}
+if is_torchvision_available():
+    from transformers import SiglipImageProcessor
+
+    image_processors["torchvision"] = SiglipImageProcessor
+AutoImageProcessor.register(UniCode2Config, image_processor_classes=image_processors)
 UniCode2Model.register_for_auto_class("AutoModel")
 UniCode2Quantizer.register_for_auto_class("AutoModel")
 UniCode2ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

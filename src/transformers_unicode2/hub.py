@@ -4,8 +4,10 @@ import argparse
 
 import torch
 
+from .configuration_unicode2 import VISUAL_HEADS
 
-def compose_checkpoint(llm: str, vision: str, codebook: str, output: str) -> None:
+
+def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual_head: str = "flat") -> None:
     """Writes a UniCode² checkpoint: language model, vision encoder and codebook as they are, C2 a copy of C1 (section 3.2).
 
     Args:
@@ -13,6 +15,7 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str) -> Non
         vision: folder or Hub name of a SigLIP with its image processor.
         codebook: folder written by `unicode2 codebook build`.
         output: folder to write.
+        visual_head: `UniCode2Config.visual_head`.
     """
     from transformers import (
         AutoImageProcessor,
@@ -44,6 +47,7 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str) -> Non
         image_token_id=processor.image_token_id,
         boi_token_id=processor.boi_token_id,
         eoi_token_id=processor.eoi_token_id,
+        visual_head=visual_head,
     )
     torch.manual_seed(0)
     model = UniCode2ForConditionalGeneration(config)
@@ -52,6 +56,8 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str) -> Non
     quantizer = model.get_quantizer()
     quantizer.vision_model.load_state_dict(vision_model.state_dict())
     quantizer.codebook.load_state_dict(stored.state_dict())
+    if visual_head == "two_level":
+        model.visual_head.cell_offsets.copy_(stored.cell_offsets)
     with torch.no_grad():
         model.model.visual_embeddings.weight.copy_(stored.codes)
     model.generation_config = GenerationConfig(
@@ -106,11 +112,12 @@ def make_init_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vision", required=True, help="folder or Hub name of the SigLIP vision encoder")
     parser.add_argument("--codebook", required=True, help="folder written by `unicode2 codebook build`")
     parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--visual-head", default="flat", choices=VISUAL_HEADS, help="default: %(default)s")
     return parser
 
 
 def init(args: argparse.Namespace) -> None:
-    compose_checkpoint(args.llm, args.vision, args.codebook, args.output)
+    compose_checkpoint(args.llm, args.vision, args.codebook, args.output, args.visual_head)
     print(f"{args.output}: composed")
 
 

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2Config
 from .generation_unicode2 import UniCode2GenerationMixin
-from .quantization_unicode2 import UniCode2Quantizer, equal_cells, init_codebook
+from .quantization_unicode2 import UniCode2Quantizer, check_codebook, equal_cells, init_codebook
 
 MAX_SCORES = 2**26  # held at a time by the loss: 256 MiB in float32
 
@@ -277,11 +277,7 @@ class UniCode2PreTrainedModel(PreTrainedModel):
         """
         want_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if ".codebook." in key)
-        if missing and not want_info:
-            raise ValueError(
-                f"The checkpoint has no codebook: {', '.join(missing)} not found. Build one with `unicode2 codebook build`."
-            )
+        check_codebook(info, want_info)
         model.get_quantizer().freeze()
         return (model, info) if want_info else model
 

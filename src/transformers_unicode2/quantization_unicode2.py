@@ -124,9 +124,20 @@ class UniCode2Quantizer(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
-        return loaded
+        """Loads a quantizer that was saved alone, or the quantizer of a whole UniCode² checkpoint, and freezes it.
+
+        Raises `ValueError` when the checkpoint holds no codebook, unless `output_loading_info` asks for the missing keys.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("key_mapping", {r"^(model\.)?quantizer\.": ""})
+        quantizer, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        check_codebook(info, want_info)
+        quantizer.freeze()
+        return (quantizer, info) if want_info else quantizer
+
+    def save_pretrained(self, *args, **kwargs):
+        """Saves under its own names, wherever the weights came from."""
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -143,6 +154,15 @@ class UniCode2Quantizer(PreTrainedModel):
     def forward(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """The same as [`~UniCode2Quantizer.encode_images`]."""
         return self.encode_images(pixel_values)
+
+
+def check_codebook(info: dict, want_info: bool) -> None:
+    """Raises `ValueError` when loading found no codebook, unless the caller reads the missing keys himself."""
+    missing = sorted(key for key in info["missing_keys"] if "codebook." in key)
+    if missing and not want_info:
+        raise ValueError(
+            f"The checkpoint has no codebook: {', '.join(missing)} not found. Build one with `unicode2 codebook build`."
+        )
 
 
 @torch.no_grad()

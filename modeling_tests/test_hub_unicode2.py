@@ -1,0 +1,172 @@
+"""Auto classes from folders and from a Hub, installed and as remote code, through load, save and load again."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fake_hub import serve_hub
+
+from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
+
+WITHOUT_PACKAGE = """
+import sys
+sys.path = [p for p in sys.path if not p.rstrip("/").endswith("src")]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f).lower()]
+import importlib.util
+assert importlib.util.find_spec("transformers_unicode2") is None
+"""
+WITH_PACKAGE = "import transformers_unicode2\n"
+LOAD = """
+import json, sys, torch
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM,
+    AutoProcessor, AutoTokenizer)
+torch.set_num_threads(2)
+source, target, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+config = AutoConfig.from_pretrained(source, **options)
+assert config.model_type == "unicode2" and config.num_image_tokens == 16
+processor = AutoProcessor.from_pretrained(source, **options)
+assert type(processor).__name__ == "UniCode2Processor"
+assert type(AutoTokenizer.from_pretrained(source, **options)).__name__ == "Qwen2Tokenizer"
+assert type(AutoImageProcessor.from_pretrained(source, **options)).__name__.startswith("SiglipImageProcessor")
+names = {}
+for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    model = auto.from_pretrained(source, **options).eval()
+    names[auto.__name__] = type(model).__name__
+    assert not any(p.requires_grad for p in model.get_quantizer().parameters())
+ids = torch.arange(20, 40)[None]
+with torch.no_grad():
+    logits = model(ids).logits
+print(json.dumps({"names": names, "logits": logits[0, -1, ::97].double().tolist(), "module": type(model).__module__}))
+if target:
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+"""
+CLASSES = {
+    "AutoModel": "UniCode2Model",
+    "AutoModelForImageTextToText": "UniCode2ForConditionalGeneration",
+    "AutoModelForMultimodalLM": "UniCode2ForConditionalGeneration",
+}
+
+
+def run_python(code, *arguments, **environment):
+    command = [sys.executable, "-S", "-c", "import site; site.main()\n" + code, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def load(source, target="", installed=True, environment=None, **options):
+    options["trust_remote_code"] = not installed
+    output = run_python(
+        (WITH_PACKAGE if installed else WITHOUT_PACKAGE) + LOAD,
+        source,
+        target,
+        json.dumps(options),
+        **(environment or {}),
+    )
+    report = json.loads(output.splitlines()[-1])
+    assert report["names"] == CLASSES
+    assert report["module"].startswith("transformers_unicode2." if installed else "transformers_modules.")
+    return report["logits"]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, processor):
+    """Folder of a small checkpoint, sharded, with its processor and code."""
+    folder = tmp_path_factory.mktemp("hub") / "unicode2-small"
+    make_checkpoint(folder, processor, seed=0)
+    return folder
+
+
+def make_checkpoint(folder, processor, seed):
+    torch.manual_seed(seed)
+    config = UniCode2Config(
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": 768,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "image_size": 32,
+            "patch_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "vision_use_head": False,
+        },
+        codebook_config={"codebook_size": 96, "codebook_dim": 16, "num_cells": 4},
+        image_token_id=processor.image_token_id,
+        boi_token_id=processor.boi_token_id,
+        eoi_token_id=processor.eoi_token_id,
+    )
+    model = UniCode2ForConditionalGeneration(config)
+    model.get_quantizer().codebook.codes.normal_()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    processor.save_pretrained(folder)
+
+
+def test_every_save_carries_all_that_remote_code_needs(repository):
+    config = json.loads((repository / "config.json").read_text())
+    for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoProcessor"):
+        module, _ = config["auto_map"][name].split(".")
+        assert (repository / f"{module}.py").is_file(), name
+    assert len(list(repository.glob("model-*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("saved_by", ["installed", "remote"])
+@pytest.mark.parametrize("loaded_by", ["installed", "remote"])
+def test_load_save_load_in_each_combination(repository, tmp_path, saved_by, loaded_by):
+    first = load(repository, tmp_path / "again", installed=saved_by == "installed")
+    second = load(tmp_path / "again", installed=loaded_by == "installed")
+    assert first == second
+
+
+def test_hub_and_pinned_revision(repository, processor, tmp_path):
+    make_checkpoint(tmp_path / "old", processor, seed=1)
+    with serve_hub({"org/unicode2-small": {"main": repository, "v0": tmp_path / "old"}}) as (address, asked):
+        environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        logits = {}
+        for installed in (False, True):
+            for revision in ("main", "v0"):
+                logits[installed, revision] = load(
+                    "org/unicode2-small", installed=installed, environment=environment, revision=revision
+                )
+    assert logits[False, "main"] == logits[True, "main"] == load(repository)
+    assert logits[False, "v0"] == logits[True, "v0"] == load(tmp_path / "old")
+    assert logits[False, "main"] != logits[False, "v0"]
+    assert any(path.endswith("model-00001-of-00003.safetensors") or "/model-" in path for path in asked)
+
+
+def test_quantizer_loads_alone(repository, tmp_path):
+    """From the whole checkpoint, reading only its own weights; and from a folder of its own."""
+    code = """
+import json, sys, torch
+from transformers_unicode2 import UniCode2Quantizer
+quantizer = UniCode2Quantizer.from_pretrained(sys.argv[1])
+pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+print(json.dumps(quantizer.encode_images(pixels).tolist()))
+quantizer.save_pretrained(sys.argv[2])
+"""
+    whole = json.loads(run_python(code, repository, tmp_path / "quantizer").splitlines()[-1])
+    model = UniCode2ForConditionalGeneration.from_pretrained(repository)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert whole == model.get_quantizer().encode_images(pixels).tolist()
+    alone = """
+import json, sys, torch
+from transformers import AutoModel
+quantizer = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+print(json.dumps(quantizer(pixels).tolist()))
+"""
+    for head in (WITHOUT_PACKAGE, WITH_PACKAGE):
+        assert json.loads(run_python(head + alone, tmp_path / "quantizer").splitlines()[-1]) == whole
+    held = sum(file.stat().st_size for file in (tmp_path / "quantizer").glob("*.safetensors"))
+    assert held < 0.5 * sum(file.stat().st_size for file in repository.glob("*.safetensors"))
