@@ -6,8 +6,9 @@ from tests.test_image_processing_common import ImageProcessingTestMixin, prepare
 from tests.test_processing_common import ProcessorTesterMixin
 from transformers import AutoTokenizer
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.utils import is_torchvision_available
 
-from transformers_unicode2 import UniCode2Processor
+from transformers_unicode2 import UniCode2Processor, image_processors
 from transformers_unicode2.demo import embedded_checkpoint
 
 
@@ -29,7 +30,7 @@ class UniCode2ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
 class SiglipImageProcessingTester:
     batch_size, num_channels, image_size, min_resolution, max_resolution = 3, 3, 18, 30, 80
-    image_processing_classes = {"pil": SiglipImageProcessorPil}
+    image_processing_classes = image_processors
 
     def __init__(self, parent):
         self.parent = parent
@@ -62,3 +63,7 @@ class SiglipImageProcessingTester:
 
 class SiglipImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = SiglipImageProcessingTester
+
+    @unittest.skipUnless(is_torchvision_available(), "The library's torchvision class needs torchvision.")
+    def test_new_models_require_torchvision_backend(self):
+        super().test_new_models_require_torchvision_backend()

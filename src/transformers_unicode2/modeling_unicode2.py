@@ -112,7 +112,7 @@ class UniCode2VisualHead(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        visual_embeddings: UniCode2VisualEmbeddings,
+        visual_embeddings: Callable,
         guidance_scale: float | None = None,
         temperature: float | None = None,
     ) -> torch.Tensor:
@@ -121,10 +121,10 @@ class UniCode2VisualHead(nn.Module):
         With `guidance_scale`, see `guide`, the batch is halved. `temperature` is of use to the two-level head alone.
         """
         query = guide(self.linear(hidden_states), guidance_scale)
-        return visual_embeddings(use=lambda weight: query @ weight.T.to(query.dtype))
+        return visual_embeddings(None, lambda weight: query @ weight.T.to(query.dtype))
 
     def compute_nll(
-        self, hidden_states: torch.Tensor, visual_embeddings: UniCode2VisualEmbeddings, codes: torch.LongTensor
+        self, hidden_states: torch.Tensor, visual_embeddings: Callable, codes: torch.LongTensor
     ) -> torch.Tensor:
         """Summed negative log-likelihood, float32, of `codes` `(num_targets,)` after `hidden_states` `(num_targets, hidden_size)`."""
         return nn.functional.cross_entropy(self(hidden_states, visual_embeddings).float(), codes, reduction="sum")
@@ -139,7 +139,7 @@ class UniCode2TwoLevelVisualHead(nn.Module):
     def __init__(self, config: UniCode2Config):
         super().__init__()
         codebook = config.codebook_config
-        self.codebook_dim = codebook.codebook_dim
+        self.codebook_dim, self.codebook_size = codebook.codebook_dim, codebook.codebook_size
         self.linear = nn.Linear(config.text_config.hidden_size, codebook.codebook_dim + codebook.num_cells)
         self.cell_offsets = nn.Buffer(equal_cells(codebook.codebook_size, codebook.num_cells))
         self.largest_cell = None
@@ -156,7 +156,7 @@ class UniCode2TwoLevelVisualHead(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        visual_embeddings: UniCode2VisualEmbeddings,
+        visual_embeddings: Callable,
         guidance_scale: float | None = None,
         temperature: float | None = None,
     ) -> torch.Tensor:
@@ -171,7 +171,7 @@ class UniCode2TwoLevelVisualHead(nn.Module):
         cell_scores = cell_scores.masked_fill(sizes == 0, -torch.inf)
         if temperature is not None:
             return self.score_drawn_cell(query, cell_scores / temperature, visual_embeddings)
-        scores = visual_embeddings(use=lambda weight: query @ weight.T.to(query.dtype)).float()
+        scores = visual_embeddings(None, lambda weight: query @ weight.T.to(query.dtype)).float()
         cells = torch.repeat_interleave(sizes, output_size=scores.shape[-1])  # (codebook_size,), the cell of each code
         top = torch.full_like(cell_scores, -torch.inf).scatter_reduce(
             -1, cells.expand_as(scores), scores, "amax"
@@ -183,7 +183,7 @@ class UniCode2TwoLevelVisualHead(nn.Module):
         return scores + shift.gather(-1, cells.expand_as(scores))
 
     def score_drawn_cell(
-        self, query: torch.Tensor, cell_scores: torch.Tensor, visual_embeddings: UniCode2VisualEmbeddings
+        self, query: torch.Tensor, cell_scores: torch.Tensor, visual_embeddings: Callable
     ) -> torch.Tensor:
         """Log-probabilities `(..., codebook_size)` given a drawn cell, from queries `(..., codebook_dim)` and scores of the cells."""
         cells = torch.multinomial(cell_scores.flatten(0, -2).softmax(-1), 1)[:, 0]  # (num_rows,)
@@ -192,15 +192,15 @@ class UniCode2TwoLevelVisualHead(nn.Module):
             self.measure_cells()
         codes = start[:, None] + torch.arange(self.largest_cell, device=start.device)
         inside = codes < end[:, None]  # (num_rows, largest cell)
-        codes = codes.clamp(max=visual_embeddings.num_embeddings - 1)
+        codes = codes.clamp(max=self.codebook_size - 1)
         rows = query.flatten(0, -2)[:, :, None]  # (num_rows, codebook_dim, 1)
         scores = (visual_embeddings(codes).to(rows.dtype) @ rows)[..., 0].float().masked_fill(~inside, -torch.inf)
-        output = scores.new_full((len(cells), visual_embeddings.num_embeddings), -torch.inf)
+        output = scores.new_full((len(cells), self.codebook_size), -torch.inf)
         output.scatter_reduce_(-1, codes, scores.log_softmax(-1), "amax")
         return output.unflatten(0, query.shape[:-1])
 
     def compute_nll(
-        self, hidden_states: torch.Tensor, visual_embeddings: UniCode2VisualEmbeddings, codes: torch.LongTensor
+        self, hidden_states: torch.Tensor, visual_embeddings: Callable, codes: torch.LongTensor
     ) -> torch.Tensor:
         """Summed negative log-likelihood, float32, of `codes` `(num_targets,)` after `hidden_states` `(num_targets, hidden_size)`."""
         query, cell_scores = self.project(hidden_states)
@@ -216,7 +216,7 @@ class UniCode2TwoLevelVisualHead(nn.Module):
                 total = total + nn.functional.cross_entropy(scores.float(), codes[mine] - block.start, reduction="sum")
             return total
 
-        return nn.functional.cross_entropy(cell_scores, cells, reduction="sum") + visual_embeddings(use=within_cells)
+        return nn.functional.cross_entropy(cell_scores, cells, reduction="sum") + visual_embeddings(None, within_cells)
 
 
 VISUAL_HEAD_CLASSES = {"flat": UniCode2VisualHead, "two_level": UniCode2TwoLevelVisualHead}
@@ -444,6 +444,10 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         """Images `(num_images, 3, height, width)` to visual token ids `(num_images, num_image_tokens)`."""
         return self.model.get_image_tokens(pixel_values)
 
+    def use_c2(self) -> Callable:
+        """C2's forward as a plain function; a module among the arguments of another would be moved by offloading."""
+        return self.model.visual_embeddings.__call__
+
     def compute_logits(
         self,
         hidden_states: torch.Tensor,
@@ -462,7 +466,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
                 logits[..., id_] = -torch.inf
             return logits
         visual = self.visual_head(
-            hidden_states, self.model.visual_embeddings, visual_guidance_scale, visual_temperature
+            hidden_states, self.use_c2(), visual_guidance_scale, visual_temperature
         )  # (..., codebook_size)
         if output_modality == "image":
             return nn.functional.pad(visual, (self.config.visual_token_offset, 0), value=-torch.inf)
@@ -494,7 +498,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             offset,
         )
         visual = sum_in_chunks(
-            lambda h, t: self.visual_head.compute_nll(h, self.model.visual_embeddings, t),
+            lambda h, t: self.visual_head.compute_nll(h, self.use_c2(), t),
             hidden[is_visual],
             target[is_visual] - offset,
             self.config.codebook_config.codebook_size,

@@ -22,6 +22,10 @@ class StageArguments:
         default=False, metadata={"help": "Muon for the matrices, AdamW for the rest; AdamW alone if false"}
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the language model"})
+    lora: dict = field(
+        default_factory=dict,
+        metadata={"help": "fields of LoraConfig; if given, the language model learns through adapters"},
+    )
     train_modules: list[str] = field(
         default_factory=lambda: ["visual_embeddings", "projector", "language_model", "lm_head", "visual_head"],
         metadata={"help": "modules that learn; the rest is frozen"},
@@ -57,6 +61,22 @@ def freeze_all_but(model, modules: list[str]) -> None:
         parameter.requires_grad_(not set(modules).isdisjoint(name.split(".")) and ".quantizer." not in name)
 
 
+def make_lora_config(lora: dict, train_modules: list[str]):
+    """LoRA on the language model's linear layers, the other modules that learn trained and saved whole.
+
+    PEFT saves its adapters and `modules_to_save` and silently nothing else, so no module learns that is in neither.
+    """
+    from peft import LoraConfig
+
+    whole = [name for name in train_modules if name not in ("language_model", "lm_head")]
+    defaults = {
+        "target_modules": r".*language_model\.layers.*_proj",
+        "modules_to_save": whole,
+        "task_type": "CAUSAL_LM",
+    }
+    return LoraConfig(**{**defaults, **lora})
+
+
 def main(args: StageArguments, training_args: SFTConfig) -> None:
     from datasets import load_dataset
     from transformers import AutoProcessor, set_seed
@@ -71,7 +91,12 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
         args.model, dtype=args.dtype, attn_implementation=args.attn_implementation
     )
     processor = AutoProcessor.from_pretrained(args.model)
-    freeze_all_but(model, args.train_modules)
+    if args.lora:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, make_lora_config(args.lora, args.train_modules))
+    else:
+        freeze_all_but(model, args.train_modules)
     rows = load_dataset("parquet", data_files=f"{args.data}/train-*.parquet", split="train")
     examples = build_examples(rows, args.tasks, processor, model.config.visual_token_offset)
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("visual_head",)) if args.muon else None
