@@ -55,3 +55,27 @@ def test_quantizer_loads_alone_and_stays_frozen(model, pixel_values, tmp_path):
     assert torch.equal(quantizer.encode_images(pixel_values), model.get_quantizer().encode_images(pixel_values))
     assert not any(parameter.requires_grad for parameter in quantizer.train().parameters())
     assert not quantizer.training
+
+
+@pytest.mark.parametrize("index", ["flat", "ivf"])
+def test_faiss_finds_the_same_codes(model, pixel_values, index):
+    import faiss
+
+    quantizer = model.get_quantizer()
+    expected = quantizer.encode_images(pixel_values)
+    own = None
+    if index == "ivf":
+        codes = quantizer.codebook.codes.numpy()
+        own = faiss.index_factory(codes.shape[1], "IVF4,Flat")
+        own.train(codes)
+        own.add(codes)
+        own.nprobe = 4
+    assert torch.equal(quantizer.use_faiss(own).encode_images(pixel_values), expected)
+    with pytest.raises(ValueError, match="1 of 1 features are not finite"):
+        quantizer.search_index(torch.full((1, 16), torch.nan))
+
+
+def test_faiss_is_named_when_it_is_missing(model, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    with pytest.raises(ImportError, match="needs faiss-cpu"):
+        model.get_quantizer().use_faiss()

@@ -77,7 +77,7 @@ class UniCode2Processor(ProcessorMixin):
         """Makes images come out as visual token ids. The quantizer is never saved with the processor.
 
         Args:
-            quantizer (`UniCode2Quantizer`): encoder and codebook.
+            quantizer (`UniCode2Quantizer`): encoder and codebook; call its `use_faiss` for FAISS.
             visual_token_offset (`int`): first visual token id, `UniCode2Config.visual_token_offset`.
         """
         self.quantizer, self.visual_token_offset = quantizer, visual_token_offset

@@ -1,5 +1,7 @@
 """The frozen half of UniCode²: codebook C1 with nearest-code search, and the encoder in front of it (section 3.2)."""
 
+import importlib
+
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
@@ -50,14 +52,8 @@ class UniCode2Codebook(nn.Module):
         Raises:
             `ValueError`: on another width, or on features that are not finite.
         """
-        if features.shape[-1] != self.codes.shape[1]:
-            raise ValueError(f"The features are {features.shape[-1]} wide and the codes {self.codes.shape[1]}.")
+        check_features(features, self.codes.shape[1])
         query = features.reshape(-1, features.shape[-1]).float()  # (num_queries, codebook_dim)
-        bad = (~torch.isfinite(query).all(-1)).nonzero().flatten()
-        if len(bad):
-            raise ValueError(
-                f"{len(bad)} of {len(query)} features are not finite; the first is number {bad[0].item()}."
-            )
         with torch.autocast(query.device.type, enabled=False):
             best, found = torch.full_like(query[:, 0], torch.inf), torch.zeros_like(query[:, 0], dtype=torch.long)
             for start in range(0, len(self.codes), chunk_size):
@@ -105,6 +101,7 @@ class UniCode2Quantizer(PreTrainedModel):
         super().__init__(config)
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.codebook = UniCode2Codebook(config.codebook_config)
+        self.index = None
         self.post_init()
         self.freeze()
 
@@ -149,11 +146,54 @@ class UniCode2Quantizer(PreTrainedModel):
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Images to codes, `(batch_size, 3, height, width)` to `(batch_size, num_image_tokens)`."""
-        return self.codebook(self.get_image_features(pixel_values).last_hidden_state)
+        features = self.get_image_features(pixel_values).last_hidden_state
+        return self.codebook(features) if self.index is None else self.search_index(features)
+
+    def use_faiss(self, index=None) -> "UniCode2Quantizer":
+        """Searches with FAISS on the CPU from now on; the codes stay the same.
+
+        Args:
+            index (`faiss.Index`, *optional*): holds the codes in their order; an exact `IndexFlatL2` by default.
+
+        Raises:
+            `ImportError`: without FAISS.
+        """
+        try:
+            faiss = importlib.import_module("faiss")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "Searching with FAISS needs faiss-cpu; install transformers_unicode2[codebook]."
+            ) from error
+        if index is None:
+            index = faiss.IndexFlatL2(self.config.codebook_config.codebook_dim)
+            index.add(self.codebook.codes.cpu().numpy())
+        self.index = index
+        return self
+
+    def search_index(self, features: torch.Tensor, num_candidates: int = 4) -> torch.LongTensor:
+        """Nearest code of features `(..., codebook_dim)` among the candidates of the FAISS index; ties go to the lowest code."""
+        check_features(features, self.config.codebook_config.codebook_dim)
+        query = features.reshape(-1, features.shape[-1]).float().cpu()  # (num_queries, codebook_dim)
+        _, candidates = self.index.search(query.numpy(), min(num_candidates, self.index.ntotal))
+        candidates = torch.from_numpy(candidates).sort(-1).values  # (num_queries, num_candidates)
+        codes = self.codebook(candidates.to(self.codebook.codes.device), task="decode").cpu().double()
+        distance = (codes - query[:, None].double()).square().sum(-1)
+        found = candidates.gather(-1, distance.argmin(-1, keepdim=True))[:, 0]
+        return found.reshape(features.shape[:-1]).to(features.device)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """The same as [`~UniCode2Quantizer.encode_images`]."""
         return self.encode_images(pixel_values)
+
+
+def check_features(features: torch.Tensor, width: int) -> None:
+    """Raises `ValueError` on features `(..., width)` of another width, or that are not finite."""
+    if features.shape[-1] != width:
+        raise ValueError(f"The features are {features.shape[-1]} wide and the codes {width}.")
+    finite = torch.isfinite(features).all(-1).flatten()
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
+        raise ValueError(f"{len(bad)} of {len(finite)} features are not finite; the first is number {bad[0].item()}.")
 
 
 def check_codebook(info: dict, want_info: bool) -> None:
