@@ -1,29 +1,38 @@
 """Composes checkpoints from parts, in the layouts of Transformers and Diffusers."""
 
 import argparse
+import json
+import re
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
 
 from .configuration_unicode2 import VISUAL_HEADS
 
 
-def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual_head: str = "flat") -> None:
+def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual_head: str = "flat") -> list[dict]:
     """Writes a UniCode² checkpoint: language model, vision encoder and codebook as they are, C2 a copy of C1 (section 3.2).
 
+    Works shard by shard, so it holds no more than the largest file of the language model or the codebook at a time. The
+    language model keeps its dtype, which the new modules share; the quantizer is in float32.
+
     Args:
-        llm: folder or Hub name of a causal language model with its tokenizer.
+        llm: folder or Hub name of a causal language model, in safetensors, with its tokenizer.
         vision: folder or Hub name of a SigLIP with its image processor.
         codebook: folder written by `unicode2 codebook build`.
         output: folder to write.
         visual_head: `UniCode2Config.visual_head`.
+
+    Returns:
+        One `{"part", "parameters", "bytes"}` a part, in the order of the data flow.
+
+    Raises:
+        `ValueError`: when the parts do not fit together, or the language model has no safetensors.
     """
-    from transformers import (
-        AutoImageProcessor,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GenerationConfig,
-        SiglipVisionModel,
-    )
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, SiglipVisionModel
+    from transformers.dynamic_module_utils import custom_object_save
 
     from .codebook.storage import load_codebook
     from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2Config
@@ -31,12 +40,12 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
     from .processing_unicode2 import UniCode2Processor
 
     tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
-    language_model = AutoModelForCausalLM.from_pretrained(llm)
-    vision_model = SiglipVisionModel.from_pretrained(vision, vision_use_head=False)
+    text_config = AutoConfig.from_pretrained(llm)
+    vision_model = SiglipVisionModel.from_pretrained(vision, vision_use_head=False, dtype=torch.float32)
     stored = load_codebook(codebook)
     processor = UniCode2Processor(AutoImageProcessor.from_pretrained(vision), tokenizer, vision_model.config.patch_size)
     config = UniCode2Config(
-        text_config=language_model.config,
+        text_config=text_config,
         vision_config=vision_model.config,
         codebook_config=UniCode2CodebookConfig(
             codebook_size=len(stored.codes),
@@ -48,27 +57,128 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
         boi_token_id=processor.boi_token_id,
         eoi_token_id=processor.eoi_token_id,
         visual_head=visual_head,
+        dtype=text_config.dtype or torch.float32,
     )
-    torch.manual_seed(0)
-    model = UniCode2ForConditionalGeneration(config)
-    model.model.language_model.load_state_dict(language_model.model.state_dict())
-    model.lm_head.load_state_dict(language_model.lm_head.state_dict())
-    quantizer = model.get_quantizer()
-    quantizer.vision_model.load_state_dict(vision_model.state_dict())
-    quantizer.codebook.load_state_dict(stored.state_dict())
+    with torch.device("meta"):
+        model = UniCode2ForConditionalGeneration(config)
+    writer = ShardWriter(output, {name: value.shape for name, value in model.state_dict().items()})
+    for file in find_safetensors(llm):
+        writer.write("language model", rename_language_model(load_file(file), config))
+    vision_state = vision_model.state_dict()
+    writer.write("vision encoder", {f"model.quantizer.vision_model.{name}": v for name, v in vision_state.items()})
+    codebook_state = stored.state_dict()
+    writer.write("codebook C1", {f"model.quantizer.codebook.{name}": v for name, v in codebook_state.items()})
+    writer.write("C2", {"model.visual_embeddings.weight": stored.codes.to(config.dtype)})
+    fresh = initialise(model, ("model.projector", "visual_head"), config.dtype)
     if visual_head == "two_level":
-        model.visual_head.cell_offsets.copy_(stored.cell_offsets)
-    with torch.no_grad():
-        model.model.visual_embeddings.weight.copy_(stored.codes)
-    model.generation_config = GenerationConfig(
+        fresh["visual_head.cell_offsets"] = stored.cell_offsets
+    for part in ("model.projector", "visual_head"):
+        writer.write(
+            part.split(".")[-1].replace("_", " "), {n: v for n, v in fresh.items() if n.startswith(part + ".")}
+        )
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    writer.finish(may_lack=tied)
+    config.architectures = [type(model).__name__]
+    custom_object_save(model, output, config=config)
+    config.save_pretrained(output)
+    GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=64,
         # what `generate(generation_mode="image")` does unless told otherwise: codes are sampled, with guidance
         image_generation={"do_sample": True, "temperature": 1.0, "top_k": 0, "guidance_scale": 3.0},
-    )
-    model.save_pretrained(output)
+    ).save_pretrained(output)
     processor.save_pretrained(output)
+    return writer.report
+
+
+def find_safetensors(source: str) -> list[Path]:
+    """The safetensors files of a folder, or of a Hub repository, downloaded. Raises `ValueError` when there are none."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = sorted(folder / name for name in names)
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise ValueError(f"{source} lacks {', '.join(absent)}; the language model must be in safetensors.")
+    return files
+
+
+def rename_language_model(state: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+    """Weights of a causal language model under the names that they have inside UniCode²; a tied head is left out."""
+    renamed = {}
+    for name, value in state.items():
+        if name != "lm_head.weight":
+            renamed[re.sub(r"^model\.", "model.language_model.", name)] = value
+        elif not config.tie_word_embeddings:
+            renamed[name] = value
+    return renamed
+
+
+def initialise(model, parts: tuple[str, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Seeded starting weights of modules of a model on the meta device, as `from_config` would draw them."""
+    torch.manual_seed(0)
+    state = {}
+    for part in parts:
+        module = model.get_submodule(part).to_empty(device="cpu")
+        for child in module.modules():
+            model._init_weights(child)
+        state |= {
+            f"{part}.{name}": value.to(dtype) if value.is_floating_point() else value
+            for name, value in module.state_dict().items()
+        }
+    return state
+
+
+class ShardWriter:
+    """Writes the weights of a checkpoint file by file and checks them against the names and shapes that the model has.
+
+    Args:
+        output: folder to write.
+        expected: name to shape of everything in the model's state dict.
+    """
+
+    def __init__(self, output: str, expected: dict[str, torch.Size]):
+        self.folder, self.expected, self.report, self.weight_map = Path(output), dict(expected), [], {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.num_files = 0
+
+    def write(self, part: str, state: dict[str, torch.Tensor]) -> None:
+        """Writes one file. Raises `ValueError` on a weight that the model does not have, or has in another shape."""
+        for name, value in state.items():
+            if name not in self.expected:
+                raise ValueError(f"The {part} has a weight {name} that the model does not have.")
+            if value.shape != self.expected[name]:
+                raise ValueError(
+                    f"{name} of the {part} is {tuple(value.shape)}; the model has {tuple(self.expected[name])}."
+                )
+        self.num_files += 1
+        file = f"part-{self.num_files:05d}.safetensors"
+        save_file({n: v.contiguous() for n, v in state.items()}, self.folder / file, metadata={"format": "pt"})
+        self.weight_map |= dict.fromkeys(state, file)
+        if not self.report or self.report[-1]["part"] != part:
+            self.report.append({"part": part, "parameters": 0, "bytes": 0})
+        self.report[-1]["parameters"] += sum(value.numel() for value in state.values())
+        self.report[-1]["bytes"] += sum(value.nbytes for value in state.values())
+
+    def finish(self, may_lack: set[str]) -> None:
+        """Gives the files their final names and writes the index. Raises `ValueError` when a weight never came."""
+        missing = sorted(self.expected.keys() - self.weight_map.keys() - may_lack)
+        if missing:
+            raise ValueError(f"{len(missing)} of {len(self.expected)} weights are missing, the first is {missing[0]}.")
+        names = {
+            f"part-{i:05d}.safetensors": f"model-{i:05d}-of-{self.num_files:05d}.safetensors"
+            for i in range(1, self.num_files + 1)
+        }
+        for old, new in names.items():
+            (self.folder / old).rename(self.folder / new)
+        index = {
+            "metadata": {"total_size": sum(part["bytes"] for part in self.report)},
+            "weight_map": {name: names[file] for name, file in sorted(self.weight_map.items())},
+        }
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def assemble_pipeline(model: str, mapper: str, decoder: str, output: str, image_size: int) -> None:
@@ -117,7 +227,9 @@ def make_init_parser() -> argparse.ArgumentParser:
 
 
 def init(args: argparse.Namespace) -> None:
-    compose_checkpoint(args.llm, args.vision, args.codebook, args.output, args.visual_head)
+    report = compose_checkpoint(args.llm, args.vision, args.codebook, args.output, args.visual_head)
+    for part in [*report, {"part": "all", **{key: sum(p[key] for p in report) for key in ("parameters", "bytes")}}]:
+        print(f"{part['part']:>15} {part['parameters']:>15,} parameters {part['bytes']:>15,} bytes")
     print(f"{args.output}: composed")
 
 

@@ -1,0 +1,93 @@
+"""`unicode2 init`: a checkpoint from a language model, an encoder and a codebook, shard by shard."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+from transformers_unicode2 import UniCode2ForConditionalGeneration, UniCode2Processor
+from transformers_unicode2.cli import main
+from transformers_unicode2.codebook.storage import codebook_from_arrays, save_codebook
+
+
+@pytest.fixture
+def parts(tmp_path, processor):
+    """Folders of a small language model in several files, an encoder and a codebook; and a function that makes the first."""
+
+    def make_llm(tied):
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            vocab_size=768,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+        model = Qwen2ForCausalLM(config).eval()
+        model.save_pretrained(tmp_path / "llm", max_shard_size="60KB")
+        processor.tokenizer.save_pretrained(tmp_path / "llm")
+        return model
+
+    vision_config = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    SiglipVisionModel(vision_config).save_pretrained(tmp_path / "vision")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vision")
+    rng = np.random.default_rng(0)
+    arrays = rng.normal(size=(96, 16)).astype(np.float32), rng.normal(size=(4, 16)).astype(np.float32)
+    previews = rng.integers(0, 256, (96, 8, 8, 3), dtype=np.uint8)
+    codebook = codebook_from_arrays(*arrays, np.array([0, 20, 50, 60, 96]), previews)
+    save_codebook(codebook, tmp_path / "codebook", {})
+    return tmp_path, make_llm, codebook
+
+
+@pytest.fixture
+def run_init(monkeypatch):
+    """Runs the command on the folders of `parts`."""
+
+    def run(folder, *extra):
+        paths = [word for name in ("llm", "vision", "codebook") for word in (f"--{name}", str(folder / name))]
+        monkeypatch.setattr("sys.argv", ["unicode2", "init", *paths, "--output", str(folder / "output"), *extra])
+        main()
+
+    return run
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head", ["flat", "two_level"])
+def test_parts_are_there_as_they_were(parts, run_init, pixel_values, tied, head, capsys):
+    folder, make_llm, codebook = parts
+    llm = make_llm(tied)
+    run_init(folder, "--visual-head", head)
+    model = UniCode2ForConditionalGeneration.from_pretrained(folder / "output").eval()
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits[..., :768], llm(ids).logits)
+        vision = SiglipVisionModel.from_pretrained(folder / "vision").eval()
+        features = vision(pixel_values).last_hidden_state
+    assert torch.equal(model.get_image_tokens(pixel_values) - 768, codebook.encode(features))
+    assert torch.equal(model.model.visual_embeddings.weight, codebook.codes)
+    assert torch.equal(model.get_quantizer().codebook.cell_offsets, codebook.cell_offsets)
+    assert model.config.tie_word_embeddings == tied and model.config.visual_head == head
+    if head == "two_level":
+        assert torch.equal(model.visual_head.cell_offsets, codebook.cell_offsets)
+    assert 0 < model.visual_head.linear.weight.std() < 0.1
+    assert model.generate(ids, generation_mode="image").shape == (1, 16)
+    assert UniCode2Processor.from_pretrained(folder / "output").num_image_tokens == 16
+    printed = capsys.readouterr().out
+    total = sum(value.numel() for value in model.state_dict().values()) - tied * 768 * 32
+    assert f"all {total:>15,} parameters" in printed
+    for part in ("language model", "vision encoder", "codebook C1", "C2", "projector", "visual head"):
+        assert part in printed
+
+
+def test_parts_that_do_not_fit_are_refused(parts, run_init, capsys):
+    folder, make_llm, _ = parts
+    make_llm(True)
+    next(folder.glob("llm/model-00002-*")).unlink()
+    with pytest.raises(SystemExit, match="2"):
+        run_init(folder)
+    assert "must be in safetensors" in capsys.readouterr().err
+    assert not list((folder / "output").glob("model*.safetensors"))
