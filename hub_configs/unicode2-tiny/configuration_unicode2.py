@@ -14,6 +14,33 @@ AUTO_MAP = {
 }
 
 
+VISUAL_HEADS = ("flat", "two_level")
+
+# The parts of the paper's 7B model (section 4.1), as their own checkpoints describe them.
+QWEN2_5_7B = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "rms_norm_eps": 1e-6,
+}
+SIGLIP_SO400M_384 = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+
 @strict
 class UniCode2CodebookConfig(PreTrainedConfig):
     r"""
@@ -46,7 +73,7 @@ class UniCode2QuantizerConfig(PreTrainedConfig):
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            The encoder, a `SiglipVisionConfig` by default.
+            The encoder, SigLIP so400m-patch14-384 by default.
         codebook_config (`dict` or `UniCode2CodebookConfig`, *optional*):
             The codebook; its `codebook_dim` must be the encoder's `hidden_size`.
     """
@@ -69,6 +96,7 @@ class UniCode2QuantizerConfig(PreTrainedConfig):
                 "AutoModel": "quantization_unicode2.UniCode2Quantizer",
             },
         )
+        self.vision_config = SIGLIP_SO400M_384 if self.vision_config is None else self.vision_config
         super().__post_init__(**kwargs)
         check_widths(self.vision_config, self.codebook_config)
 
@@ -86,9 +114,9 @@ class UniCode2Config(PreTrainedConfig):
 
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            The language model, a `Qwen2Config` by default.
+            The language model, Qwen2.5-7B by default.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            The frozen encoder, a `SiglipVisionConfig` by default.
+            The frozen encoder, SigLIP so400m-patch14-384 by default.
         codebook_config (`dict` or `UniCode2CodebookConfig`, *optional*):
             The codebook; its `codebook_dim` must be the encoder's `hidden_size`.
         image_token_id (`int`, *optional*, defaults to 151655):
@@ -99,6 +127,9 @@ class UniCode2Config(PreTrainedConfig):
             Text id behind an image (`<|vision_end|>` of Qwen2.5).
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation between the two linear layers of the projector (section 3.3).
+        visual_head (`str`, *optional*, defaults to `"flat"`):
+            How the next code is scored: `"flat"` over all codes at once, or `"two_level"`, the cell first and then the codes
+            within it, which needs about `num_cells + codebook_size / num_cells` scores to draw a code.
 
     Example:
 
@@ -134,13 +165,18 @@ class UniCode2Config(PreTrainedConfig):
     boi_token_id: int = 151652
     eoi_token_id: int = 151653
     projector_hidden_act: str = "gelu"
+    visual_head: str = "flat"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        self.text_config = QWEN2_5_7B if self.text_config is None else self.text_config
+        self.vision_config = SIGLIP_SO400M_384 if self.vision_config is None else self.vision_config
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         check_widths(self.vision_config, self.codebook_config)
+        if self.visual_head not in VISUAL_HEADS:
+            raise ValueError(f"`visual_head` is {self.visual_head!r}; it must be one of {', '.join(VISUAL_HEADS)}.")
         for name in ("image_token_id", "boi_token_id", "eoi_token_id"):
             if not 0 <= getattr(self, name) < self.text_config.vocab_size:
                 raise ValueError(
@@ -159,7 +195,11 @@ class UniCode2Config(PreTrainedConfig):
 
     def get_quantizer_config(self) -> UniCode2QuantizerConfig:
         """The part of the configuration that turns images into codes."""
-        return UniCode2QuantizerConfig(vision_config=self.vision_config, codebook_config=self.codebook_config)
+        return UniCode2QuantizerConfig(
+            vision_config=self.vision_config,
+            codebook_config=self.codebook_config,
+            attn_implementation=self.vision_config._attn_implementation,
+        )
 
 
 def check_widths(vision_config: PreTrainedConfig, codebook_config: UniCode2CodebookConfig) -> None:

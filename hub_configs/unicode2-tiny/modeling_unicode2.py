@@ -1,10 +1,13 @@
 """The trainable half of UniCode²: C2, projector, language model and visual head (sections 3.2 to 3.4)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -15,7 +18,9 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2Config
 from .generation_unicode2 import UniCode2GenerationMixin
-from .quantization_unicode2 import UniCode2Quantizer, init_codebook
+from .quantization_unicode2 import UniCode2Quantizer, check_codebook, equal_cells, init_codebook
+
+MAX_SCORES = 2**26  # held at a time by the loss: 256 MiB in float32
 
 
 @dataclass
@@ -57,8 +62,18 @@ class UniCode2CausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.FloatTensor | None = None
 
 
+@dataclass
 class UniCode2ImageFeatures(BaseModelOutputWithPooling):
-    """Encoder output whose `pooler_output` is a tuple of one `(num_image_tokens, hidden_size)` embedding an image."""
+    r"""
+    What the encoder returned, with `pooler_output` replaced by a tuple of one `(num_image_tokens, hidden_size)` embedding an
+    image.
+
+    Args:
+        image_tokens (`torch.LongTensor` of shape `(num_images, num_image_tokens)`):
+            The images' visual token ids.
+    """
+
+    image_tokens: torch.LongTensor | None = None
 
 
 class UniCode2Projector(nn.Module):
@@ -74,6 +89,19 @@ class UniCode2Projector(nn.Module):
         return self.linear_2(self.act(self.linear_1(visual_embeds)))
 
 
+class UniCode2VisualEmbeddings(nn.Embedding):
+    """C2: the trainable vectors of the codes, which only embed (Eq. 6) and score (Eq. 8)."""
+
+    def forward(
+        self, codes: torch.LongTensor | None = None, use: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Codes `(...)` to their vectors `(..., codebook_dim)`; or what `use` makes of the whole matrix.
+
+        Offloading, ZeRO-3 and FSDP bring a weight to its module only while that runs, so nobody else may read it.
+        """
+        return super().forward(codes) if use is None else use(self.weight)
+
+
 class UniCode2VisualHead(nn.Module):
     """Scores of the next code: hidden state, linear to the width of a code, inner product with C2 (Eq. 8)."""
 
@@ -81,8 +109,143 @@ class UniCode2VisualHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(config.text_config.hidden_size, config.codebook_config.codebook_dim)
 
-    def forward(self, hidden_states: torch.Tensor, visual_embeddings: torch.Tensor) -> torch.Tensor:
-        return self.linear(hidden_states) @ visual_embeddings.T  # (..., codebook_size)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        visual_embeddings: Callable,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+    ) -> torch.Tensor:
+        """Hidden states `(batch_size, num_tokens, hidden_size)` to scores `(batch_size, num_tokens, codebook_size)`.
+
+        With `guidance_scale`, see `guide`, the batch is halved. `temperature` is of use to the two-level head alone.
+        """
+        query = guide(self.linear(hidden_states), guidance_scale)
+        return visual_embeddings(None, lambda weight: query @ weight.T.to(query.dtype))
+
+    def compute_nll(
+        self, hidden_states: torch.Tensor, visual_embeddings: Callable, codes: torch.LongTensor
+    ) -> torch.Tensor:
+        """Summed negative log-likelihood, float32, of `codes` `(num_targets,)` after `hidden_states` `(num_targets, hidden_size)`."""
+        return nn.functional.cross_entropy(self(hidden_states, visual_embeddings).float(), codes, reduction="sum")
+
+
+class UniCode2TwoLevelVisualHead(nn.Module):
+    """Scores of the next code in two steps, P(code) = P(cell) P(code | cell): one score a cell, then those of one cell's codes.
+
+    The cells are the codebook's. To draw a code takes `num_cells` scores and those of one cell, in place of `codebook_size`.
+    """
+
+    def __init__(self, config: UniCode2Config):
+        super().__init__()
+        codebook = config.codebook_config
+        self.codebook_dim, self.codebook_size = codebook.codebook_dim, codebook.codebook_size
+        self.linear = nn.Linear(config.text_config.hidden_size, codebook.codebook_dim + codebook.num_cells)
+        self.cell_offsets = nn.Buffer(equal_cells(codebook.codebook_size, codebook.num_cells))
+        self.largest_cell = None
+
+    def measure_cells(self) -> None:
+        """Notes how many codes the largest cell has, once, so that drawing a code need not wait for the answer."""
+        self.largest_cell = int(self.cell_offsets.diff().max())
+
+    def project(self, hidden_states: torch.Tensor, guidance_scale: float | None = None):
+        """Queries `(..., codebook_dim)` for the codes and float32 log-probabilities of the cells `(..., num_cells)`."""
+        output = guide(self.linear(hidden_states), guidance_scale)
+        return output[..., : self.codebook_dim], output[..., self.codebook_dim :].float()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        visual_embeddings: Callable,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+    ) -> torch.Tensor:
+        """Hidden states `(batch_size, num_tokens, hidden_size)` to float32 log-probabilities `(batch_size, num_tokens, codebook_size)`.
+
+        With `guidance_scale`, see `guide`, the batch is halved. With `temperature` a cell is drawn for each row, and the
+        log-probabilities are those of its codes given the cell, minus infinity elsewhere: what is drawn from them at the same
+        temperature is a draw from the product.
+        """
+        query, cell_scores = self.project(hidden_states, guidance_scale)
+        sizes = self.cell_offsets.diff()  # (num_cells,)
+        cell_scores = cell_scores.masked_fill(sizes == 0, -torch.inf)
+        if temperature is not None:
+            return self.score_drawn_cell(query, cell_scores / temperature, visual_embeddings)
+        scores = visual_embeddings(None, lambda weight: query @ weight.T.to(query.dtype)).float()
+        cells = torch.repeat_interleave(sizes, output_size=scores.shape[-1])  # (codebook_size,), the cell of each code
+        top = torch.full_like(cell_scores, -torch.inf).scatter_reduce(
+            -1, cells.expand_as(scores), scores, "amax"
+        )  # for a stable log-sum-exp over each cell
+        mass = torch.zeros_like(cell_scores).scatter_add(
+            -1, cells.expand_as(scores), (scores - top.gather(-1, cells.expand_as(scores))).exp()
+        )
+        shift = cell_scores.log_softmax(-1) - mass.log() - top  # (..., num_cells)
+        return scores + shift.gather(-1, cells.expand_as(scores))
+
+    def score_drawn_cell(
+        self, query: torch.Tensor, cell_scores: torch.Tensor, visual_embeddings: Callable
+    ) -> torch.Tensor:
+        """Log-probabilities `(..., codebook_size)` given a drawn cell, from queries `(..., codebook_dim)` and scores of the cells."""
+        cells = torch.multinomial(cell_scores.flatten(0, -2).softmax(-1), 1)[:, 0]  # (num_rows,)
+        start, end = self.cell_offsets[cells], self.cell_offsets[cells + 1]
+        if self.largest_cell is None:
+            self.measure_cells()
+        codes = start[:, None] + torch.arange(self.largest_cell, device=start.device)
+        inside = codes < end[:, None]  # (num_rows, largest cell)
+        codes = codes.clamp(max=self.codebook_size - 1)
+        rows = query.flatten(0, -2)[:, :, None]  # (num_rows, codebook_dim, 1)
+        scores = (visual_embeddings(codes).to(rows.dtype) @ rows)[..., 0].float().masked_fill(~inside, -torch.inf)
+        output = scores.new_full((len(cells), self.codebook_size), -torch.inf)
+        output.scatter_reduce_(-1, codes, scores.log_softmax(-1), "amax")
+        return output.unflatten(0, query.shape[:-1])
+
+    def compute_nll(
+        self, hidden_states: torch.Tensor, visual_embeddings: Callable, codes: torch.LongTensor
+    ) -> torch.Tensor:
+        """Summed negative log-likelihood, float32, of `codes` `(num_targets,)` after `hidden_states` `(num_targets, hidden_size)`."""
+        query, cell_scores = self.project(hidden_states)
+        cells = torch.searchsorted(self.cell_offsets, codes, right=True) - 1
+        cell_scores = cell_scores.masked_fill(self.cell_offsets.diff() == 0, -torch.inf)
+        offsets = self.cell_offsets.tolist()
+
+        def within_cells(weight: torch.Tensor) -> torch.Tensor:
+            total = query.sum() * 0.0 + weight[:1].sum() * 0.0  # both get a gradient even where there are no targets
+            for cell in cells.unique().tolist():
+                mine, block = cells == cell, slice(offsets[cell], offsets[cell + 1])
+                scores = query[mine] @ weight[block].T.to(query.dtype)  # (targets of this cell, its codes)
+                total = total + nn.functional.cross_entropy(scores.float(), codes[mine] - block.start, reduction="sum")
+            return total
+
+        return nn.functional.cross_entropy(cell_scores, cells, reduction="sum") + visual_embeddings(None, within_cells)
+
+
+VISUAL_HEAD_CLASSES = {"flat": UniCode2VisualHead, "two_level": UniCode2TwoLevelVisualHead}
+
+
+def guide(output: torch.Tensor, guidance_scale: float | None) -> torch.Tensor:
+    """Classifier-free guidance before the scores, which are linear in what a head projects to, so that they are computed once.
+
+    The first half of `output` `(2 * batch_size, ...)` saw the prompt, the second did not; the first is moved away from the
+    second by `guidance_scale`. Without a scale, `output` comes back.
+    """
+    if guidance_scale is None:
+        return output
+    conditional, unconditional = output.chunk(2)
+    return torch.lerp(unconditional.float(), conditional.float(), guidance_scale).to(output.dtype)
+
+
+def sum_in_chunks(
+    function: Callable, hidden_states: torch.Tensor, target: torch.LongTensor, num_scores: int
+) -> torch.Tensor:
+    """Sum of `function(hidden_states, target)` over parts of at most `MAX_SCORES` scores, each recomputed in the backward pass.
+
+    So a loss over `num_scores` classes never holds the scores of all targets; a single part is not recomputed.
+    """
+    size = max(MAX_SCORES // num_scores, 1)
+    if len(target) <= size:
+        return function(hidden_states, target)
+    parts = zip(hidden_states.split(size), target.split(size))
+    return sum(checkpoint(function, *part, use_reentrant=False) for part in parts)
 
 
 class UniCode2PreTrainedModel(PreTrainedModel):
@@ -102,17 +265,19 @@ class UniCode2PreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         init_codebook(module)
+        if isinstance(module, UniCode2TwoLevelVisualHead):
+            codebook = self.config.codebook_config
+            init.copy_(module.cell_offsets, equal_cells(codebook.codebook_size, codebook.num_cells))
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Loads a checkpoint and freezes its quantizer. Raises `ValueError` when the checkpoint holds no codebook."""
+        """Loads a checkpoint and freezes its quantizer.
+
+        Raises `ValueError` when the checkpoint holds no codebook, unless `output_loading_info` asks for the missing keys.
+        """
         want_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if ".codebook." in key)
-        if missing:
-            raise ValueError(
-                f"The checkpoint has no codebook: {', '.join(missing)} not found. Build one with `unicode2 codebook build`."
-            )
+        check_codebook(info, want_info)
         model.get_quantizer().freeze()
         return (model, info) if want_info else model
 
@@ -125,12 +290,19 @@ class UniCode2Model(UniCode2PreTrainedModel):
 
     def __init__(self, config: UniCode2Config):
         super().__init__(config)
-        self.quantizer = UniCode2Quantizer(config.get_quantizer_config())
-        self.visual_embeddings = nn.Embedding(config.codebook_config.codebook_size, config.codebook_config.codebook_dim)
-        self.projector = UniCode2Projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.visual_embeddings = UniCode2VisualEmbeddings(
+            config.codebook_config.codebook_size, config.codebook_config.codebook_dim
+        )
+        self.projector = UniCode2Projector(config)
+        self.quantizer = UniCode2Quantizer(config.get_quantizer_config())
         self.post_init()
         self.quantizer.freeze()
+
+    @property
+    def vision_tower(self) -> PreTrainedModel:
+        """The frozen encoder, under the name that it has in the library's other models."""
+        return self.quantizer.vision_model
 
     def get_quantizer(self) -> UniCode2Quantizer:
         return self.quantizer
@@ -151,15 +323,21 @@ class UniCode2Model(UniCode2PreTrainedModel):
         visual = self.embed_image_tokens(input_ids.masked_fill(~is_visual, offset))
         return torch.where(is_visual[..., None], visual.to(text.dtype), text)
 
+    @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> UniCode2ImageFeatures:
-        """Images `(num_images, 3, height, width)` to their embeddings, one `(num_image_tokens, hidden_size)` each.
-
-        `last_hidden_state` holds the visual token ids, `(num_images, num_image_tokens)`.
-        """
-        tokens = self.get_image_tokens(pixel_values)
-        return UniCode2ImageFeatures(last_hidden_state=tokens, pooler_output=tuple(self.embed_image_tokens(tokens)))
+        """Images `(num_images, 3, height, width)` to their patch features, visual token ids and embeddings."""
+        encoded = self.quantizer.get_image_features(pixel_values, **kwargs)
+        codes = self.quantizer.codebook(encoded.last_hidden_state)  # (num_images, num_image_tokens)
+        tokens = codes + self.config.visual_token_offset
+        return UniCode2ImageFeatures(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=tuple(self.embed_image_tokens(tokens)),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            image_tokens=tokens,
+        )
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, num_features: int
@@ -206,7 +384,7 @@ class UniCode2Model(UniCode2PreTrainedModel):
             inputs_embeds = self.embed_input_ids(input_ids)  # (batch_size, num_tokens, hidden_size)
         images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            images = self.get_image_features(pixel_values)
+            images = self.get_image_features(pixel_values, return_dict=True)
         if images is not None:
             features = torch.cat(tuple(images.pooler_output)).to(
                 inputs_embeds
@@ -226,7 +404,7 @@ class UniCode2Model(UniCode2PreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=None if images is None else features.unflatten(0, (-1, self.config.num_image_tokens)),
-            image_tokens=None if images is None else images.last_hidden_state,
+            image_tokens=None if images is None else images.image_tokens,
         )
 
 
@@ -245,7 +423,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         super().__init__(config)
         self.model = UniCode2Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.visual_head = UniCode2VisualHead(config)
+        self.visual_head = VISUAL_HEAD_CLASSES[config.visual_head](config)
         self.decoder = None
         self.post_init()
         self.get_quantizer().freeze()
@@ -266,15 +444,30 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         """Images `(num_images, 3, height, width)` to visual token ids `(num_images, num_image_tokens)`."""
         return self.model.get_image_tokens(pixel_values)
 
-    def compute_logits(self, hidden_states: torch.Tensor, output_modality: str | None = None) -> torch.Tensor:
-        """Hidden states `(..., hidden_size)` to scores over the unified vocabulary, or its part for `output_modality`.
+    def use_c2(self) -> Callable:
+        """C2's forward as a plain function; a module among the arguments of another would be moved by offloading."""
+        return self.model.visual_embeddings.__call__
 
-        `"text"` gives the text ids alone, `(..., visual_token_offset)`; `"image"` gives all ids with the text ids at minus
-        infinity; `None` computes both heads.
+    def compute_logits(
+        self,
+        hidden_states: torch.Tensor,
+        output_modality: str | None = None,
+        visual_guidance_scale: float | None = None,
+        visual_temperature: float | None = None,
+    ) -> torch.Tensor:
+        """Hidden states `(batch_size, num_tokens, hidden_size)` to scores over the unified vocabulary, or a part of it.
+
+        `output_modality="text"` gives the text ids alone, `(..., visual_token_offset)`, with those that frame an image at minus
+        infinity; `"image"` gives all ids with the text ids at minus infinity; `None` computes both heads.
         """
         if output_modality == "text":
-            return self.lm_head(hidden_states)
-        visual = self.visual_head(hidden_states, self.model.visual_embeddings.weight)  # (..., codebook_size)
+            logits = self.lm_head(hidden_states)
+            for id_ in (self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id):
+                logits[..., id_] = -torch.inf
+            return logits
+        visual = self.visual_head(
+            hidden_states, self.use_c2(), visual_guidance_scale, visual_temperature
+        )  # (..., codebook_size)
         if output_modality == "image":
             return nn.functional.pad(visual, (self.config.visual_token_offset, 0), value=-torch.inf)
         return torch.cat([self.lm_head(hidden_states), visual], dim=-1)
@@ -284,22 +477,32 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         hidden_states: torch.Tensor,
         labels: torch.LongTensor,
         num_items_in_batch: int | torch.Tensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, text part (Eq. 7) and visual part (Eq. 8); each text target over the text ids, each visual one over the codes.
 
         `hidden_states` is `(batch_size, num_tokens, hidden_size)`, `labels` are ids of the unified vocabulary
-        `(batch_size, num_tokens)` with -100 where there is no target. The loss is the sum divided by `num_items_in_batch`
-        (the number of targets if that is not given). Both heads always run, so that no rank waits for another.
+        `(batch_size, num_tokens)` with -100 where there is no target; `shift_labels`, if given, are labels that already stand
+        at the position which predicts them. The loss is the sum divided by `num_items_in_batch` (the number of targets if that
+        is not given). Both heads always run, so that no rank waits for another.
         """
         offset = self.config.visual_token_offset
-        hidden, target = hidden_states[:, :-1], labels[:, 1:]  # position t predicts token t + 1
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # position t predicts token t + 1
+        hidden, target = hidden_states, shift_labels.to(hidden_states.device)
         is_text, is_visual = (target >= 0) & (target < offset), target >= offset
-        text_logits = self.lm_head(hidden[is_text]).float()  # (num_text_targets, visual_token_offset)
-        text = nn.functional.cross_entropy(text_logits, target[is_text], reduction="sum")
-        visual_logits = self.compute_logits(hidden[is_visual], "image")[
-            ..., offset:
-        ].float()  # (num_visual_targets, codebook_size)
-        visual = nn.functional.cross_entropy(visual_logits, target[is_visual] - offset, reduction="sum")
+        text = sum_in_chunks(
+            lambda h, t: nn.functional.cross_entropy(self.lm_head(h).float(), t, reduction="sum"),
+            hidden[is_text],
+            target[is_text],
+            offset,
+        )
+        visual = sum_in_chunks(
+            lambda h, t: self.visual_head.compute_nll(h, self.use_c2(), t),
+            hidden[is_visual],
+            target[is_visual] - offset,
+            self.config.codebook_config.codebook_size,
+        )
         num_text, num_visual = is_text.sum(), is_visual.sum()
         total = (num_text + num_visual).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return (text + visual) / total, text / num_text.clamp(min=1), visual / num_visual.clamp(min=1)
@@ -318,7 +521,9 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         output_modality: str | None = None,
         visual_guidance_scale: float | None = None,
+        visual_temperature: float | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UniCode2CausalLMOutputWithPast:
         r"""
@@ -330,9 +535,13 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
                 `"text"` or `"image"` to compute the scores of one head only.
             visual_guidance_scale (`float`, *optional*):
                 Classifier-free guidance: the second half of the batch is the first one without its prompt, and the scores of
-                the first half, moved away from the second's by this factor, are returned for it.
+                the first half, moved away from the second's by this factor, are returned for it. Image scores only.
+            visual_temperature (`float`, *optional*):
+                With a two-level visual head, draws a cell at this temperature and scores the codes of that cell alone.
         """
         self.check_ids(input_ids)
+        if "write_index" in kwargs and output_modality is None:  # continuous batching, which writes text
+            output_modality = "text"
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -349,15 +558,10 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
                 image_id = self.config.image_token_id
                 seen = input_ids.masked_scatter(input_ids == image_id, outputs.image_tokens)
                 labels = torch.where(labels == image_id, seen, labels)
-            losses = self.compute_loss(outputs.last_hidden_state, labels, num_items_in_batch)
+            losses = self.compute_loss(outputs.last_hidden_state, labels, num_items_in_batch, shift_labels)
         else:
-            logits = self.compute_logits(
-                slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep), output_modality
-            )
-            if visual_guidance_scale is not None:
-                conditional, unconditional = logits.chunk(2)  # each (batch_size, num_tokens, vocabulary)
-                guided = torch.lerp(unconditional.float(), conditional.float(), visual_guidance_scale)
-                logits = torch.where(conditional.isinf(), conditional, guided)
+            kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            logits = self.compute_logits(kept, output_modality, visual_guidance_scale, visual_temperature)
         return UniCode2CausalLMOutputWithPast(
             loss=losses[0],
             text_loss=losses[1],
@@ -394,7 +598,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             return self.decoder(visual_token_ids=visual_token_ids, output_type="pt").images
         side = int(self.config.num_image_tokens**0.5)
         codes = (visual_token_ids - self.config.visual_token_offset).unflatten(-1, (side, side))
-        return self.get_quantizer().codebook.preview(codes).float() / 255
+        return self.get_quantizer().codebook(codes, task="preview").float() / 255
 
 
 __all__ = ["UniCode2ForConditionalGeneration", "UniCode2Model", "UniCode2PreTrainedModel"]

@@ -30,6 +30,9 @@ CHAT_TEMPLATE = """\
 """
 
 
+AUTO_MAP = {"AutoProcessor": "processing_unicode2.UniCode2Processor"}  # where a repository has the code of this class
+
+
 class UniCode2Processor(ProcessorMixin):
     r"""
     Image processor and tokenizer in one. An image's place in a prompt is `image_token`; it becomes the begin-of-image token,
@@ -74,7 +77,7 @@ class UniCode2Processor(ProcessorMixin):
         """Makes images come out as visual token ids. The quantizer is never saved with the processor.
 
         Args:
-            quantizer (`UniCode2Quantizer`): encoder and codebook.
+            quantizer (`UniCode2Quantizer`): encoder and codebook; call its `use_faiss` for FAISS.
             visual_token_offset (`int`): first visual token id, `UniCode2Config.visual_token_offset`.
         """
         self.quantizer, self.visual_token_offset = quantizer, visual_token_offset
@@ -134,7 +137,7 @@ class UniCode2Processor(ProcessorMixin):
         output = ProcessorMixin.to_dict(slim)
         for name in ("quantizer", "visual_token_offset", "image_token_id", "boi_token_id", "eoi_token_id"):
             output.pop(name, None)
-        return output
+        return {**output, "auto_map": AUTO_MAP}
 
 
 __all__ = ["UniCode2Processor"]

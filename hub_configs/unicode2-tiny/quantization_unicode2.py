@@ -1,9 +1,12 @@
 """The frozen half of UniCode²: codebook C1 with nearest-code search, and the encoder in front of it (section 3.2)."""
 
+import importlib
+
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
 
@@ -27,8 +30,12 @@ class UniCode2Codebook(nn.Module):
         size, side = config.codebook_size, config.preview_size
         self.codes = nn.Buffer(torch.zeros(size, config.codebook_dim))
         self.cell_centroids = nn.Buffer(torch.zeros(config.num_cells, config.codebook_dim))
-        self.cell_offsets = nn.Buffer(torch.zeros(config.num_cells + 1, dtype=torch.long))
+        self.cell_offsets = nn.Buffer(equal_cells(size, config.num_cells))
         self.previews = nn.Buffer(torch.zeros(size, side, side, 3, dtype=torch.uint8)) if side else None
+
+    def forward(self, inputs: torch.Tensor, task: str = "encode") -> torch.Tensor:
+        """`encode`, `decode` or `preview`: by way of a forward, so that a codebook that was offloaded is brought back."""
+        return getattr(self, task)(inputs)
 
     @torch.no_grad()
     def encode(self, features: torch.Tensor, chunk_size: int = 16384) -> torch.LongTensor:
@@ -45,14 +52,8 @@ class UniCode2Codebook(nn.Module):
         Raises:
             `ValueError`: on another width, or on features that are not finite.
         """
-        if features.shape[-1] != self.codes.shape[1]:
-            raise ValueError(f"The features are {features.shape[-1]} wide and the codes {self.codes.shape[1]}.")
+        check_features(features, self.codes.shape[1])
         query = features.reshape(-1, features.shape[-1]).float()  # (num_queries, codebook_dim)
-        bad = (~torch.isfinite(query).all(-1)).nonzero().flatten()
-        if len(bad):
-            raise ValueError(
-                f"{len(bad)} of {len(query)} features are not finite; the first is number {bad[0].item()}."
-            )
         with torch.autocast(query.device.type, enabled=False):
             best, found = torch.full_like(query[:, 0], torch.inf), torch.zeros_like(query[:, 0], dtype=torch.long)
             for start in range(0, len(self.codes), chunk_size):
@@ -100,6 +101,7 @@ class UniCode2Quantizer(PreTrainedModel):
         super().__init__(config)
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.codebook = UniCode2Codebook(config.codebook_config)
+        self.index = None
         self.post_init()
         self.freeze()
 
@@ -119,31 +121,102 @@ class UniCode2Quantizer(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
-        return loaded
+        """Loads a quantizer that was saved alone, or the quantizer of a whole UniCode² checkpoint, and freezes it.
+
+        Raises `ValueError` when the checkpoint holds no codebook, unless `output_loading_info` asks for the missing keys.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("key_mapping", {r"^(model\.)?quantizer\.": ""})
+        quantizer, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        check_codebook(info, want_info)
+        quantizer.freeze()
+        return (quantizer, info) if want_info else quantizer
+
+    def save_pretrained(self, *args, **kwargs):
+        """Saves under its own names, wherever the weights came from."""
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     @torch.no_grad()
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch features of images, `(batch_size, 3, height, width)` to float32 `(batch_size, num_image_tokens, codebook_dim)`."""
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """The encoder's output for images `(batch_size, 3, height, width)`, in float32 outside of any autocast; its
+        `last_hidden_state` holds the patch features, `(batch_size, num_image_tokens, codebook_dim)`."""
+        kwargs["return_dict"] = True
         with torch.autocast(pixel_values.device.type, enabled=False):
-            return self.vision_model(pixel_values.to(self.vision_model.dtype)).last_hidden_state
+            return self.vision_model(pixel_values.to(self.vision_model.dtype), **kwargs)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Images to codes, `(batch_size, 3, height, width)` to `(batch_size, num_image_tokens)`."""
-        return self.codebook.encode(self.get_image_features(pixel_values))
+        features = self.get_image_features(pixel_values).last_hidden_state
+        return self.codebook(features) if self.index is None else self.search_index(features)
+
+    def use_faiss(self, index=None) -> "UniCode2Quantizer":
+        """Searches with FAISS on the CPU from now on; the codes stay the same.
+
+        Args:
+            index (`faiss.Index`, *optional*): holds the codes in their order; an exact `IndexFlatL2` by default.
+
+        Raises:
+            `ImportError`: without FAISS.
+        """
+        try:
+            faiss = importlib.import_module("faiss")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "Searching with FAISS needs faiss-cpu; install transformers_unicode2[codebook]."
+            ) from error
+        if index is None:
+            index = faiss.IndexFlatL2(self.config.codebook_config.codebook_dim)
+            index.add(self.codebook.codes.cpu().numpy())
+        self.index = index
+        return self
+
+    def search_index(self, features: torch.Tensor, num_candidates: int = 4) -> torch.LongTensor:
+        """Nearest code of features `(..., codebook_dim)` among the candidates of the FAISS index; ties go to the lowest code."""
+        check_features(features, self.config.codebook_config.codebook_dim)
+        query = features.reshape(-1, features.shape[-1]).float().cpu()  # (num_queries, codebook_dim)
+        _, candidates = self.index.search(query.numpy(), min(num_candidates, self.index.ntotal))
+        candidates = torch.from_numpy(candidates).sort(-1).values  # (num_queries, num_candidates)
+        codes = self.codebook(candidates.to(self.codebook.codes.device), task="decode").cpu().double()
+        distance = (codes - query[:, None].double()).square().sum(-1)
+        found = candidates.gather(-1, distance.argmin(-1, keepdim=True))[:, 0]
+        return found.reshape(features.shape[:-1]).to(features.device)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """The same as [`~UniCode2Quantizer.encode_images`]."""
         return self.encode_images(pixel_values)
 
 
+def check_features(features: torch.Tensor, width: int) -> None:
+    """Raises `ValueError` on features `(..., width)` of another width, or that are not finite."""
+    if features.shape[-1] != width:
+        raise ValueError(f"The features are {features.shape[-1]} wide and the codes {width}.")
+    finite = torch.isfinite(features).all(-1).flatten()
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
+        raise ValueError(f"{len(bad)} of {len(finite)} features are not finite; the first is number {bad[0].item()}.")
+
+
+def check_codebook(info: dict, want_info: bool) -> None:
+    """Raises `ValueError` when loading found no codebook, unless the caller reads the missing keys himself."""
+    missing = sorted(key for key in info["missing_keys"] if "codebook." in key)
+    if missing and not want_info:
+        raise ValueError(
+            f"The checkpoint has no codebook: {', '.join(missing)} not found. Build one with `unicode2 codebook build`."
+        )
+
+
 @torch.no_grad()
 def init_codebook(module: nn.Module) -> None:
-    """Brings a fresh codebook to its starting values; it holds no random state."""
+    """Brings a fresh codebook to its starting values: no codes yet, in cells of equal size; it holds no random state."""
     if isinstance(module, UniCode2Codebook):
         for buffer in module.buffers():
             init.zeros_(buffer)
+        init.copy_(module.cell_offsets, equal_cells(len(module.codes), len(module.cell_centroids)))
+
+
+def equal_cells(codebook_size: int, num_cells: int) -> torch.LongTensor:
+    """Offsets, `(num_cells + 1,)`, of cells that share the codes as evenly as can be."""
+    return torch.arange(num_cells + 1) * codebook_size // num_cells
 
 
 __all__ = ["UniCode2Codebook", "UniCode2Quantizer"]
