@@ -3,6 +3,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from transformers_unicode2.processing_unicode2 import CHAT_TEMPLATE
+
 
 def test_image_becomes_one_block_of_placeholders(processor, photo):
     batch = processor(images=photo, text="<|image_pad|>what is this?", return_tensors="pt")
@@ -60,3 +62,59 @@ def test_images_come_back_as_pictures(processor):
     pixels = torch.rand(2, 3, 8, 8)
     images = processor.post_process_multimodal_output(pixels, generation_mode="image")
     assert all(isinstance(image, Image.Image) and image.size == (8, 8) for image in images)
+
+
+def test_tools_are_written_as_qwen_reads_them(processor):
+    assert processor.chat_template == CHAT_TEMPLATE
+    tool = {"type": "function", "function": {"name": "draw", "parameters": {"type": "object", "properties": {}}}}
+    chat = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "a cat"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "draw", "arguments": {"n": 1}}}]},
+        {"role": "tool", "content": "done"},
+        {"role": "tool", "content": "twice"},
+    ]
+    text = processor.apply_chat_template(chat, tools=[tool], add_generation_prompt=True, tokenize=False)
+    assert text.startswith("<|im_start|>system\nbe brief\n\n# Tools\n\nYou may call one or more functions")
+    assert text.count("be brief") == 1 and '<tools>\n{"type": "function", ' in text
+    assert text.endswith(
+        "<|im_start|>user\na cat<|im_end|>\n"
+        '<|im_start|>assistant\n<tool_call>\n{"name": "draw", "arguments": {"n": 1}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\ndone\n</tool_response>\n<tool_response>\ntwice\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_sides(processor, photo, side):
+    text = ["<|image_pad|>what?", "no image at all"]
+    batch = processor(images=photo, text=text, padding=True, padding_side=side, return_tensors="pt")
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    assert batch["input_ids"].shape[0] == 2 and lengths[0] > lengths[1]
+    pad = batch["input_ids"][1] == processor.tokenizer.pad_token_id
+    where = pad[: -lengths[1]] if side == "left" else pad[lengths[1] :]
+    assert where.all() and pad.sum() == lengths[0] - lengths[1]
+
+
+def test_text_alone_and_several_images_in_one_text(processor, photo):
+    assert "pixel_values" not in processor(text="just words", return_tensors="pt")
+    batch = processor(images=[photo] * 3, text=["<|image_pad|><|image_pad|>?", "<|image_pad|>"], padding=True)
+    counts = [row.count(processor.image_token_id) for row in batch["input_ids"]]
+    assert counts == [2 * processor.num_image_tokens, processor.num_image_tokens]
+
+
+def test_text_of_a_generation(processor):
+    ids = processor.tokenizer("a red star<|im_end|>", return_tensors="pt")["input_ids"]
+    assert processor.post_process_image_text_to_text(ids) == ["a red star"]
+    assert processor.post_process_multimodal_output(ids) == ["a red star"]
+
+
+def test_codebook_is_never_copied(processor, tiny_model):
+    import copy
+
+    processor.attach_quantizer(tiny_model.get_quantizer(), tiny_model.config.visual_token_offset)
+    try:
+        assert copy.deepcopy(processor).quantizer is processor.quantizer
+        assert "quantizer" not in processor.to_dict()
+    finally:
+        processor.quantizer = None

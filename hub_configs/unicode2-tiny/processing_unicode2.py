@@ -6,25 +6,44 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+# ChatML with images; tools and their calls are written as Qwen2.5 was trained to read them.
 CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}
-{%- if message['content'] is string -%}{{- message['content'] -}}
-{%- else -%}{%- for part in message['content'] -%}
+{%- macro show(content) -%}
+{%- if content is string -%}{{- content -}}
+{%- elif content -%}{%- for part in content -%}
 {{- '<|image_pad|>' if part['type'] == 'image' else part['text'] -}}
 {%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+{%- if tools -%}
+{{- '<|im_start|>system\\n' -}}
+{%- if messages[0]['role'] == 'system' -%}{{- show(messages[0]['content']) + '\\n\\n' -}}{%- endif -%}
+{{- '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' -}}
+{{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' -}}
+{%- for tool in tools -%}{{- '\\n' + (tool | tojson) -}}{%- endfor -%}
+{{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments ' -}}
+{{- 'within <tool_call></tool_call> XML tags:\\n<tool_call>\\n' -}}
+{{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- generation -%}
+{{- show(message['content']) -}}
+{%- for call in message['tool_calls'] or [] -%}
+{%- set call = call['function'] or call -%}
+{%- if message['content'] or not loop.first -%}{{- '\\n' -}}{%- endif -%}
+{{- '<tool_call>\\n{"name": "' + call['name'] + '", "arguments": ' + (call['arguments'] | tojson) + '}\\n</tool_call>' -}}
+{%- endfor -%}
 {{- '<|im_end|>' -}}
 {%- endgeneration -%}
-{%- else -%}
-{%- if message['content'] is string -%}{{- message['content'] -}}
-{%- else -%}{%- for part in message['content'] -%}
-{{- '<|image_pad|>' if part['type'] == 'image' else part['text'] -}}
-{%- endfor -%}{%- endif -%}
-{{- '<|im_end|>' -}}
-{%- endif -%}
 {{- '\\n' -}}
+{%- elif message['role'] == 'tool' -%}
+{%- if loop.first or loop.previtem['role'] != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}
+{{- '\\n<tool_response>\\n' + show(message['content']) + '\\n</tool_response>' -}}
+{%- if loop.last or loop.nextitem['role'] != 'tool' -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
+{%- elif not (tools and loop.first and message['role'] == 'system') -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + show(message['content']) + '<|im_end|>\\n' -}}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
@@ -130,6 +149,13 @@ class UniCode2Processor(ProcessorMixin):
 
         pixels = (generated_outputs.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
         return [Image.fromarray(image) for image in pixels.cpu().numpy()]
+
+    def __deepcopy__(self, memo: dict) -> "UniCode2Processor":
+        """A deep copy that shares the quantizer."""
+        memo[id(self.quantizer)] = self.quantizer
+        twin = memo[id(self)] = copy.copy(self)
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
 
     def to_dict(self) -> dict:
         slim = copy.copy(self)
