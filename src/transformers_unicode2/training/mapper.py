@@ -28,7 +28,8 @@ class MapperArguments:
 @torch.no_grad()
 def encode_latents(vae, pixel_values: torch.Tensor) -> torch.Tensor:
     """Pixels `(batch_size, 3, height, width)` in [-1, 1] to normalised VAE latents `(batch_size, channels, h, w)`."""
-    latents = vae.encode(pixel_values.to(vae.dtype)).latent_dist.mode()
+    with torch.autocast(pixel_values.device.type, torch.bfloat16):
+        latents = vae.encode(pixel_values.to(vae.dtype)).latent_dist.mode().to(vae.dtype)
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
