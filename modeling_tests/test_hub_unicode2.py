@@ -121,6 +121,7 @@ def test_every_save_carries_all_that_remote_code_needs(repository):
     assert len(list(repository.glob("model-*.safetensors"))) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_by", ["installed", "remote"])
 @pytest.mark.parametrize("loaded_by", ["installed", "remote"])
 def test_load_save_load_in_each_combination(repository, tmp_path, saved_by, loaded_by):
