@@ -32,9 +32,10 @@ def tiny_model(tiny_checkpoint):
     return UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint).eval()
 
 
-@pytest.fixture
-def config():
-    return UniCode2Config(
+@pytest.fixture(scope="session")
+def make_config():
+    """Makes configurations of a few thousand weights: images of 16 tokens, 768 text ids, 96 codes in 4 cells."""
+    settings = dict(
         text_config={
             "model_type": "qwen2",
             "vocab_size": 768,
@@ -61,6 +62,12 @@ def config():
         boi_token_id=11,
         eoi_token_id=12,
     )
+    return lambda **changes: UniCode2Config(**{**settings, **changes})
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config()
 
 
 @pytest.fixture

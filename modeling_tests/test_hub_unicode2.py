@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_hub import serve_hub
 
-from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
+from transformers_unicode2 import UniCode2ForConditionalGeneration
 
 WITHOUT_PACKAGE = """
 import sys
@@ -74,39 +74,17 @@ def load(source, target="", installed=True, environment=None, **options):
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory, processor):
+def repository(tmp_path_factory, processor, make_config):
     """Folder of a small checkpoint, sharded, with its processor and code."""
     folder = tmp_path_factory.mktemp("hub") / "unicode2-small"
-    make_checkpoint(folder, processor, seed=0)
+    make_checkpoint(folder, processor, make_config, seed=0)
     return folder
 
 
-def make_checkpoint(folder, processor, seed):
+def make_checkpoint(folder, processor, make_config, seed):
     torch.manual_seed(seed)
-    config = UniCode2Config(
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": 768,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-        },
-        vision_config={
-            "hidden_size": 16,
-            "image_size": 32,
-            "patch_size": 8,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "vision_use_head": False,
-        },
-        codebook_config={"codebook_size": 96, "codebook_dim": 16, "num_cells": 4},
-        image_token_id=processor.image_token_id,
-        boi_token_id=processor.boi_token_id,
-        eoi_token_id=processor.eoi_token_id,
-    )
+    ids = {name: getattr(processor, name) for name in ("image_token_id", "boi_token_id", "eoi_token_id")}
+    config = make_config(**ids)
     model = UniCode2ForConditionalGeneration(config)
     model.get_quantizer().codebook.codes.normal_()
     model.save_pretrained(folder, max_shard_size="100KB")
@@ -130,8 +108,8 @@ def test_load_save_load_in_each_combination(repository, tmp_path, saved_by, load
     assert first == second
 
 
-def test_hub_and_pinned_revision(repository, processor, tmp_path):
-    make_checkpoint(tmp_path / "old", processor, seed=1)
+def test_hub_and_pinned_revision(repository, processor, make_config, tmp_path):
+    make_checkpoint(tmp_path / "old", processor, make_config, seed=1)
     with serve_hub({"org/unicode2-small": {"main": repository, "v0": tmp_path / "old"}}) as (address, asked):
         environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         logits = {}

@@ -146,7 +146,10 @@ class UniCode2Quantizer(PreTrainedModel):
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Images to codes, `(batch_size, 3, height, width)` to `(batch_size, num_image_tokens)`."""
-        features = self.get_image_features(pixel_values).last_hidden_state
+        return self.encode_features(self.get_image_features(pixel_values).last_hidden_state)
+
+    def encode_features(self, features: torch.Tensor) -> torch.LongTensor:
+        """Features `(..., codebook_dim)` to codes `(...)`, Eq. 5; searched with FAISS after `use_faiss`."""
         return self.codebook(features) if self.index is None else self.search_index(features)
 
     def use_faiss(self, index=None) -> "UniCode2Quantizer":

@@ -145,7 +145,7 @@ def contact_sheet(rows: list[list]) -> Image.Image:
     sheet = Image.new("RGB", (4 * TILE + 5 * margin, len(rows) * (TILE + caption + margin) + margin), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for i, (*pictures, question, answer, prompt) in enumerate(rows):
-        texts = [f"{question}\n→ {answer}", "its codes", "redrawn from its codes", f"drawn: {prompt}"]
+        texts = [f"{question}\nanswer: {answer}", "its codes", "redrawn from its codes", f"drawn: {prompt}"]
         top = margin + i * (TILE + caption + margin)
         for j, (picture, text) in enumerate(zip(pictures, texts)):
             left = margin + j * (TILE + margin)

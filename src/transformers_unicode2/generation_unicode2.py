@@ -114,16 +114,13 @@ class UniCode2GenerationMixin(GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         mask = kwargs.pop("attention_mask", None)
         if input_ids is None:
-            embeds = kwargs.get("inputs_embeds")
+            embeds = kwargs.pop("inputs_embeds", None)
             if embeds is None:
                 raise ValueError("Image mode needs a prompt: `input_ids` or `inputs_embeds`.")
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
             boi = torch.full_like(mask[:, :1], self.config.boi_token_id)
-            kwargs["inputs_embeds"] = torch.cat([embeds, self.get_input_embeddings()(boi).to(embeds)], 1)
-            mask, prompt = (
-                torch.nn.functional.pad(mask, (0, 1), value=1),
-                {"inputs_embeds": kwargs.pop("inputs_embeds")},
-            )
+            prompt = {"inputs_embeds": torch.cat([embeds, self.get_input_embeddings()(boi).to(embeds)], 1)}
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         else:
             mask = torch.ones_like(input_ids) if mask is None else mask
             if (input_ids[:, -1] != self.config.boi_token_id).any():
@@ -153,12 +150,8 @@ class UniCode2GenerationMixin(GenerationMixin):
         for processor in logits_processor or ():
             if isinstance(processor, InterleavedLogitsProcessor):
                 processor.max_length = generation_config.max_length
-        one_level = self.config.visual_head != "two_level" or not generation_config.do_sample
-        if (
-            not one_level
-            and generation_config.num_beams in (None, 1)
-            and model_kwargs.get("output_modality") == "image"
-        ):
+        draws = generation_config.do_sample and generation_config.num_beams in (None, 1)
+        if draws and self.config.visual_head == "two_level" and model_kwargs.get("output_modality") == "image":
             temperature = generation_config.temperature
             model_kwargs["visual_temperature"] = 1.0 if temperature is None else temperature
         return super()._get_logits_processor(

@@ -172,6 +172,8 @@ class ShardWriter:
             f"part-{i:05d}.safetensors": f"model-{i:05d}-of-{self.num_files:05d}.safetensors"
             for i in range(1, self.num_files + 1)
         }
+        for stale in self.folder.glob("model*.safetensors"):  # of an earlier checkpoint; one file would hide several
+            stale.unlink()
         for old, new in names.items():
             (self.folder / old).rename(self.folder / new)
         index = {

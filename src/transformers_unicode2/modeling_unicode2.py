@@ -149,7 +149,7 @@ class UniCode2TwoLevelVisualHead(nn.Module):
         self.largest_cell = int(self.cell_offsets.diff().max())
 
     def project(self, hidden_states: torch.Tensor, guidance_scale: float | None = None):
-        """Queries `(..., codebook_dim)` for the codes and float32 log-probabilities of the cells `(..., num_cells)`."""
+        """Queries `(..., codebook_dim)` for the codes and float32 scores of the cells `(..., num_cells)`."""
         output = guide(self.linear(hidden_states), guidance_scale)
         return output[..., : self.codebook_dim], output[..., self.codebook_dim :].float()
 
@@ -329,7 +329,7 @@ class UniCode2Model(UniCode2PreTrainedModel):
     ) -> UniCode2ImageFeatures:
         """Images `(num_images, 3, height, width)` to their patch features, visual token ids and embeddings."""
         encoded = self.quantizer.get_image_features(pixel_values, **kwargs)
-        codes = self.quantizer.codebook(encoded.last_hidden_state)  # (num_images, num_image_tokens)
+        codes = self.quantizer.encode_features(encoded.last_hidden_state)  # (num_images, num_image_tokens)
         tokens = codes + self.config.visual_token_offset
         return UniCode2ImageFeatures(
             last_hidden_state=encoded.last_hidden_state,
