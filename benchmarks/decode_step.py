@@ -6,11 +6,15 @@
 The peer is `Qwen2ForCausalLM` with the very same layers and text head. Both decode behind the same prompt, an image and a question,
 with `generate`, sampling from all scores; a token's time is the slope between a short and a long run. The physical limit is the
 time to read once, from memory, the weights that the step needs, at the bandwidth measured by a copy in the same run.
+With fewer layers than the configuration has, the last column adds the missing ones to both sides, each at the time by which the
+peer slows down when it gets twice the layers.
 """
 
 import argparse
+import copy
 import math
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -88,6 +92,19 @@ def measure_bandwidth(device: str) -> float:
     return 8 * 2 * source.numel() / (time.perf_counter() - start)
 
 
+def name_device(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_gib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def count_bytes(*modules) -> int:
     return sum(parameter.nbytes for module in modules for parameter in module.parameters())
 
@@ -103,9 +120,9 @@ def main() -> None:
     rows, bandwidth = [], measure_bandwidth(args.device)
     for head in ("flat", "two_level"):
         config = AutoConfig.from_pretrained(args.config, visual_head=head)
-        if args.num_hidden_layers:
-            config.text_config.num_hidden_layers = args.num_hidden_layers
-            config.text_config.layer_types = config.text_config.layer_types[: args.num_hidden_layers]
+        text_config, all_layers = config.text_config, config.text_config.num_hidden_layers
+        text_config.num_hidden_layers = args.num_hidden_layers or all_layers
+        text_config.layer_types = text_config.layer_types[: text_config.num_hidden_layers]
         torch.manual_seed(0)
         model = make_model(config, args.device)
         peer = make_peer(model)
@@ -124,30 +141,59 @@ def main() -> None:
         def text_only(length, peer=peer, plain=plain, options=options):
             peer.generate(plain, min_new_tokens=length, max_new_tokens=length, **options)
 
+        def measure(run, lengths=lengths):
+            return time_tokens(run, lengths, args.device, args.repeats)
+
         weights = count_bytes(model.model.language_model.layers)
-        c2, offset = model.model.visual_embeddings.weight.nbytes, model.lm_head.weight.nbytes
-        read = c2 if head == "flat" else c2 // config.codebook_config.num_cells
-        baseline = time_tokens(text_only, lengths, args.device, args.repeats)
-        for name, run, need in (
-            ("Qwen2, text", text_only, weights + offset),
-            (f"UniCode², {head}", visual, weights + read),
-            (f"UniCode², {head}, guidance", lambda length, run=visual: run(length, 3.0), weights + read),
+        c2, text_head = model.model.visual_embeddings.weight.nbytes, model.lm_head.weight.nbytes
+        visual_head = c2 if head == "flat" else c2 // config.codebook_config.num_cells
+        baseline = measure(text_only)
+        missing = 0.0
+        if text_config.num_hidden_layers < all_layers:
+            with twice_the_layers(peer):
+                layer = (measure(text_only) - baseline) / text_config.num_hidden_layers
+            missing = layer * (all_layers - text_config.num_hidden_layers)
+        for name, run, read in (
+            ("Qwen2, text", text_only, text_head),
+            (f"UniCode², {head}", visual, visual_head),
+            (f"UniCode², {head}, guidance", lambda length, run=visual: run(length, 3.0), visual_head),
         ):
-            seconds = baseline if run is text_only else time_tokens(run, lengths, args.device, args.repeats)
-            rows.append((name, seconds, seconds / baseline, need / bandwidth))
-        peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else float("nan")
-        print(f"{head}: peak {peak:.1f} GiB", file=sys.stderr)
+            seconds = baseline if run is text_only else measure(run)
+            limit = (weights + read) / bandwidth
+            rows.append((name, seconds, seconds / baseline, limit, (seconds + missing) / (baseline + missing)))
+        rows[-1] += (peak_gib(args.device),)
         del model, peer
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.processor()}, {torch.get_num_threads()} threads"
-    )
-    print(f"{date.today()}, {device}, commit {commit}, torch {torch.__version__}, `{' '.join(sys.argv)}`\n")
-    print("| decode step | ms a token | of Qwen2 | limit, ms |\n| --- | ---: | ---: | ---: |")
-    for name, seconds, ratio, limit in rows:
-        print(f"| {name} | {1e3 * seconds:.2f} | {ratio:.2f} | {1e3 * limit:.2f} |")
+    layers = f"{text_config.num_hidden_layers} of {all_layers} layers"
+    print(f"{date.today()}, {name_device(args.device)}, commit {commit}, torch {torch.__version__}, {layers},")
+    print(f"`{' '.join(sys.argv)}`\n")
+    print(f"| decode step | ms a token | of Qwen2 | limit, ms | of Qwen2, {all_layers} layers | peak so far, GiB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, seconds, ratio, limit, projected, *peak in rows:
+        memory = f"{peak[0]:.1f}" if peak else ""
+        print(f"| {name} | {1e3 * seconds:.2f} | {ratio:.2f} | {1e3 * limit:.2f} | {projected:.2f} | {memory} |")
+
+
+@contextmanager
+def twice_the_layers(peer: Qwen2ForCausalLM):
+    """Inside, every layer of the peer runs twice, with a cache of its own each time."""
+    layers, config = peer.model.layers, peer.config
+    kept, types = config.num_hidden_layers, config.layer_types
+    peer.model.layers = torch.nn.ModuleList([*layers, *copy_layers(layers, kept)])
+    config.num_hidden_layers, config.layer_types = 2 * kept, 2 * types
+    try:
+        yield
+    finally:
+        peer.model.layers = layers
+        config.num_hidden_layers, config.layer_types = kept, types
+
+
+def copy_layers(layers: torch.nn.ModuleList, offset: int) -> list[torch.nn.Module]:
+    """Layers with weights of their own, as a cache line read twice would be cheaper than two, and their own index."""
+    copies = copy.deepcopy(list(layers))
+    for layer in copies:
+        layer.self_attn.layer_idx += offset
+    return copies
 
 
 @contextmanager
