@@ -22,7 +22,7 @@ class FluxArguments:
     t5: dict = field(default_factory=dict, metadata={"help": "fields of T5Config"})
     clip: dict = field(default_factory=dict, metadata={"help": "fields of CLIPTextConfig"})
     alignment_weight: float = field(default=0.5, metadata={"help": "weight of the alignment to the patch features"})
-    dense_share: float = field(default=0.65, metadata={"help": "share of images that come with their dense caption"})
+    layout_share: float = field(default=0.8, metadata={"help": "share of images that come with their exact layout as text"})
 
 
 def main(args: FluxArguments, training_args) -> None:
@@ -84,8 +84,8 @@ def main(args: FluxArguments, training_args) -> None:
             return {"loss": loss, "flow": flow.detach(), "alignment": alignment.detach()}
 
     def collate(rows):
-        dense = torch.rand(len(rows)) < args.dense_share
-        texts = [row["dense_caption"] if flag else row["caption"] for row, flag in zip(rows, dense)]
+        exact = torch.rand(len(rows)) < args.layout_share
+        texts = [row["layout"] if flag else row["caption"] for row, flag in zip(rows, exact)]
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
         latents = encode_latents(vae, pixel_collator(rows)["pixel_values"])
         features = codes[torch.tensor([row["codes"] for row in rows])]

@@ -2,7 +2,8 @@
 
     unicode2 scenes --output data --num-scenes 60000 --num-emoji 40000 --emoji-dir emoji
 
-Columns: `image` (PNG), `kind` ("scene" or "emoji"), `caption`, `dense_caption`, `questions` and `answers` (lists of strings).
+Columns: `image` (PNG), `kind` ("scene" or "emoji"), `caption`, `dense_caption`, `layout` (a dense caption with exact places),
+`questions` and `answers` (lists of strings).
 Row i of a split depends on the seed and on i alone, so a data set can be made in pieces and made again.
 """
 
@@ -31,6 +32,7 @@ def render_row(index: int, kind: str, split: str, seed: int, emoji_dir: str | No
         "kind": kind,
         "caption": module.caption(scene, rng),
         "dense_caption": module.dense_caption(scene),
+        "layout": module.dense_caption(scene, scenes.cell_in_cell),
         "questions": [question.text for question in asked],
         "answers": [question.answer for question in asked],
     }
@@ -65,6 +67,7 @@ def main(args: argparse.Namespace) -> None:
             "kind": text,
             "caption": text,
             "dense_caption": text,
+            "layout": text,
             "questions": List(text),
             "answers": List(text),
         }

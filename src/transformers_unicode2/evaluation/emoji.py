@@ -6,6 +6,7 @@ does: what an image shows, coarsely, decides its part, whatever the seeds.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -129,9 +130,9 @@ def caption(scene: EmojiScene, rng: np.random.Generator) -> str:
     return f"{article(name)} {ground_phrase(scene)}" if rng.random() < 0.5 else article(name)
 
 
-def dense_caption(scene: EmojiScene) -> str:
-    """Name, size, turn, cell of the 8 x 8 grid and ground."""
-    return f"{article(scene.size)} {scene.name} {scene.turned} at {cell(scene.x, scene.y)}, {ground_phrase(scene)}"
+def dense_caption(scene: EmojiScene, place: Callable = cell) -> str:
+    """Name, size, turn, place (see `scenes.dense_caption`) and ground."""
+    return f"{article(scene.size)} {scene.name} {scene.turned} at {place(scene.x, scene.y)}, {ground_phrase(scene)}"
 
 
 def questions(scene: EmojiScene, rng: np.random.Generator) -> list[Question]:

@@ -10,6 +10,7 @@ training data whatever the seeds. `UNSEEN_PAIRS` never occur in a training scene
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -271,11 +272,16 @@ def cell(x: float, y: float) -> str:
     return "abcdefgh"[min(int(x * 8), 7)] + str(min(int(y * 8), 7) + 1)
 
 
-def dense_caption(scene: Scene) -> str:
+def cell_in_cell(x: float, y: float) -> str:
+    """The cell of a point, and which cell of the same grid inside that: a 64th of the width and height."""
+    return f"{cell(x, y)} {cell(x * 8 % 1, y * 8 % 1)}"
+
+
+def dense_caption(scene: Scene, place: Callable = cell) -> str:
     """Everything there is to say, in reading order: size, texture, color, shape, and the cell of an 8 x 8 grid, as in a
-    spreadsheet: `a1` is the top left, `h8` the bottom right."""
+    spreadsheet: `a1` is the top left, `h8` the bottom right. With `cell_in_cell` as `place`, more exactly."""
     items = sorted(scene.objects, key=lambda o: (int(o.y * 3), o.x))
-    places = [f"{article(describe(o, 'all'))} at {cell(o.x, o.y)}" for o in items]
+    places = [f"{article(describe(o, 'all'))} at {place(o.x, o.y)}" for o in items]
     return f"{', '.join(places)}, {ground_phrase(scene)}"
 
 

@@ -38,17 +38,18 @@ def flow_matching_loss(
 ) -> torch.Tensor:
     """The flow-matching loss of a FLUX transformer, a scalar.
 
-    `x_t = (1 - t) x_0 + t noise` with `t` uniform in (0, 1); the target is `noise - x_0`. `latents` is
+    `x_t = (1 - t) x_0 + t noise` with `t` logit-normal in (0, 1), as FLUX was trained; the target is `noise - x_0`. `latents` is
     `(batch_size, channels, h, w)`, `prompt_embeds` `(batch_size, num_tokens, joint_attention_dim)`, `pooled_prompt_embeds`
     `(batch_size, pooled_projection_dim)`.
     """
     from diffusers import FluxPipeline
+    from diffusers.training_utils import compute_density_for_timestep_sampling
 
     batch_size, channels, height, width = latents.shape
     packed = FluxPipeline._pack_latents(latents, batch_size, channels, height, width)  # (batch_size, h*w/4, 4*channels)
     like = {"device": latents.device, "dtype": latents.dtype}
     image_ids = FluxPipeline._prepare_latent_image_ids(batch_size, height // 2, width // 2, **like)
-    times = torch.rand(batch_size, device=latents.device)
+    times = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0).to(latents.device)
     noise = torch.randn_like(packed)
     mix = times[:, None, None]
     prediction = transformer(
