@@ -141,6 +141,9 @@ def main() -> None:
         def text_only(length, peer=peer, plain=plain, options=options):
             peer.generate(plain, min_new_tokens=length, max_new_tokens=length, **options)
 
+        def two_texts(length, text_only=text_only, plain=plain):
+            text_only(length, plain=torch.cat([plain] * 2))
+
         def measure(run, lengths=lengths):
             return time_tokens(run, lengths, args.device, args.repeats)
 
@@ -148,11 +151,13 @@ def main() -> None:
         c2, text_head = model.model.visual_embeddings.weight.nbytes, model.lm_head.weight.nbytes
         visual_head = c2 if head == "flat" else c2 // config.codebook_config.num_cells
         baseline = measure(text_only)
-        missing = 0.0
+        missing = dict.fromkeys((1, 2), 0.0)  # by rows, as guidance has two
         if text_config.num_hidden_layers < all_layers:
-            with twice_the_layers(peer):
-                layer = (measure(text_only) - baseline) / text_config.num_hidden_layers
-            missing = layer * (all_layers - text_config.num_hidden_layers)
+            factor = (all_layers - text_config.num_hidden_layers) / text_config.num_hidden_layers
+            for rows_of_batch, run in ((1, text_only), (2, two_texts)):
+                shallow = measure(run)
+                with twice_the_layers(peer):
+                    missing[rows_of_batch] = (measure(run) - shallow) * factor
         for name, run, read in (
             ("Qwen2, text", text_only, text_head),
             (f"UniCode², {head}", visual, visual_head),
@@ -160,8 +165,11 @@ def main() -> None:
         ):
             seconds = baseline if run is text_only else measure(run)
             limit = (weights + read) / bandwidth
-            rows.append((name, seconds, seconds / baseline, limit, (seconds + missing) / (baseline + missing)))
+            added = missing[2 if "guidance" in name else 1]
+            rows.append((name, seconds, seconds / baseline, limit, (seconds + added) / (baseline + missing[1])))
         rows[-1] += (peak_gib(args.device),)
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         del model, peer
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     layers = f"{text_config.num_hidden_layers} of {all_layers} layers"

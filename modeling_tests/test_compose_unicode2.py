@@ -91,3 +91,78 @@ def test_parts_that_do_not_fit_are_refused(parts, run_init, capsys):
         run_init(folder)
     assert "must be in safetensors" in capsys.readouterr().err
     assert not list((folder / "output").glob("model*.safetensors"))
+
+
+def set_up(parts, run_init, capsys, break_it, *extra) -> str:
+    """Breaks a part, composes and returns the one sentence that comes of it; nothing is left of a checkpoint."""
+    folder, make_llm, _ = parts
+    make_llm(True)
+    break_it(folder)
+    with pytest.raises(SystemExit, match="2"):
+        run_init(folder, *extra)
+    assert not list((folder / "output").glob("model*.safetensors"))
+    return capsys.readouterr().err
+
+
+def small_vision(folder, **changes):
+    settings = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    SiglipVisionModel(SiglipVisionConfig(**{**settings, "image_size": 32, "patch_size": 8, **changes})).save_pretrained(
+        folder / "vision"
+    )
+
+
+def test_encoder_of_another_width_is_refused(parts, run_init, capsys):
+    message = set_up(parts, run_init, capsys, lambda folder: small_vision(folder, hidden_size=32))
+    assert "`hidden_size` is 32 and the codebook's `codebook_dim` is 16" in message
+
+
+def test_image_processor_of_another_size_is_refused(parts, run_init, capsys):
+    def break_it(folder):
+        SiglipImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "vision")
+
+    assert "makes images of 64 patches, its encoder reads 16" in set_up(parts, run_init, capsys, break_it)
+
+
+def test_tokenizer_without_image_tokens_is_refused(parts, run_init, capsys):
+    from transformers import AutoTokenizer
+
+    def break_it(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
+        text = (folder / "llm" / "tokenizer.json").read_text().replace("<|vision_start|>", "<|other|>")
+        tokenizer.save_pretrained(folder / "llm")
+        (folder / "llm" / "tokenizer.json").write_text(text)
+        config = folder / "llm" / "tokenizer_config.json"
+        config.write_text(config.read_text().replace("<|vision_start|>", "<|other|>"))
+
+    assert "lacks <|vision_start|>" in set_up(parts, run_init, capsys, break_it)
+
+
+def test_codebook_whose_cells_are_wrong_is_refused(parts, run_init, capsys):
+    def break_it(folder):
+        rng = np.random.default_rng(0)
+        arrays = rng.normal(size=(96, 16)).astype(np.float32), rng.normal(size=(4, 16)).astype(np.float32)
+        save_codebook(codebook_from_arrays(*arrays, np.array([0, 20, 50, 60, 90])), folder / "codebook", {})
+
+    assert "go from 0 to 90, not through codes 0 to 96" in set_up(parts, run_init, capsys, break_it)
+
+
+def test_language_model_of_another_build_is_refused(parts, run_init, capsys):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def break_it(folder):
+        tiny = GPT2Config(vocab_size=768, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+        for file in folder.glob("llm/*.safetensors*"):
+            file.unlink()
+        GPT2LMHeadModel(tiny).save_pretrained(folder / "llm")
+
+    assert "is a gpt2 model, whose weights begin with 'transformer'" in set_up(parts, run_init, capsys, break_it)
+
+
+def test_nothing_of_a_part_is_overwritten(parts, run_init, capsys):
+    folder, make_llm, _ = parts
+    make_llm(True)
+    before = {file.name: file.read_bytes() for file in (folder / "llm").iterdir()}
+    with pytest.raises(SystemExit, match="2"):
+        run_init(folder, "--output", str(folder / "llm"))
+    assert "holds a part of the model" in capsys.readouterr().err
+    assert before == {file.name: file.read_bytes() for file in (folder / "llm").iterdir()}

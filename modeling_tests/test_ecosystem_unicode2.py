@@ -65,10 +65,18 @@ def test_lora_with_visual_modules_is_saved_and_restored(either, batch, tmp_path)
 
 
 def test_recipe_never_trains_what_peft_would_not_save(model):
+    from peft import get_peft_model
+
     from transformers_unicode2.training.sft import make_lora_config
 
-    config = make_lora_config({"r": 4}, ["visual_embeddings", "projector", "language_model", "visual_head"])
-    assert set(config.modules_to_save) == {"visual_embeddings", "projector", "visual_head"}
+    names = ["visual_embeddings", "projector", "language_model", "visual_head", "lm_head"]
+    peft_model = get_peft_model(model, make_lora_config({"r": 4}, names))
+    learns = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
+    assert all("lora_" in name or ".modules_to_save." in name for name in learns)
+    for part in names:
+        assert any(part in name for name in learns), part
+    with pytest.raises(ValueError, match="`lora` adapts the language model"):
+        make_lora_config({"r": 4}, ["projector"])
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(either, batch):
@@ -110,9 +118,12 @@ def test_offloading(either, batch, tmp_path, place):
     )
 
 
-def test_automatic_device_map(either, batch, tmp_path):
+def test_automatic_device_map_offloads_what_does_not_fit(either, batch, tmp_path):
     either.save_pretrained(tmp_path)
-    loaded = UniCode2ForConditionalGeneration.from_pretrained(tmp_path, device_map="auto").eval()
+    loaded = UniCode2ForConditionalGeneration.from_pretrained(
+        tmp_path, device_map="auto", max_memory={"cpu": 300_000}, offload_folder=tmp_path / "offload"
+    ).eval()
+    assert {"cpu", "disk"} <= {str(device) for device in loaded.hf_device_map.values()}
     with torch.no_grad():
         assert torch.allclose(loaded(**batch).loss.cpu(), either(**batch).loss)
 
@@ -197,15 +208,57 @@ def test_quantizer_stays_frozen(either, batch, tmp_path):
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in frozen.items())
 
 
-def test_quantizer_stays_frozen_under_ddp(either, batch):
+def run_ddp(rank, path, failures):
+    """One of two processes: two steps of a small model, with other images on each rank and DDP as the Trainer sets it up."""
     import torch.distributed as dist
 
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        frozen = frozen_state(either)
-        wrapped = torch.nn.parallel.DistributedDataParallel(either.train(), broadcast_buffers=False)
-        train_a_step(wrapped, batch)
-        assert all(torch.equal(value, either.state_dict()[name]) for name, value in frozen.items())
-    finally:
-        dist.destroy_process_group()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    model = UniCode2ForConditionalGeneration.from_pretrained(path).train()
+    if rank == 1:  # would be overwritten by rank 0's if the buffers were sent around
+        model.get_quantizer().codebook.cell_centroids.add_(1)
+    frozen = frozen_state(model)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    ids = torch.arange(20, 40)[None] + rank
+    ids[:, 5:] += 748  # visual ids
+    for _ in range(2):
+        train_a_step(wrapped, {"input_ids": ids, "labels": ids})
+        model.zero_grad()
+    gathered = [None, None]
+    dist.all_gather_object(gathered, model.model.visual_embeddings.weight.detach())
+    same = all(torch.equal(value, model.state_dict()[name]) for name, value in frozen.items())
+    if not same or not torch.equal(*gathered):
+        failures.put(rank)
+    dist.destroy_process_group()
+
+
+def test_ddp_leaves_the_quantizer_alone_and_keeps_the_ranks_equal(either, tmp_path):
+    either.save_pretrained(tmp_path)
+    context = torch.multiprocessing.get_context("spawn")
+    failures = context.SimpleQueue()
+    torch.multiprocessing.spawn(run_ddp, (str(tmp_path), failures), nprocs=2)
+    assert failures.empty()
+
+
+def test_what_peft_would_not_save_or_the_quantizer_would_learn_is_refused(either, batch):
+    from peft import LoraConfig, get_peft_model
+
+    peft_model = get_peft_model(copy.deepcopy(either), LoraConfig(target_modules=["q_proj", "v_proj"])).train()
+    with pytest.raises(ValueError, match="8 parameters in the frozen quantizer are set to learn"):
+        peft_model(**batch)
+    peft_model = get_peft_model(either, LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)")).train()
+    peft_model(**batch)
+    peft_model.base_model.model.model.visual_embeddings.requires_grad_(True)
+    with pytest.raises(ValueError, match="`visual_embeddings` is set to learn, but PEFT would not save it"):
+        peft_model(**batch)
+
+
+def test_resizing_below_the_ids_that_images_need_is_refused(either):
+    with pytest.raises(ValueError, match="12 text ids are too few: 12 is an id that images need"):
+        either.resize_token_embeddings(12)
+
+
+def test_trainer_finds_the_labels():
+    from transformers.utils import find_labels
+
+    assert find_labels(UniCode2ForConditionalGeneration) == ["labels"]

@@ -256,5 +256,91 @@ def test_continuous_batching_equals_generate(model, prompt, pixel_values, config
 
 @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
 def test_candidate_generation_is_refused(model, mode):
-    with pytest.raises(ValueError, match="`prompt_lookup_num_tokens` .* a vocabulary that is split"):
+    with pytest.raises(ValueError, match="`prompt_lookup_num_tokens` works on one vocabulary; this one is split"):
         model.generate(torch.tensor([[20, 21]]), generation_mode=mode, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 3.0])
+@pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "static"}])
+def test_beams_equal_beams_without_a_cache(model, guidance_scale, arguments):
+    options = {"generation_mode": "image", "num_beams": 3, "do_sample": False, "guidance_scale": guidance_scale}
+    prompt = torch.tensor([[20, 21, 22], [23, 24, 25]])
+    expected = model.generate(prompt, use_cache=False, **options)
+    assert torch.equal(expected, model.generate(prompt, **options, **arguments))
+
+
+def test_generation_config_of_the_caller_is_followed(model):
+    from transformers import GenerationConfig
+
+    model.generation_config.image_generation = {"do_sample": True, "guidance_scale": 3.0, "top_k": 0}
+    prompt = torch.tensor([[20, 21, 22]])
+    rows = []
+    handle = model.visual_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    greedy = GenerationConfig(do_sample=False)
+    expected = model.generate(prompt, generation_mode="image", do_sample=False, guidance_scale=1.0)
+    assert torch.equal(expected, model.generate(prompt, generation_mode="image", generation_config=greedy))
+    assert set(rows) == {1}
+    rows.clear()
+    guided = GenerationConfig(do_sample=False, guidance_scale=2.0)
+    output = model.generate(prompt, guided, generation_mode="image")
+    handle.remove()
+    assert set(rows) == {2} and guided.guidance_scale == 2.0
+    expected = model.generate(prompt, generation_mode="image", do_sample=False, guidance_scale=2.0)
+    assert torch.equal(output, expected)
+    with pytest.raises(ValueError, match="works on one vocabulary"):
+        model.generate(prompt, GenerationConfig(prompt_lookup_num_tokens=2))
+
+
+def test_penalties_read_prompts_with_visual_ids(model, config):
+    image = torch.arange(16) + config.visual_token_offset
+    prompt = torch.cat([torch.tensor([20, 11]), image, torch.tensor([12, 21])])[None]
+    output = model.generate(prompt, max_new_tokens=6, repetition_penalty=1.5, no_repeat_ngram_size=2, do_sample=False)
+    assert (output[:, 20:] < config.visual_token_offset).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"generation_mode": "image", "guidance_scale": "3"}, "`guidance_scale` is '3'"),
+        ({"generation_mode": "image", "guidance_scale": -1.0}, "`guidance_scale` is -1.0"),
+        ({"generation_mode": "image", "guidance_scale": float("nan")}, "`guidance_scale` is nan"),
+        ({"generation_mode": "image", "max_time": 1e-9}, "ended the image after 1 of its 16 tokens"),
+        ({"generation_mode": "image", "inputs": torch.zeros(1, 0, dtype=torch.long)}, r"has the shape \(1, 0\)"),
+        ({"generation_mode": "image", "inputs": torch.tensor([20, 21])}, r"has the shape \(2,\)"),
+        ({"generation_mode": "image", "inputs": torch.tensor([[20, 11], [20, 21]])}, "1 of 2 prompts end with"),
+        (
+            {"generation_mode": "image", "guidance_scale": 2.0, "prefill_chunk_size": 2},
+            "`prefill_chunk_size` does not go",
+        ),
+        (
+            {"generation_mode": "interleaved", "inputs": torch.tensor([[20, 11]]), "max_new_tokens": 5},
+            "needs 17 more tokens",
+        ),
+        ({"inputs": torch.tensor([[20, 10, 10]])}, "2 image placeholders and no images"),
+        ({"encoder_repetition_penalty": 1.2}, "`encoder_repetition_penalty` works on one vocabulary"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_in_one_sentence(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{"inputs": torch.tensor([[20, 21]]), **arguments})
+
+
+def test_interleaved_from_embeddings_equals_that_from_ids(model, config):
+    prompt = torch.tensor([[20, 21, 22]])
+    options = {"generation_mode": "interleaved", "max_new_tokens": 30, "do_sample": False}
+    ids = model.generate(prompt, **options)
+    embeds = model.generate(inputs_embeds=model.get_input_embeddings()(prompt), **options)
+    assert torch.equal(ids[:, 3:], embeds)
+
+
+def test_batches_of_other_modes_are_refused(model):
+    with pytest.raises(ValueError, match="`generate_batch` writes text only"):
+        model.generate_batch([[20, 21]], generation_mode="image")
+
+
+def test_pad_ids_without_a_mask_are_masked_as_in_text_mode(model, config):
+    padded = torch.tensor([[0, 0, 20, 21]])
+    options = {"generation_mode": "image", "do_sample": False, "guidance_scale": 2.0}
+    single = model.generate(torch.tensor([[20, 21]]), **options)
+    assert torch.equal(single, model.generate(padded, attention_mask=torch.tensor([[0, 0, 1, 1]]), **options))
+    assert torch.equal(single, model.generate(padded, **options))

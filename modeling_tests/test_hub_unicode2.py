@@ -143,9 +143,46 @@ import json, sys, torch
 from transformers import AutoModel
 quantizer = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-print(json.dumps(quantizer(pixels).tolist()))
+print(json.dumps(quantizer(pixels).codes.tolist()))
 """
     for head in (WITHOUT_PACKAGE, WITH_PACKAGE):
         assert json.loads(run_python(head + alone, tmp_path / "quantizer").splitlines()[-1]) == whole
     held = sum(file.stat().st_size for file in (tmp_path / "quantizer").glob("*.safetensors"))
     assert held < 0.5 * sum(file.stat().st_size for file in repository.glob("*.safetensors"))
+
+
+def test_quantizer_fetches_no_file_without_a_part_of_it(repository, tmp_path):
+    places = json.loads((repository / "model.safetensors.index.json").read_text())["weight_map"]
+    wanted = {place for name, place in places.items() if "quantizer." in name}
+    assert wanted < set(places.values())
+    code = """
+import json, sys, torch
+from transformers_unicode2 import UniCode2Quantizer
+quantizer = UniCode2Quantizer.from_pretrained("org/tiny")
+pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+print(json.dumps(quantizer.encode_images(pixels).tolist()))
+"""
+    with serve_hub({"org/tiny": {"main": repository}}) as (address, asked):
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        codes = json.loads(run_python(code, **environment).splitlines()[-1])
+    assert {path.split("/")[-1] for path in asked if path.endswith(".safetensors")} == wanted
+    model = UniCode2ForConditionalGeneration.from_pretrained(repository)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert codes == model.get_quantizer().encode_images(pixels).tolist()
+
+
+def test_configuration_saved_alone_brings_all_code(make_config, tmp_path):
+    make_config().save_pretrained(tmp_path / "whole")
+    make_config().get_quantizer_config().save_pretrained(tmp_path / "quantizer")
+    for folder in (tmp_path / "whole", tmp_path / "quantizer"):
+        named = json.loads((folder / "config.json").read_text())["auto_map"].values()
+        assert all((folder / f"{name.split('.')[0]}.py").is_file() for name in named)
+    code = (
+        WITHOUT_PACKAGE
+        + """
+from transformers import AutoConfig, AutoModelForImageTextToText
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(AutoModelForImageTextToText.from_config(config, trust_remote_code=True)).__name__)
+"""
+    )
+    assert run_python(code, tmp_path / "whole").split()[-1] == "UniCode2ForConditionalGeneration"

@@ -52,3 +52,20 @@ def test_saved_any_to_any_pipeline_keeps_the_processor(tiny_checkpoint, tmp_path
     pipe.save_pretrained(tmp_path)
     again = pipeline("any-to-any", model=str(tmp_path), pipeline_class=UniCode2AnyToAnyPipeline)
     assert {**again.processor.to_dict(), "auto_map": None} == {**pipe.processor.to_dict(), "auto_map": None}
+
+
+def test_any_to_any_writes_text_and_images_in_turn(tiny_checkpoint):
+    pipe = pipeline("any-to-any", model=str(tiny_checkpoint), pipeline_class=UniCode2AnyToAnyPipeline)
+    boi = pipe.processor.boi_token_id
+    begin = pipe.processor.tokenizer.decode([boi])
+    options = {"do_sample": False, "sequence_bias": {(boi,): 1e4}, "max_new_tokens": 140}
+    result = pipe(
+        text=[{"role": "user", "content": "a red circle"}], generation_mode="interleaved", generate_kwargs=options
+    )
+    parts = result[0]["generated_interleaved"]
+    assert [part["type"] for part in parts].count("image") == 2  # of 66 tokens each
+    for part in parts:
+        if part["type"] == "image":
+            assert part["image"].size == (64, 64)
+        else:
+            assert begin not in part["text"]

@@ -118,3 +118,42 @@ def test_codebook_is_never_copied(processor, tiny_model):
         assert "quantizer" not in processor.to_dict()
     finally:
         processor.quantizer = None
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"text": []}, "`text` is an empty list"),
+        ({"text": 3}, "`text` is 3; it must be a string"),
+        (
+            {"text": "<|image_pad|>", "images": Image.new("RGB", (9, 9)), "size": {"height": 32, "width": 32}},
+            "have 16 patches",
+        ),
+        (
+            {
+                "text": ["<|image_pad|><|image_pad|>", "<|image_pad|>"],
+                "images": [[Image.new("RGB", (9, 9))], [Image.new("RGB", (9, 9))] * 2],
+            },
+            r"places for \[2, 1\] images, and \[1, 2\] are given",
+        ),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(return_tensors="pt", **arguments)
+
+
+def test_chat_parts_that_cannot_be_read_are_refused(processor):
+    chat = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "what?"}]}]
+    with pytest.raises(Exception, match="part of type video"):
+        processor.apply_chat_template(chat, tokenize=False)
+
+
+def test_written_images_are_split_from_the_text(processor):
+    image = torch.arange(64) + 768
+    words = processor.tokenizer("a red circle", return_tensors="pt")["input_ids"][0]
+    boi, eoi = torch.tensor([processor.boi_token_id]), torch.tensor([processor.eoi_token_id])
+    parts = processor.split_images(torch.cat([words, boi, image, eoi, words, boi, image + 1, eoi]))
+    assert [part["type"] for part in parts] == ["text", "image", "text", "image"]
+    assert parts[0]["text"] == parts[2]["text"] == "a red circle"
+    assert torch.equal(parts[1]["visual_token_ids"], image) and torch.equal(parts[3]["visual_token_ids"], image + 1)

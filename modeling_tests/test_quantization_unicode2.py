@@ -79,3 +79,44 @@ def test_faiss_is_named_when_it_is_missing(model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ImportError, match="needs faiss-cpu"):
         model.get_quantizer().use_faiss()
+
+
+def test_an_index_that_does_not_fit_or_finds_nothing_is_refused(model, pixel_values):
+    faiss = pytest.importorskip("faiss")
+    quantizer = model.get_quantizer()
+    codes = quantizer.codebook.codes.numpy()
+    half = faiss.IndexFlatL2(16)
+    half.add(codes[:50])
+    with pytest.raises(ValueError, match="holds 50 vectors of width 16, the codebook 96 of width 16"):
+        quantizer.use_faiss(half)
+    index = faiss.index_factory(16, "IVF40,Flat")
+    index.train(codes)
+    index.add(codes)
+    features = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    assert (quantizer.use_faiss(index).encode_features(features) >= 0).all()
+    quantizer.index = None
+
+
+def test_images_of_another_size_are_refused(model):
+    with pytest.raises(
+        ValueError, match=r"The images are \(1, 3, 64, 64\); the encoder reads \(batch_size, 3, 32, 32\)"
+    ):
+        model.get_quantizer().encode_images(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16().float()]
+)
+def test_conversion_of_the_model_leaves_the_quantizer_as_it_is(model, pixel_values, convert):
+    before = {name: value.clone() for name, value in model.get_quantizer().state_dict().items()}
+    convert(model)
+    after = model.get_quantizer().state_dict()
+    assert all(torch.equal(value, after[name]) and value.dtype == after[name].dtype for name, value in before.items())
+
+
+def test_model_made_in_bfloat16_has_a_float32_quantizer(config):
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.get_quantizer().parameters()} == {torch.float32}
+    assert model.model.language_model.norm.weight.dtype == torch.bfloat16

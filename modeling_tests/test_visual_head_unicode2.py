@@ -27,10 +27,15 @@ def headed(request, config):
     return model
 
 
-def brute_force(model, hidden):
+def brute_force(model, hidden, unconditional=None, guidance_scale=1.0):
     """Log-probability of each code after hidden states `(num_rows, hidden_size)`, one code at a time, in float64."""
     head, codes = model.visual_head, model.model.visual_embeddings.weight.double()
     output = hidden.double() @ head.linear.weight.double().T + head.linear.bias.double()
+    if (
+        unconditional is not None
+    ):  # what both heads compute from the hidden states is guided: scores of cells, queries for codes
+        other = unconditional.double() @ head.linear.weight.double().T + head.linear.bias.double()
+        output = other + guidance_scale * (output - other)
     scores = output[:, : codes.shape[1]] @ codes.T
     if model.config.visual_head == "flat":
         return scores.log_softmax(-1)
@@ -61,11 +66,10 @@ def test_loss_and_gradients_are_those_of_brute_force(headed, monkeypatch):
     parameters = [hidden, headed.model.visual_embeddings.weight, headed.visual_head.linear.weight]
     expected = -brute_force(headed, hidden)[torch.arange(40), codes].sum()
     expected_gradients = torch.autograd.grad(expected, parameters)
-    labels = torch.cat([torch.tensor([-100]), codes + headed.config.visual_token_offset])[None]
+    targets = codes[None] + headed.config.visual_token_offset
     for limit in (2**26, 96 * 7):  # in one part, and in six
         monkeypatch.setattr(modeling_unicode2, "MAX_SCORES", limit)
-        padded = torch.nn.functional.pad(hidden, (0, 0, 0, 1))[None]
-        loss = headed.compute_loss(padded, labels, num_items_in_batch=1)[0]
+        loss = headed.compute_loss(hidden[None], targets, num_items_in_batch=1)[0]
         gradients = torch.autograd.grad(loss, parameters)
         assert torch.allclose(loss.double(), expected, rtol=1e-6)
         for gradient, reference in zip(gradients, expected_gradients):
@@ -138,13 +142,14 @@ def test_either_head_is_saved_and_loaded(headed, tmp_path, pixel_values):
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
-def test_guidance_before_the_scores_is_guidance_of_the_scores(headed):
-    hidden = torch.randn(4, 3, 32)
-    conditional, unconditional = headed.visual_head(hidden, headed.model.visual_embeddings).chunk(2)
-    guided = headed.visual_head(hidden, headed.model.visual_embeddings, guidance_scale=2.5)
+def test_guidance_guides_each_step_and_with_a_flat_head_the_scores(headed):
+    hidden = torch.randn(2, 3, 32)
+    guided = headed.visual_head(hidden, headed.model.visual_embeddings, guidance_scale=2.5)[0]
+    expected = brute_force(headed, hidden[0], hidden[1], 2.5)
+    assert torch.allclose(guided.double().log_softmax(-1), expected, atol=1e-4)
     if headed.config.visual_head == "flat":
+        conditional, unconditional = headed.visual_head(hidden, headed.model.visual_embeddings)
         assert torch.allclose(guided, torch.lerp(unconditional, conditional, 2.5), atol=1e-4)
-    assert guided.shape == conditional.shape
 
 
 def test_two_level_head_computes_a_fraction_of_the_scores(config):
@@ -164,3 +169,30 @@ def test_two_level_head_computes_a_fraction_of_the_scores(config):
 def test_unknown_head_is_refused(config):
     with pytest.raises(ValueError, match="`visual_head` is 'tree'; it must be one of flat, two_level"):
         UniCode2Config(**{**config.to_dict(), "visual_head": "tree"})
+
+
+def test_top_k_of_the_two_level_head_is_that_of_all_codes(headed):
+    prompt = torch.tensor([[20, 21, 22]])
+    greedy = headed.generate(prompt, generation_mode="image", do_sample=False)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert torch.equal(greedy, headed.generate(prompt, generation_mode="image", do_sample=True, top_k=1))
+
+
+def test_backward_of_the_loss_takes_memory_for_c2_once(headed):
+    hidden = torch.randn(1, 200, 32, requires_grad=True)
+    targets = torch.randint(96, (1, 200)) + headed.config.visual_token_offset
+
+    class LargeTensors(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor) and output.shape == headed.model.visual_embeddings.weight.shape:
+                self.count += 1
+            return output
+
+    loss = headed.compute_loss(hidden, targets)[0]
+    with LargeTensors() as made:
+        loss.backward()
+    assert made.count <= 6  # not one for each of the cells

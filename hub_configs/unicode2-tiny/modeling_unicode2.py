@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2Config
 from .generation_unicode2 import UniCode2GenerationMixin
+from .processing_unicode2 import UniCode2Processor  # noqa: F401, so that its file travels with this one
 from .quantization_unicode2 import UniCode2Quantizer, check_codebook, equal_cells, init_codebook
 
 MAX_SCORES = 2**26  # held at a time by the loss: 256 MiB in float32
@@ -115,11 +116,15 @@ class UniCode2VisualHead(nn.Module):
         visual_embeddings: Callable,
         guidance_scale: float | None = None,
         temperature: float | None = None,
+        target: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """Hidden states `(batch_size, num_tokens, hidden_size)` to scores `(batch_size, num_tokens, codebook_size)`.
 
-        With `guidance_scale`, see `guide`, the batch is halved. `temperature` is of use to the two-level head alone.
+        With `guidance_scale`, see `guide`, the batch is halved. `temperature` is of use to the two-level head alone. With codes
+        as `target`, see `compute_nll`; by way of a forward, so that a head that was offloaded is brought back.
         """
+        if target is not None:
+            return self.compute_nll(hidden_states, visual_embeddings, target)
         query = guide(self.linear(hidden_states), guidance_scale)
         return visual_embeddings(None, lambda weight: query @ weight.T.to(query.dtype))
 
@@ -159,13 +164,16 @@ class UniCode2TwoLevelVisualHead(nn.Module):
         visual_embeddings: Callable,
         guidance_scale: float | None = None,
         temperature: float | None = None,
+        target: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """Hidden states `(batch_size, num_tokens, hidden_size)` to float32 log-probabilities `(batch_size, num_tokens, codebook_size)`.
 
         With `guidance_scale`, see `guide`, the batch is halved. With `temperature` a cell is drawn for each row, and the
         log-probabilities are those of its codes given the cell, minus infinity elsewhere: what is drawn from them at the same
-        temperature is a draw from the product.
+        temperature is a draw from the product. With codes as `target`, see `compute_nll`.
         """
+        if target is not None:
+            return self.compute_nll(hidden_states, visual_embeddings, target)
         query, cell_scores = self.project(hidden_states, guidance_scale)
         sizes = self.cell_offsets.diff()  # (num_cells,)
         cell_scores = cell_scores.masked_fill(sizes == 0, -torch.inf)
@@ -206,14 +214,15 @@ class UniCode2TwoLevelVisualHead(nn.Module):
         query, cell_scores = self.project(hidden_states)
         cells = torch.searchsorted(self.cell_offsets, codes, right=True) - 1
         cell_scores = cell_scores.masked_fill(self.cell_offsets.diff() == 0, -torch.inf)
-        offsets = self.cell_offsets.tolist()
+        sizes, inside = self.cell_offsets.diff().tolist(), codes - self.cell_offsets[cells]
 
         def within_cells(weight: torch.Tensor) -> torch.Tensor:
             total = query.sum() * 0.0 + weight[:1].sum() * 0.0  # both get a gradient even where there are no targets
+            blocks = weight.split(sizes)  # at once: the gradient of a slice would be as large as C2, for every cell
             for cell in cells.unique().tolist():
-                mine, block = cells == cell, slice(offsets[cell], offsets[cell + 1])
-                scores = query[mine] @ weight[block].T.to(query.dtype)  # (targets of this cell, its codes)
-                total = total + nn.functional.cross_entropy(scores.float(), codes[mine] - block.start, reduction="sum")
+                mine = cells == cell
+                scores = query[mine] @ blocks[cell].T.to(query.dtype)  # (targets of this cell, its codes)
+                total = total + nn.functional.cross_entropy(scores.float(), inside[mine], reduction="sum")
             return total
 
         return nn.functional.cross_entropy(cell_scores, cells, reduction="sum") + visual_embeddings(None, within_cells)
@@ -382,7 +391,7 @@ class UniCode2Model(UniCode2PreTrainedModel):
             raise ValueError("Give at most one of `pixel_values` and `mm_encoder_outputs`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)  # (batch_size, num_tokens, hidden_size)
-        images = (mm_encoder_outputs or {}).get("image")
+        images, embeds = (mm_encoder_outputs or {}).get("image"), None
         if pixel_values is not None:
             images = self.get_image_features(pixel_values, return_dict=True)
         if images is not None:
@@ -391,6 +400,10 @@ class UniCode2Model(UniCode2PreTrainedModel):
             )  # (num_images * num_image_tokens, hidden_size)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, len(features))
             inputs_embeds = inputs_embeds.masked_scatter(mask[..., None], features)
+            if (
+                len(features) % self.config.num_image_tokens == 0
+            ):  # not so where a chunk of a prompt ends inside an image
+                embeds = features.unflatten(0, (-1, self.config.num_image_tokens))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -403,7 +416,7 @@ class UniCode2Model(UniCode2PreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=None if images is None else features.unflatten(0, (-1, self.config.num_image_tokens)),
+            image_hidden_states=embeds,
             image_tokens=None if images is None else images.image_tokens,
         )
 
@@ -427,6 +440,8 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         self.decoder = None
         self.post_init()
         self.get_quantizer().freeze()
+        # DDP would send C1 to all ranks before each forward; it never changes
+        self._ddp_params_and_buffers_to_ignore = [n for n, _ in self.named_buffers() if ".quantizer." in n]
 
     def get_quantizer(self) -> UniCode2Quantizer:
         return self.model.quantizer
@@ -472,24 +487,43 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             return nn.functional.pad(visual, (self.config.visual_token_offset, 0), value=-torch.inf)
         return torch.cat([self.lm_head(hidden_states), visual], dim=-1)
 
+    def name_patches(
+        self, targets: torch.LongTensor, input_ids: torch.LongTensor | None, image_tokens: torch.LongTensor | None
+    ) -> torch.LongTensor:
+        """Puts the visual token ids of images given as pixels, `(num_images, num_image_tokens)`, in the place of the placeholders
+        among shifted targets `(batch_size, num_tokens)`. Raises `ValueError` when a placeholder has no patch."""
+        image_id = self.config.image_token_id
+        if image_tokens is not None and input_ids is not None:
+            seen = input_ids.masked_scatter(input_ids == image_id, image_tokens)
+            seen = nn.functional.pad(seen[:, 1:], (0, 1), value=-100)
+            targets = torch.where(targets == image_id, seen.to(targets.device), targets)
+        elif image_tokens is not None and (targets == image_id).sum() == image_tokens.numel():
+            targets = targets.masked_scatter(targets == image_id, image_tokens.to(targets.device))
+        num_left = (targets == image_id).sum().item()
+        if num_left:
+            raise ValueError(
+                f"{num_left} targets are image placeholders ({image_id}) with no pixels to name their patches."
+            )
+        return targets
+
     def compute_loss(
         self,
         hidden_states: torch.Tensor,
-        labels: torch.LongTensor,
+        target: torch.LongTensor,
         num_items_in_batch: int | torch.Tensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, text part (Eq. 7) and visual part (Eq. 8); each text target over the text ids, each visual one over the codes.
 
-        `hidden_states` is `(batch_size, num_tokens, hidden_size)`, `labels` are ids of the unified vocabulary
-        `(batch_size, num_tokens)` with -100 where there is no target; `shift_labels`, if given, are labels that already stand
-        at the position which predicts them. The loss is the sum divided by `num_items_in_batch` (the number of targets if that
-        is not given). Both heads always run, so that no rank waits for another.
+        `hidden_states` is `(batch_size, num_tokens, hidden_size)`, `target` `(batch_size, num_tokens)` holds at each position the
+        id of the unified vocabulary that it has to predict, or -100. The loss is the sum divided by `num_items_in_batch` (the
+        number of targets if that is not given). Both heads always run, so that no rank waits for another. Raises `ValueError`
+        on targets of another shape or outside the vocabulary.
         """
-        offset = self.config.visual_token_offset
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # position t predicts token t + 1
-        hidden, target = hidden_states, shift_labels.to(hidden_states.device)
+        offset, size = self.config.visual_token_offset, self.config.codebook_config.codebook_size
+        self.check_targets(hidden_states, target)
+        if self.training:
+            self.check_trainable()
+        hidden = hidden_states
         is_text, is_visual = (target >= 0) & (target < offset), target >= offset
         text = sum_in_chunks(
             lambda h, t: nn.functional.cross_entropy(self.lm_head(h).float(), t, reduction="sum"),
@@ -498,10 +532,10 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             offset,
         )
         visual = sum_in_chunks(
-            lambda h, t: self.visual_head.compute_nll(h, self.use_c2(), t),
+            lambda h, t: self.visual_head(h, self.use_c2(), target=t),
             hidden[is_visual],
             target[is_visual] - offset,
-            self.config.codebook_config.codebook_size,
+            size,
         )
         num_text, num_visual = is_text.sum(), is_visual.sum()
         total = (num_text + num_visual).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -523,14 +557,22 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         visual_guidance_scale: float | None = None,
         visual_temperature: float | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UniCode2CausalLMOutputWithPast:
         r"""
         Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Ids of the unified vocabulary; `num_image_tokens` times `image_token_id` for each image in `pixel_values`.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
+                Images, in the order of their placeholders.
             labels (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
                 Targets in the unified vocabulary, -100 for none. `image_token_id` stands for the visual token id of the
-                patch whose place it holds. With labels no logits are returned.
+                patch whose place it holds. With labels, logits are returned only if `logits_to_keep` asks for some.
+                `shift_labels`, in their place or beside them, stand at the positions that predict them.
+            logits_to_keep (`int` or `torch.LongTensor`, *optional*, defaults to 0):
+                Scores of the last so many positions, or of these positions; 0 for all.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": get_image_features(...)}` in place of `pixel_values`.
             output_modality (`str`, *optional*):
                 `"text"` or `"image"` to compute the scores of one head only.
             visual_guidance_scale (`float`, *optional*):
@@ -538,8 +580,15 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
                 the first half, moved away from the second's by this factor, are returned for it. Image scores only.
             visual_temperature (`float`, *optional*):
                 With a two-level visual head, draws a cell at this temperature and scores the codes of that cell alone.
+            num_items_in_batch (`int`, *optional*):
+                Divisor of the loss; the number of targets by default.
         """
         self.check_ids(input_ids)
+        if output_modality not in (None, "text", "image"):
+            raise ValueError(f"`output_modality` is {output_modality!r}; it must be 'text', 'image' or None.")
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # not an argument: the Trainer takes every one with "label" for a target
         if "write_index" in kwargs and output_modality is None:  # continuous batching, which writes text
             output_modality = "text"
         outputs = self.model(
@@ -553,13 +602,14 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             **kwargs,
         )
         losses, logits = (None, None, None), None
-        if labels is not None:
-            if outputs.image_tokens is not None and input_ids is not None:
-                image_id = self.config.image_token_id
-                seen = input_ids.masked_scatter(input_ids == image_id, outputs.image_tokens)
-                labels = torch.where(labels == image_id, seen, labels)
-            losses = self.compute_loss(outputs.last_hidden_state, labels, num_items_in_batch, shift_labels)
-        else:
+        if labels is not None or shift_labels is not None:
+            if shift_labels is None:
+                shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # position t predicts token t + 1
+            targets = self.name_patches(
+                shift_labels.to(outputs.last_hidden_state.device), input_ids, outputs.image_tokens
+            )
+            losses = self.compute_loss(outputs.last_hidden_state, targets, num_items_in_batch)
+        if losses[0] is None or not isinstance(logits_to_keep, int) or logits_to_keep:
             kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
             logits = self.compute_logits(kept, output_modality, visual_guidance_scale, visual_temperature)
         return UniCode2CausalLMOutputWithPast(
@@ -572,6 +622,43 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def check_targets(self, hidden_states: torch.Tensor, target: torch.LongTensor) -> None:
+        if target.shape != hidden_states.shape[:2]:
+            raise ValueError(f"The labels are {tuple(target.shape)}, the tokens {tuple(hidden_states.shape[:2])}.")
+        size = self.config.visual_token_offset + self.config.codebook_config.codebook_size
+        wrong = target[((target < 0) & (target != -100)) | (target >= size)]
+        if len(wrong):
+            raise ValueError(
+                f"{len(wrong)} labels lie outside the ids 0 to {size - 1} and are not -100; the first is {wrong[0].item()}."
+            )
+
+    def check_trainable(self) -> None:
+        """Raises `ValueError` when PEFT adapts the frozen quantizer, or when something learns that PEFT would not save."""
+        for config in (getattr(self, "peft_config", None) or {}).values():
+            frozen = [name for name, p in self.get_quantizer().named_parameters() if p.requires_grad]
+            if frozen:
+                raise ValueError(
+                    f"{len(frozen)} parameters in the frozen quantizer are set to learn, the first is {frozen[0]}; "
+                    r"restrict `target_modules` to the language model, as r'.*language_model.*\.(q_proj|v_proj)'."
+                )
+            saved = ("modules_to_save.", "lora_", "trainable_tokens_", f"{config.peft_type.value.lower()}_")
+            for part in ("model.visual_embeddings", "model.projector", "visual_head"):
+                names = [name for name, p in self.get_submodule(part).named_parameters() if p.requires_grad]
+                if getattr(config, "bias", "none") == "none" and any(
+                    not any(mark in name for mark in saved) for name in names
+                ):
+                    raise ValueError(
+                        f"`{part.split('.')[-1]}` is set to learn, but PEFT would not save it; name it in `modules_to_save`."
+                    )
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """Stock resizing of the text vocabulary; visual token ids move along. Raises `ValueError` when it would cut off an id that
+        frames images."""
+        largest = max(self.config.image_token_id, self.config.boi_token_id, self.config.eoi_token_id)
+        if new_num_tokens is not None and new_num_tokens <= largest:
+            raise ValueError(f"{new_num_tokens} text ids are too few: {largest} is an id that images need.")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def check_ids(self, input_ids: torch.LongTensor | None) -> None:
         """Raises `ValueError` on ids outside the unified vocabulary (on a CPU; a GPU is not made to wait for this)."""
@@ -594,6 +681,13 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
 
         Painted by the diffusion pipeline in `self.decoder` if there is one, else a mosaic of the codes' thumbnails.
         """
+        first, size = self.config.visual_token_offset, self.config.codebook_config.codebook_size
+        low, high = visual_token_ids.aminmax()
+        if visual_token_ids.shape[-1] != self.config.num_image_tokens or low < first or high >= first + size:
+            raise ValueError(
+                f"{visual_token_ids.shape[-1]} ids from {low.item()} to {high.item()} are no image; one has "
+                f"{self.config.num_image_tokens} ids from {first} to {first + size - 1}."
+            )
         if self.decoder is not None:
             return self.decoder(visual_token_ids=visual_token_ids, output_type="pt").images
         side = int(self.config.num_image_tokens**0.5)

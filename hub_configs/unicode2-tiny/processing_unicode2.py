@@ -11,7 +11,9 @@ CHAT_TEMPLATE = """\
 {%- macro show(content) -%}
 {%- if content is string -%}{{- content -}}
 {%- elif content -%}{%- for part in content -%}
-{{- '<|image_pad|>' if part['type'] == 'image' else part['text'] -}}
+{%- if part['type'] == 'image' -%}{{- '<|image_pad|>' -}}
+{%- elif part['type'] == 'text' -%}{{- part['text'] -}}
+{%- else -%}{{- raise_exception('A message holds a part of type ' + part['type'] + '; image and text can be read.') -}}{%- endif -%}
 {%- endfor -%}{%- endif -%}
 {%- endmacro -%}
 {%- if tools -%}
@@ -115,11 +117,17 @@ class UniCode2Processor(ProcessorMixin):
             `ValueError`: on an empty prompt, or when images and `image_token`s differ in number.
         """
         texts = [text] if isinstance(text, str) else text
-        if texts is not None and any(isinstance(t, str) and not t.strip() for t in texts):
-            raise ValueError(
-                f"Prompt {[not t.strip() for t in texts].index(True) + 1} of {len(texts)} is empty; write some text."
-            )
+        if texts is not None:
+            self.check_texts(texts, images)
         batch = super().__call__(images=images, text=text, **kwargs)
+        if "pixel_values" in batch and "input_ids" in batch:
+            height, width = batch["pixel_values"][0].shape[-2:]
+            num_patches = (height // self.patch_size) * (width // self.patch_size)
+            if num_patches != self.num_image_tokens:
+                raise ValueError(
+                    f"Images of {height} x {width} pixels have {num_patches} patches; the prompt holds {self.num_image_tokens} "
+                    "placeholders for each. Leave `size` as it is."
+                )
         if self.quantizer is not None and "pixel_values" in batch and "input_ids" in batch:
             pixel_values = torch.as_tensor(batch.pop("pixel_values")).to(self.quantizer.device)
             tokens = iter((self.quantizer.encode_images(pixel_values) + self.visual_token_offset).flatten().tolist())
@@ -127,6 +135,20 @@ class UniCode2Processor(ProcessorMixin):
             rows = [[next(tokens) if id_ == self.image_token_id else id_ for id_ in row] for row in rows]
             batch["input_ids"] = torch.tensor(rows) if isinstance(batch["input_ids"], torch.Tensor) else rows
         return batch
+
+    def check_texts(self, texts, images) -> None:
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(t, (str, list, tuple)) for t in texts):
+            raise ValueError(f"`text` is {texts!r}; it must be a string or a list of strings.")
+        if not texts:
+            raise ValueError("`text` is an empty list; write a prompt.")
+        empty = [isinstance(t, str) and not t.strip() for t in texts]
+        if any(empty):
+            raise ValueError(f"Prompt {empty.index(True) + 1} of {len(texts)} is empty; write some text.")
+        if isinstance(images, (list, tuple)) and images and all(isinstance(i, (list, tuple)) for i in images):
+            places = [t.count(self.image_token) for t in texts]
+            given = [len(i) for i in images]
+            if places != given:
+                raise ValueError(f"The prompts have places for {places} images, and {given} are given.")
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.boi_token + self.image_token * self.num_image_tokens + self.eoi_token
@@ -149,6 +171,21 @@ class UniCode2Processor(ProcessorMixin):
 
         pixels = (generated_outputs.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
         return [Image.fromarray(image) for image in pixels.cpu().numpy()]
+
+    def split_images(self, ids: torch.LongTensor) -> list[dict]:
+        """Text and images that `generate(generation_mode="interleaved")` wrote, ids `(num_tokens,)`, in their order.
+
+        Returns `{"type": "text", "text": str}` and `{"type": "image", "visual_token_ids": (num_image_tokens,)}`.
+        """
+        parts, start, length = [], 0, len(ids)
+        for begin in [*(ids == self.boi_token_id).nonzero().flatten().tolist(), length]:
+            text = self.tokenizer.decode(ids[start:begin], skip_special_tokens=True)
+            if text.strip():
+                parts.append({"type": "text", "text": text})
+            start = begin + 1 + self.num_image_tokens
+            if start <= length:
+                parts.append({"type": "image", "visual_token_ids": ids[begin + 1 : start]})
+        return parts
 
     def __deepcopy__(self, memo: dict) -> "UniCode2Processor":
         """A deep copy that shares the quantizer."""

@@ -6,10 +6,11 @@ import torch
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from transformers.models.auto import modeling_auto
 
-from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration, UniCode2Model
+from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration, UniCode2Model, UniCode2Quantizer
 
 # The suite looks classes up in the tables of names, which registering does not reach.
 modeling_auto.MODEL_MAPPING_NAMES["unicode2"] = "UniCode2Model"
+modeling_auto.MODEL_MAPPING_NAMES["unicode2_quantizer"] = "UniCode2Quantizer"
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["unicode2"] = "UniCode2ForConditionalGeneration"
 
 
@@ -83,4 +84,50 @@ class UniCode2ModelTest(ModelTesterMixin, unittest.TestCase):
         "GenerationTesterMixin is not in the source distribution; test_generation_unicode2.py takes its place."
     )
     def test_generation_tester_mixin_inheritance(self):
+        pass
+
+
+class UniCode2TwoLevelModelTester(UniCode2ModelTester):
+    def get_config(self):
+        return UniCode2Config(**{**super().get_config().to_dict(), "visual_head": "two_level"})
+
+
+class UniCode2TwoLevelModelTest(UniCode2ModelTest):
+    all_model_classes = (UniCode2ForConditionalGeneration,)
+
+    def setUp(self):
+        self.model_tester = UniCode2TwoLevelModelTester(self)
+
+
+class UniCode2QuantizerTester(UniCode2ModelTester):
+    def __init__(self, parent):
+        super().__init__(parent)
+        self.hidden_size, self.num_attention_heads, self.seq_length = 16, 2, self.num_image_tokens  # the encoder's
+
+    def get_config(self):
+        return super().get_config().get_quantizer_config()
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.get_config(), {
+            "pixel_values": floats_tensor([self.batch_size, 3, self.image_size, self.image_size])
+        }
+
+
+class UniCode2QuantizerTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (UniCode2Quantizer,)
+    _is_composite = True
+
+    def setUp(self):
+        self.model_tester = UniCode2QuantizerTester(self)
+
+    @unittest.skip("An image encoder's input embedding is a convolution, which the test does not expect.")
+    def test_model_get_set_embeddings(self):
+        pass
+
+    @unittest.skip("An image encoder has no token embeddings to resize.")
+    def test_resize_tokens_embeddings(self):
+        pass
+
+    @unittest.skip("A quantizer is frozen, so nothing in it has a gradient to retain.")
+    def test_retain_grad_hidden_states_attentions(self):
         pass

@@ -1,5 +1,8 @@
 """Configurations of UniCode²."""
 
+import shutil
+from pathlib import Path
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -13,6 +16,11 @@ AUTO_MAP = {
     "AutoProcessor": "processing_unicode2.UniCode2Processor",
 }
 
+
+QUANTIZER_AUTO_MAP = {
+    "AutoConfig": "configuration_unicode2.UniCode2QuantizerConfig",
+    "AutoModel": "quantization_unicode2.UniCode2Quantizer",
+}
 
 VISUAL_HEADS = ("flat", "two_level")
 
@@ -89,16 +97,22 @@ class UniCode2QuantizerConfig(PreTrainedConfig):
     codebook_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "configuration_unicode2.UniCode2QuantizerConfig",
-                "AutoModel": "quantization_unicode2.UniCode2Quantizer",
-            },
-        )
+        kwargs["auto_map"] = QUANTIZER_AUTO_MAP
         self.vision_config = SIGLIP_SO400M_384 if self.vision_config is None else self.vision_config
         super().__post_init__(**kwargs)
         check_widths(self.vision_config, self.codebook_config)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """The dictionary of a quantizer, or of the quantizer in a whole checkpoint."""
+        config, rest = super().get_config_dict(*args, **kwargs)
+        if config.get("model_type") == UniCode2Config.model_type:
+            config = {name: config[name] for name in ("vision_config", "codebook_config")}
+        return config, rest
+
+    def save_pretrained(self, save_directory, **kwargs):
+        super().save_pretrained(save_directory, **kwargs)
+        save_code(save_directory)
 
     @property
     def num_image_tokens(self) -> int:
@@ -177,11 +191,19 @@ class UniCode2Config(PreTrainedConfig):
         check_widths(self.vision_config, self.codebook_config)
         if self.visual_head not in VISUAL_HEADS:
             raise ValueError(f"`visual_head` is {self.visual_head!r}; it must be one of {', '.join(VISUAL_HEADS)}.")
-        for name in ("image_token_id", "boi_token_id", "eoi_token_id"):
+        names = ("image_token_id", "boi_token_id", "eoi_token_id")
+        if len({getattr(self, name) for name in names}) < 3:
+            shown = ", ".join(f"`{name}` {getattr(self, name)}" for name in names)
+            raise ValueError(f"The three ids must differ: {shown}.")
+        for name in names:
             if not 0 <= getattr(self, name) < self.text_config.vocab_size:
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)}, outside the text vocabulary of {self.text_config.vocab_size} ids."
                 )
+
+    def save_pretrained(self, save_directory, **kwargs):
+        super().save_pretrained(save_directory, **kwargs)
+        save_code(save_directory)
 
     @property
     def visual_token_offset(self) -> int:
@@ -200,6 +222,14 @@ class UniCode2Config(PreTrainedConfig):
             codebook_config=self.codebook_config,
             attn_implementation=self.vision_config._attn_implementation,
         )
+
+
+def save_code(folder: str | Path) -> None:
+    """Copies the code that `auto_map` names beside a saved configuration: all files that travel, as far as they are here."""
+    for file in Path(__file__).parent.glob("*_unicode2.py"):
+        target = Path(folder) / file.name
+        if not (target.exists() and target.samefile(file)):
+            shutil.copyfile(file, target)
 
 
 def check_widths(vision_config: PreTrainedConfig, codebook_config: UniCode2CodebookConfig) -> None:

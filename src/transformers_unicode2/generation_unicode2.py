@@ -1,9 +1,27 @@
 """Text, image and interleaved generation on stock `generate`."""
 
+import copy
+import numbers
+
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+)
+from transformers.cache_utils import Cache
 
 GENERATION_MODES = ("text", "image", "interleaved")
+# Options whose code takes ids of the prompt, or of another model, for places in the scores.
+TWO_VOCABULARIES = (
+    "prompt_lookup_num_tokens",
+    "assistant_model",
+    "assistant_early_exit",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+)
 
 
 class InterleavedLogitsProcessor(LogitsProcessor):
@@ -28,19 +46,33 @@ class InterleavedLogitsProcessor(LogitsProcessor):
         image_token_id: int,
         max_length: int | None = None,
     ):
-        self.max_length = max_length
+        self.max_length, self.checked = max_length, False
         self.visual_token_offset, self.num_image_tokens = visual_token_offset, num_image_tokens
         self.boi_token_id, self.eoi_token_id, self.image_token_id = boi_token_id, eoi_token_id, image_token_id
 
     def written(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """Visual ids since the last `boi_token_id` of each row, `(batch_size,)`; -1 outside an image block."""
         length = input_ids.shape[1]
+        if length == 0:  # a prompt of embeddings
+            return input_ids.new_full(input_ids.shape[:1], -1)
         is_boi = input_ids == self.boi_token_id
         since = length - 1 - torch.where(is_boi, torch.arange(length, device=input_ids.device), -1).amax(-1)
         return torch.where(is_boi.any(-1) & (since <= self.num_image_tokens), since, -1)
 
+    def check_room(self, input_ids: torch.LongTensor, written: torch.LongTensor) -> None:
+        """Raises `ValueError` when a prompt ends inside an image that `max_length` ids cannot finish."""
+        self.checked = True
+        missing = torch.where(written >= 0, self.num_image_tokens - written + 1, 0).amax().item()
+        if self.max_length is not None and input_ids.shape[1] + missing > self.max_length:
+            raise ValueError(
+                f"The prompt ends inside an image that needs {missing} more tokens; `max_new_tokens` leaves "
+                f"{self.max_length - input_ids.shape[1]}."
+            )
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         written = self.written(input_ids)[:, None]
+        if not self.checked:
+            self.check_room(input_ids, written)
         ids = torch.arange(scores.shape[-1], device=scores.device)
         text = (ids < self.visual_token_offset) & (ids != self.eoi_token_id) & (ids != self.image_token_id)
         if self.max_length is not None and input_ids.shape[1] + self.num_image_tokens + 2 > self.max_length:
@@ -53,12 +85,26 @@ class InterleavedLogitsProcessor(LogitsProcessor):
         )
 
 
+class TextLogitsProcessorList(LogitsProcessorList):
+    """Processors of scores over the text ids alone: visual ids of the prompt look like one that is never written."""
+
+    def __init__(self, processors: list, visual_token_offset: int, unwritten_id: int):
+        super().__init__(processors)
+        self.visual_token_offset, self.unwritten_id = visual_token_offset, unwritten_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
+        text_ids = input_ids.masked_fill(input_ids >= self.visual_token_offset, self.unwritten_id)
+        return super().__call__(text_ids, scores, **kwargs)
+
+
 class UniCode2GenerationMixin(GenerationMixin):
     """`generate` with `generation_mode` and classifier-free guidance whose two halves share one forward pass."""
 
     def generate(
         self,
         inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
         generation_mode: str | None = None,
         guidance_scale: float | None = None,
         **kwargs,
@@ -67,6 +113,8 @@ class UniCode2GenerationMixin(GenerationMixin):
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
                 Prompts, left-padded; the same as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*):
+                Takes the place of the checkpoint's, in image mode of its `image_generation` as well.
             generation_mode (`str`, *optional*, defaults to `"text"`):
                 `"text"` writes text ids only. `"image"` writes one image: the begin-of-image id is put behind the prompt if it
                 is not there. `"interleaved"` writes text and, wherever it writes the begin-of-image id, a whole image.
@@ -80,25 +128,67 @@ class UniCode2GenerationMixin(GenerationMixin):
             ids alone, `(batch_size, num_image_tokens)`. What `return_dict_in_generate` asks for comes back untouched.
 
         Raises:
-            `ValueError`: on another mode, on guidance outside image mode.
+            `ValueError`: on another mode, on guidance outside image mode or that is no number from 0 on, on a prompt without
+            ids, with image placeholders but no images, and on a strategy that cannot work with two vocabularies.
         """
         mode = generation_mode or "text"
         if mode not in GENERATION_MODES:
             raise ValueError(f"`generation_mode` is {mode!r}; it must be one of {', '.join(GENERATION_MODES)}.")
-        for name in ("prompt_lookup_num_tokens", "assistant_model"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` makes candidates from one vocabulary; it does not work with a vocabulary that is split into "
-                    f"{self.config.visual_token_offset} text ids and {self.config.codebook_config.codebook_size} visual ids."
-                )
+        if generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            guidance_scale = generation_config.guidance_scale if guidance_scale is None else guidance_scale
+            generation_config.guidance_scale = None
+        self._check_request(generation_config, mode, guidance_scale, kwargs)
+        self._check_prompt(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
         if mode == "image":
-            return self._generate_image(inputs, guidance_scale, kwargs)
-        if guidance_scale not in (None, 1, 1.0):
-            raise ValueError(f"`guidance_scale` is {guidance_scale} in {mode} mode; guidance works in image mode only.")
+            return self._generate_image(inputs, generation_config, guidance_scale, kwargs)
         if mode == "text":
-            return super().generate(inputs, output_modality="text", **kwargs)
+            return super().generate(inputs, generation_config, output_modality="text", **kwargs)
         processors = LogitsProcessorList([self._image_block(), *(kwargs.pop("logits_processor", None) or [])])
-        return super().generate(inputs, logits_processor=processors, **kwargs)
+        return super().generate(inputs, generation_config, logits_processor=processors, **kwargs)
+
+    def generate_batch(self, *args, generation_mode: str | None = None, **kwargs):
+        """Continuous batching, see [`~ContinuousMixin.generate_batch`]. Raises `ValueError` for any mode but `"text"`."""
+        if generation_mode not in (None, "text"):
+            raise ValueError(
+                f"`generate_batch` writes text only; `generation_mode` is {generation_mode!r}. Use `generate`."
+            )
+        return super().generate_batch(*args, **kwargs)
+
+    def _check_request(
+        self, config: GenerationConfig | None, mode: str, guidance_scale: float | None, kwargs: dict
+    ) -> None:
+        def asked(name: str):
+            return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+
+        for name in TWO_VOCABULARIES:
+            if asked(name) is not None:
+                raise ValueError(
+                    f"`{name}` works on one vocabulary; this one is split into {self.config.visual_token_offset} text ids "
+                    f"and {self.config.codebook_config.codebook_size} visual ids."
+                )
+        if guidance_scale is not None and not (
+            isinstance(guidance_scale, numbers.Real) and 0 <= guidance_scale < float("inf")
+        ):
+            raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 on.")
+        if mode != "image" and guidance_scale not in (None, 1):
+            raise ValueError(f"`guidance_scale` is {guidance_scale} in {mode} mode; guidance works in image mode only.")
+
+    def _check_prompt(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
+        if input_ids is None:
+            return
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"The prompt has the shape {tuple(input_ids.shape)}; it must be (batch_size, num_tokens), with a token at least."
+            )
+        given = [
+            name for name in ("pixel_values", "mm_encoder_outputs", "inputs_embeds") if kwargs.get(name) is not None
+        ]
+        if not given and (input_ids == self.config.image_token_id).any():
+            raise ValueError(
+                f"The prompt holds {(input_ids == self.config.image_token_id).sum().item()} image placeholders and no images; "
+                "give `pixel_values`."
+            )
 
     def _image_block(self) -> InterleavedLogitsProcessor:
         return InterleavedLogitsProcessor(
@@ -109,34 +199,58 @@ class UniCode2GenerationMixin(GenerationMixin):
             self.config.image_token_id,
         )
 
-    def _generate_image(self, inputs: torch.Tensor | None, guidance_scale: float | None, kwargs: dict):
+    def _generate_image(
+        self,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        guidance_scale: float | None,
+        kwargs,
+    ):
         """Image mode. The number of new tokens is fixed, so end-of-sequence rules and lengths of the caller do not apply."""
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        mask = kwargs.pop("attention_mask", None)
+        defaults = getattr(self.generation_config, "image_generation", None) if generation_config is None else None
+        settings = {**(defaults or {}), **kwargs}
+        default_scale = settings.pop("guidance_scale", None)
+        guidance_scale = default_scale if guidance_scale is None else guidance_scale
+        prompt, prompt_length = self._begin_image(inputs, settings)
+        if guidance_scale not in (None, 1):
+            config = generation_config or self.generation_config
+            for name in ("past_key_values", "prefill_chunk_size"):
+                if settings.get(name) is not None or getattr(config, name, None) is not None:
+                    raise ValueError(f"`{name}` does not go with guidance, whose cache has two rows a prompt.")
+            settings.update(visual_guidance_scale=float(guidance_scale), prompt_length=prompt_length)
+        length = self.config.num_image_tokens
+        settings.update(prompt, max_new_tokens=length, min_new_tokens=None, max_length=None)
+        output = super().generate(generation_config=generation_config, output_modality="image", **settings)
+        if not isinstance(output, torch.Tensor):
+            return output
+        written = output[:, 0 if "inputs_embeds" in prompt else prompt_length :]
+        if written.shape[1] < length:
+            raise ValueError(f"A stopping criterion ended the image after {written.shape[1]} of its {length} tokens.")
+        return written
+
+    def _begin_image(self, inputs: torch.Tensor | None, settings: dict) -> tuple[dict, int]:
+        """The prompt with a begin-of-image id at its end, taken out of the settings, and its length."""
+        input_ids = inputs if inputs is not None else settings.pop("input_ids", None)
+        mask = settings.pop("attention_mask", None)
+        boi = self.config.boi_token_id
         if input_ids is None:
-            embeds = kwargs.pop("inputs_embeds", None)
+            embeds = settings.pop("inputs_embeds", None)
             if embeds is None:
                 raise ValueError("Image mode needs a prompt: `input_ids` or `inputs_embeds`.")
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
-            boi = torch.full_like(mask[:, :1], self.config.boi_token_id)
-            prompt = {"inputs_embeds": torch.cat([embeds, self.get_input_embeddings()(boi).to(embeds)], 1)}
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            begin = self.get_input_embeddings()(torch.full_like(embeds[:, :1, 0], boi, dtype=torch.long)).to(embeds)
+            prompt, length, add = {"inputs_embeds": torch.cat([embeds, begin], 1)}, embeds.shape[1] + 1, True
         else:
-            mask = torch.ones_like(input_ids) if mask is None else mask
-            if (input_ids[:, -1] != self.config.boi_token_id).any():
-                input_ids = torch.nn.functional.pad(input_ids, (0, 1), value=self.config.boi_token_id)
-                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            prompt = {"input_ids": input_ids}
-        defaults = getattr(self.generation_config, "image_generation", None) or {}
-        settings = {**defaults, **kwargs}
-        guidance_scale = settings.pop("guidance_scale", None) if guidance_scale is None else guidance_scale
-        settings.pop("guidance_scale", None)
-        if guidance_scale not in (None, 1, 1.0):
-            settings.update(visual_guidance_scale=float(guidance_scale), prompt_length=mask.shape[1])
-        length = self.config.num_image_tokens
-        settings.update(max_new_tokens=length, min_new_tokens=None, max_length=None)
-        output = super().generate(**prompt, attention_mask=mask, output_modality="image", **settings)
-        return output[:, -length:] if isinstance(output, torch.Tensor) else output
+            begun = input_ids[:, -1] == boi
+            if begun.any() and not begun.all():
+                raise ValueError(
+                    f"{begun.sum().item()} of {len(begun)} prompts end with the begin-of-image id {boi}; all of them must, or none."
+                )
+            add = not begun.any()
+            input_ids = torch.nn.functional.pad(input_ids, (0, 1), value=boi) if add else input_ids
+            prompt, length = {"input_ids": input_ids}, input_ids.shape[1]
+        if mask is not None:
+            prompt["attention_mask"] = torch.nn.functional.pad(mask, (0, 1), value=1) if add else mask
+        return prompt, length
 
     def _get_logits_processor(
         self,
@@ -150,13 +264,32 @@ class UniCode2GenerationMixin(GenerationMixin):
         for processor in logits_processor or ():
             if isinstance(processor, InterleavedLogitsProcessor):
                 processor.max_length = generation_config.max_length
-        draws = generation_config.do_sample and generation_config.num_beams in (None, 1)
-        if draws and self.config.visual_head == "two_level" and model_kwargs.get("output_modality") == "image":
-            temperature = generation_config.temperature
-            model_kwargs["visual_temperature"] = 1.0 if temperature is None else temperature
-        return super()._get_logits_processor(
+        processors = super()._get_logits_processor(
             generation_config, *args, logits_processor=logits_processor, model_kwargs=model_kwargs, **kwargs
         )
+        modality = (model_kwargs or {}).get("output_modality")  # none with continuous batching
+        if modality == "text":
+            return TextLogitsProcessorList(processors, self.config.visual_token_offset, self.config.boi_token_id)
+        draws = generation_config.do_sample and generation_config.num_beams in (None, 1)
+        plain = all(
+            isinstance(processor, TemperatureLogitsWarper) for processor in processors
+        )  # nothing to cut or to change
+        if (
+            draws
+            and plain
+            and self.config.visual_head == "two_level"
+            and model_kwargs.get("output_modality") == "image"
+        ):
+            temperature = generation_config.temperature
+            model_kwargs["visual_temperature"] = 1.0 if temperature is None else temperature
+        return processors
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
+        """Beams; with guidance the cache has a second half, which follows the first."""
+        if past_key_values.layers[0].keys.shape[0] == 2 * len(beam_idx):
+            beam_idx = torch.cat([beam_idx, beam_idx + len(beam_idx)])
+        past_key_values.reorder_cache(beam_idx)
+        return past_key_values
 
     def prepare_inputs_for_generation(
         self,

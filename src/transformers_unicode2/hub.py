@@ -29,9 +29,17 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
         One `{"part", "parameters", "bytes"}` a part, in the order of the data flow.
 
     Raises:
-        `ValueError`: when the parts do not fit together, or the language model has no safetensors.
+        `ValueError`: when the parts do not fit together, the language model has no safetensors or is not built as Qwen2 or Llama
+        are, or `output` holds one of the parts or another model.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, SiglipVisionModel
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+        SiglipVisionModel,
+    )
     from transformers.dynamic_module_utils import custom_object_save
 
     from .codebook.storage import load_codebook
@@ -39,10 +47,16 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
     from .modeling_unicode2 import UniCode2ForConditionalGeneration
     from .processing_unicode2 import UniCode2Processor
 
+    check_output(output, llm, vision, codebook)
     tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
     text_config = AutoConfig.from_pretrained(llm)
     vision_model = SiglipVisionModel.from_pretrained(vision, vision_use_head=False, dtype=torch.float32)
-    stored = load_codebook(codebook)
+    stored = load_codebook(codebook if Path(codebook).is_dir() else snapshot_download(codebook))
+    prefix = AutoModelForCausalLM._model_mapping[type(text_config)].base_model_prefix
+    if prefix != "model":
+        raise ValueError(
+            f"{llm} is a {text_config.model_type} model, whose weights begin with {prefix!r}, not with 'model'."
+        )
     processor = UniCode2Processor(AutoImageProcessor.from_pretrained(vision), tokenizer, vision_model.config.patch_size)
     config = UniCode2Config(
         text_config=text_config,
@@ -59,6 +73,7 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
         visual_head=visual_head,
         dtype=text_config.dtype or torch.float32,
     )
+    check_processor(processor, config, llm, vision)
     with torch.device("meta"):
         model = UniCode2ForConditionalGeneration(config)
     writer = ShardWriter(output, {name: value.shape for name, value in model.state_dict().items()})
@@ -84,12 +99,36 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
     GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=64,
+        max_new_tokens=max(64, 2 * config.num_image_tokens),
         # what `generate(generation_mode="image")` does unless told otherwise: codes are sampled, with guidance
         image_generation={"do_sample": True, "temperature": 1.0, "top_k": 0, "guidance_scale": 3.0},
     ).save_pretrained(output)
     processor.save_pretrained(output)
     return writer.report
+
+
+def check_output(output: str, *parts: str) -> None:
+    """Raises `ValueError` when writing to `output` would overwrite one of the parts or another model."""
+    folder = Path(output)
+    if folder.resolve() in [Path(part).resolve() for part in parts]:
+        raise ValueError(f"{output} holds a part of the model; choose another folder for the checkpoint.")
+    if (folder / "config.json").is_file():
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        if model_type != "unicode2":
+            raise ValueError(f"{output} holds a {model_type} model; choose another folder for the checkpoint.")
+
+
+def check_processor(processor, config, llm: str, vision: str) -> None:
+    """Raises `ValueError` when the tokenizer lacks a token that images need, or the images do not have the encoder's size."""
+    vocabulary = processor.tokenizer.get_vocab()
+    missing = [t for t in (processor.image_token, processor.boi_token, processor.eoi_token) if t not in vocabulary]
+    if missing:
+        raise ValueError(f"The tokenizer of {llm} lacks {', '.join(missing)}; add them and resize the language model.")
+    if processor.num_image_tokens != config.num_image_tokens:
+        raise ValueError(
+            f"The image processor of {vision} makes images of {processor.num_image_tokens} patches, "
+            f"its encoder reads {config.num_image_tokens}."
+        )
 
 
 def find_safetensors(source: str) -> list[Path]:

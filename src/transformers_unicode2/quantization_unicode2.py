@@ -1,14 +1,38 @@
 """The frozen half of UniCode²: codebook C1 with nearest-code search, and the encoder in front of it (section 3.2)."""
 
 import importlib
+import json
+import re
+from dataclasses import dataclass
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+@dataclass
+class UniCode2QuantizerOutput(ModelOutput):
+    r"""
+    Args:
+        codes (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`):
+            The images' codes.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, codebook_dim)`):
+            The patch features that they stand for.
+    """
+
+    codes: torch.LongTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
 
 
 class UniCode2Codebook(nn.Module):
@@ -65,7 +89,13 @@ class UniCode2Codebook(nn.Module):
         return found.reshape(features.shape[:-1])
 
     def decode(self, codes: torch.LongTensor) -> torch.Tensor:
-        """Codes of shape `(...)` to their vectors, `(..., codebook_dim)`, Eq. 4."""
+        """Codes of shape `(...)` to their vectors, `(..., codebook_dim)`, Eq. 4. On a CPU, raises `ValueError` on unknown codes."""
+        if codes.device.type == "cpu" and codes.numel():
+            low, high = codes.aminmax()
+            if low < 0 or high >= len(self.codes):
+                raise ValueError(
+                    f"The codes run from {low.item()} to {high.item()}; there are 0 to {len(self.codes) - 1}."
+                )
         return self.codes[codes]
 
     def preview(self, codes: torch.LongTensor) -> torch.Tensor:
@@ -94,6 +124,10 @@ class UniCode2Quantizer(PreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules = ["UniCode2Codebook"]
     _keep_in_fp32_modules_strict = ["vision_model", "codebook"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(model\.)?(language_model|visual_embeddings|projector)\.",
+        r"^(lm_head|visual_head)\.",
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -103,7 +137,7 @@ class UniCode2Quantizer(PreTrainedModel):
         self.codebook = UniCode2Codebook(config.codebook_config)
         self.index = None
         self.post_init()
-        self.freeze()
+        self.float().freeze()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -119,15 +153,36 @@ class UniCode2Quantizer(PreTrainedModel):
         """Stays in eval mode: the quantizer is frozen."""
         return super().train(False)
 
+    def _apply(self, function, recurse: bool = True):
+        """Moves between devices; a conversion to a narrower dtype, as of the model around it, leaves the float32 weights alone."""
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            output = function(tensor)
+            narrowed = tensor.dtype == torch.float32 and output.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(output.device) if narrowed else output
+
+        return super()._apply(keep, recurse)
+
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Loads a quantizer that was saved alone, or the quantizer of a whole UniCode² checkpoint, and freezes it.
+
+        Of a whole checkpoint in several files, only those that hold a part of the quantizer are fetched and read.
 
         Raises `ValueError` when the checkpoint holds no codebook, unless `output_loading_info` asks for the missing keys.
         """
         want_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", {r"^(model\.)?quantizer\.": ""})
-        quantizer, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        state = read_quantizer(pretrained_model_name_or_path, kwargs)
+        if state:
+            if "config" not in kwargs:
+                kwargs["config"] = cls.config_class.from_pretrained(
+                    pretrained_model_name_or_path, **{k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
+                )
+            kwargs["state_dict"], pretrained_model_name_or_path = state, None
+        quantizer, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
         check_codebook(info, want_info)
         quantizer.freeze()
         return (quantizer, info) if want_info else quantizer
@@ -136,10 +191,20 @@ class UniCode2Quantizer(PreTrainedModel):
         """Saves under its own names, wherever the weights came from."""
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's patch embedding."""
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
     @torch.no_grad()
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """The encoder's output for images `(batch_size, 3, height, width)`, in float32 outside of any autocast; its
         `last_hidden_state` holds the patch features, `(batch_size, num_image_tokens, codebook_dim)`."""
+        side = self.config.vision_config.image_size
+        if pixel_values.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"The images are {tuple(pixel_values.shape)}; the encoder reads (batch_size, 3, {side}, {side})."
+            )
         kwargs["return_dict"] = True
         with torch.autocast(pixel_values.device.type, enabled=False):
             return self.vision_model(pixel_values.to(self.vision_model.dtype), **kwargs)
@@ -159,7 +224,7 @@ class UniCode2Quantizer(PreTrainedModel):
             index (`faiss.Index`, *optional*): holds the codes in their order; an exact `IndexFlatL2` by default.
 
         Raises:
-            `ImportError`: without FAISS.
+            `ImportError`: without FAISS. `ValueError`: when the index is not of this codebook's size and width.
         """
         try:
             faiss = importlib.import_module("faiss")
@@ -167,9 +232,14 @@ class UniCode2Quantizer(PreTrainedModel):
             raise ImportError(
                 "Searching with FAISS needs faiss-cpu; install transformers_unicode2[codebook]."
             ) from error
+        size, width = self.config.codebook_config.codebook_size, self.config.codebook_config.codebook_dim
         if index is None:
-            index = faiss.IndexFlatL2(self.config.codebook_config.codebook_dim)
-            index.add(self.codebook.codes.cpu().numpy())
+            index = faiss.IndexFlatL2(width)
+            index.add(self.codebook(torch.arange(size), task="decode").cpu().numpy())
+        if (index.ntotal, index.d) != (size, width):
+            raise ValueError(
+                f"The index holds {index.ntotal} vectors of width {index.d}, the codebook {size} of width {width}."
+            )
         self.index = index
         return self
 
@@ -178,15 +248,45 @@ class UniCode2Quantizer(PreTrainedModel):
         check_features(features, self.config.codebook_config.codebook_dim)
         query = features.reshape(-1, features.shape[-1]).float().cpu()  # (num_queries, codebook_dim)
         _, candidates = self.index.search(query.numpy(), min(num_candidates, self.index.ntotal))
-        candidates = torch.from_numpy(candidates).sort(-1).values  # (num_queries, num_candidates)
-        codes = self.codebook(candidates.to(self.codebook.codes.device), task="decode").cpu().double()
-        distance = (codes - query[:, None].double()).square().sum(-1)
+        candidates = (
+            torch.from_numpy(candidates).sort(-1).values
+        )  # (num_queries, num_candidates), -1 where too few were found
+        if (candidates[:, -1] < 0).any():
+            raise ValueError("The index found no code for a feature; let it probe more of its lists.")
+        codes = self.codebook(candidates.clamp(min=0).to(self.codebook.codes.device), task="decode").cpu().double()
+        distance = (codes - query[:, None].double()).square().sum(-1).masked_fill(candidates < 0, torch.inf)
         found = candidates.gather(-1, distance.argmin(-1, keepdim=True))[:, 0]
         return found.reshape(features.shape[:-1]).to(features.device)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.LongTensor:
-        """The same as [`~UniCode2Quantizer.encode_images`]."""
-        return self.encode_images(pixel_values)
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> UniCode2QuantizerOutput:
+        """Images `(batch_size, 3, height, width)` to codes and the features behind them."""
+        encoded = self.get_image_features(pixel_values, **kwargs)
+        return UniCode2QuantizerOutput(
+            codes=self.encode_features(encoded.last_hidden_state),
+            last_hidden_state=encoded.last_hidden_state,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+def read_quantizer(name, options: dict) -> dict[str, torch.Tensor] | None:
+    """The quantizer's weights under their names in a whole checkpoint, from those of its files that hold any.
+
+    `None` unless `name`, a folder or Hub repository, is a whole checkpoint in several safetensors files.
+    """
+    options = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    index = name and cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
+    if not index:
+        return None
+    with open(index) as file:
+        places = json.load(file)["weight_map"]
+    wanted = {key: place for key, place in places.items() if re.match(r"(model\.)?quantizer\.", key)}
+    state = {}
+    for place in sorted(set(wanted.values())):
+        with safe_open(cached_file(name, place, **options), framework="pt") as tensors:
+            state |= {key: tensors.get_tensor(key) for key in wanted if wanted[key] == place}
+    return state or None
 
 
 def check_features(features: torch.Tensor, width: int) -> None:

@@ -22,7 +22,9 @@ class FluxArguments:
     t5: dict = field(default_factory=dict, metadata={"help": "fields of T5Config"})
     clip: dict = field(default_factory=dict, metadata={"help": "fields of CLIPTextConfig"})
     alignment_weight: float = field(default=0.5, metadata={"help": "weight of the alignment to the patch features"})
-    layout_share: float = field(default=0.8, metadata={"help": "share of images that come with their exact layout as text"})
+    layout_share: float = field(
+        default=0.8, metadata={"help": "share of images that come with their exact layout as text"}
+    )
 
 
 def main(args: FluxArguments, training_args) -> None:

@@ -29,7 +29,10 @@ def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: di
 
 
 def load_codebook(folder: str | Path) -> UniCode2Codebook:
-    """Reads what `unicode2 codebook build` wrote. Raises `FileNotFoundError` when a file is missing."""
+    """Reads what `unicode2 codebook build` wrote.
+
+    Raises `FileNotFoundError` when a file is missing and `ValueError` when the cells do not hold the codes exactly.
+    """
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -39,6 +42,11 @@ def load_codebook(folder: str | Path) -> UniCode2Codebook:
     config = json.loads((folder / "codebook.json").read_text())["config"]
     codebook = UniCode2Codebook(UniCode2CodebookConfig(**config))
     codebook.load_state_dict(load_file(folder / "codebook.safetensors"))
+    offsets = codebook.cell_offsets
+    if offsets[0] != 0 or offsets[-1] != len(codebook.codes) or (offsets.diff() < 0).any():
+        raise ValueError(
+            f"The cells of {folder} go from {offsets[0].item()} to {offsets[-1].item()}, not through codes 0 to {len(codebook.codes)}."
+        )
     return codebook
 
 
