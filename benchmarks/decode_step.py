@@ -4,25 +4,26 @@
     python benchmarks/decode_step.py --config hub_configs/unicode2-7b --num-hidden-layers 1  # what a CPU can hold
 
 The peer is `Qwen2ForCausalLM` with the very same layers and text head. Both decode behind the same prompt, an image and a question,
-with `generate`, sampling from all scores; a token's time is the slope between a short and a long run. The physical limit is the
+with `generate`, sampling from all scores; a token's time is the median over the steps of a run, the first left out. The physical limit is the
 time to read once, from memory, the weights that the step needs, at the bandwidth measured by a copy in the same run.
-With fewer layers than the configuration has, the last column adds the missing ones to both sides, each at the time by which the
-peer slows down when it gets twice the layers.
+With fewer layers than the configuration has, the last column adds the missing ones to both sides, each at the time that a layer
+takes for one row, or for two with guidance.
 """
 
 import argparse
-import copy
 import math
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from datetime import date
+from itertools import pairwise
 
 import torch
-from transformers import AutoConfig, Qwen2ForCausalLM
+from transformers import AutoConfig, Qwen2ForCausalLM, StoppingCriteria
 
 from transformers_unicode2 import UniCode2ForConditionalGeneration
 from transformers_unicode2.quantization_unicode2 import equal_cells
@@ -34,14 +35,15 @@ def make_model(config, device: str) -> UniCode2ForConditionalGeneration:
         model = UniCode2ForConditionalGeneration(config).to(config.dtype)
     model.get_quantizer().to(torch.float32)
     model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(2**20, device=device, generator=torch.Generator(device).manual_seed(0)) * 0.02
     for name, tensor in model.state_dict().items():
         if name.endswith("cell_offsets"):
             tensor.copy_(equal_cells(config.codebook_config.codebook_size, config.codebook_config.num_cells))
         elif "norm" in name and name.endswith("weight"):
             tensor.fill_(1)
         elif tensor.is_floating_point():
-            tensor.normal_(0, 0.02, generator=generator)
+            for part in tensor.view(-1).split(len(noise)):  # repeats itself, which no timing sees
+                part.copy_(noise[: len(part)])
         else:
             tensor.zero_()
     for module in model.modules():  # tables that no checkpoint holds
@@ -59,19 +61,39 @@ def make_peer(model) -> Qwen2ForCausalLM:
     return peer.eval()
 
 
-def time_tokens(generate, lengths: tuple[int, int], device: str, repeats: int) -> float:
-    """Seconds a token: the slope between runs of two lengths, the fastest of `repeats` each."""
-    fastest = []
-    for length in lengths:
-        runs = []
-        for _ in range(repeats):
-            synchronize(device)
-            start = time.perf_counter()
-            generate(length)
-            synchronize(device)
-            runs.append(time.perf_counter() - start)
-        fastest.append(min(runs))
-    return (fastest[1] - fastest[0]) / (lengths[1] - lengths[0])
+class Clock(StoppingCriteria):
+    """Notes when each token is there, and stops nothing."""
+
+    def __init__(self, device: str):
+        self.device, self.times = device, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        synchronize(self.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def time_tokens(generate, length: int, device: str) -> float:
+    """Seconds a token: the median over the steps of `generate(length, stopping_criteria=...)`."""
+    clock = Clock(device)
+    generate(length, stopping_criteria=[clock])
+    return statistics.median(later - sooner for sooner, later in pairwise(clock.times))
+
+
+@torch.no_grad()
+def time_layer(peer: Qwen2ForCausalLM, rows: int, device: str, repeats: int = 50) -> float:
+    """Seconds that a decoder layer takes for one token in each of `rows` sequences, the median of `repeats`."""
+    layer, size, dtype = peer.model.layers[0], peer.config.hidden_size, peer.dtype
+    hidden = torch.randn(rows, 1, size, device=device, dtype=dtype)
+    place = peer.model.rotary_emb(hidden, torch.full((rows, 1), 800, device=device))
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        layer(hidden, position_embeddings=place)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[repeats // 2]
 
 
 def synchronize(device: str) -> None:
@@ -114,8 +136,7 @@ def main() -> None:
     parser.add_argument("--config", default="hub_configs/unicode2-7b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num-hidden-layers", type=int, help="fewer layers than the configuration has")
-    parser.add_argument("--lengths", type=int, nargs=2, help="tokens of the short and the long run, square numbers")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--length", type=int, help="tokens of a run, a square number (default: an image)")
     args = parser.parse_args()
     rows, bandwidth = [], measure_bandwidth(args.device)
     for head in ("flat", "two_level"):
@@ -127,43 +148,32 @@ def main() -> None:
         model = make_model(config, args.device)
         peer = make_peer(model)
         total = config.num_image_tokens
-        lengths = tuple(args.lengths or ((math.isqrt(total) // 3) ** 2, total))
+        length = args.length or total
         image = torch.randint(config.codebook_config.codebook_size, (1, total)) + config.visual_token_offset
         text = torch.randint(1000, 2000, (1, 24))
         prompt = torch.cat([text, image, text], 1).to(args.device)
         plain = prompt.where(prompt < config.visual_token_offset, 1000)
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "pad_token_id": 0}
 
-        def visual(length, guidance_scale=None, model=model, prompt=prompt, options=options):
+        def visual(length, guidance_scale=None, model=model, prompt=prompt, options=options, **clock):
             with fixed_length(model, length):
-                model.generate(prompt, generation_mode="image", guidance_scale=guidance_scale, **options)
+                model.generate(prompt, generation_mode="image", guidance_scale=guidance_scale, **options, **clock)
 
-        def text_only(length, peer=peer, plain=plain, options=options):
-            peer.generate(plain, min_new_tokens=length, max_new_tokens=length, **options)
-
-        def two_texts(length, text_only=text_only, plain=plain):
-            text_only(length, plain=torch.cat([plain] * 2))
-
-        def measure(run, lengths=lengths):
-            return time_tokens(run, lengths, args.device, args.repeats)
+        def text_only(length, peer=peer, plain=plain, options=options, **clock):
+            peer.generate(plain, min_new_tokens=length, max_new_tokens=length, **options, **clock)
 
         weights = count_bytes(model.model.language_model.layers)
         c2, text_head = model.model.visual_embeddings.weight.nbytes, model.lm_head.weight.nbytes
         visual_head = c2 if head == "flat" else c2 // config.codebook_config.num_cells
-        baseline = measure(text_only)
-        missing = dict.fromkeys((1, 2), 0.0)  # by rows, as guidance has two
-        if text_config.num_hidden_layers < all_layers:
-            factor = (all_layers - text_config.num_hidden_layers) / text_config.num_hidden_layers
-            for rows_of_batch, run in ((1, text_only), (2, two_texts)):
-                shallow = measure(run)
-                with twice_the_layers(peer):
-                    missing[rows_of_batch] = (measure(run) - shallow) * factor
+        baseline = time_tokens(text_only, length, args.device)
+        num_missing = all_layers - text_config.num_hidden_layers
+        missing = {rows: num_missing and num_missing * time_layer(peer, rows, args.device) for rows in (1, 2)}
         for name, run, read in (
             ("Qwen2, text", text_only, text_head),
             (f"UniCode², {head}", visual, visual_head),
-            (f"UniCode², {head}, guidance", lambda length, run=visual: run(length, 3.0), visual_head),
+            (f"UniCode², {head}, guidance", lambda length, run=visual, **clock: run(length, 3.0, **clock), visual_head),
         ):
-            seconds = baseline if run is text_only else measure(run)
+            seconds = baseline if run is text_only else time_tokens(run, length, args.device)
             limit = (weights + read) / bandwidth
             added = missing[2 if "guidance" in name else 1]
             rows.append((name, seconds, seconds / baseline, limit, (seconds + added) / (baseline + missing[1])))
@@ -180,28 +190,6 @@ def main() -> None:
     for name, seconds, ratio, limit, projected, *peak in rows:
         memory = f"{peak[0]:.1f}" if peak else ""
         print(f"| {name} | {1e3 * seconds:.2f} | {ratio:.2f} | {1e3 * limit:.2f} | {projected:.2f} | {memory} |")
-
-
-@contextmanager
-def twice_the_layers(peer: Qwen2ForCausalLM):
-    """Inside, every layer of the peer runs twice, with a cache of its own each time."""
-    layers, config = peer.model.layers, peer.config
-    kept, types = config.num_hidden_layers, config.layer_types
-    peer.model.layers = torch.nn.ModuleList([*layers, *copy_layers(layers, kept)])
-    config.num_hidden_layers, config.layer_types = 2 * kept, 2 * types
-    try:
-        yield
-    finally:
-        peer.model.layers = layers
-        config.num_hidden_layers, config.layer_types = kept, types
-
-
-def copy_layers(layers: torch.nn.ModuleList, offset: int) -> list[torch.nn.Module]:
-    """Layers with weights of their own, as a cache line read twice would be cheaper than two, and their own index."""
-    copies = copy.deepcopy(list(layers))
-    for layer in copies:
-        layer.self_attn.layer_idx += offset
-    return copies
 
 
 @contextmanager
