@@ -8,6 +8,9 @@ COMMANDS = {
     "demo": ("demo", "make_parser", "main", "ask about an image, draw a prompt"),
     "evaluate scenes": ("evaluation.evaluate_scenes", "make_parser", "main", "score a checkpoint on drawn scenes"),
     "codebook build": ("codebook.build", "make_parser", "main", "images to a codebook (Algorithm 1)"),
+    "codebook report": ("codebook.report", "make_parser", "main", "a page about how images use a codebook"),
+    "codebook grow": ("codebook.grow", "make_parser", "main", "more codes, without moving those there are"),
+    "codebook preview": ("codebook.preview", "make_parser", "main", "a thumbnail for each code"),
     "init": ("hub", "make_init_parser", "init", "language model + encoder + codebook to a checkpoint"),
     "assemble": ("hub", "make_assemble_parser", "assemble", "checkpoint + mapper + decoder to one repository"),
     "tokenize": ("training.data", "make_parser", "main", "images of a data set to codes"),
@@ -21,6 +24,7 @@ EXTRAS = {
     "faiss": "codebook",
     "datasets": "codebook",
     "trl": "training",
+    "matplotlib": "codebook",
     "skimage": "evaluation",
 }
 

@@ -1,32 +1,185 @@
-"""Two-stage k-means (Algorithm 1 of the paper) with FAISS."""
+"""K-means on points in memory: two backends behind one protocol, and what turns centroids into codes (Algorithm 1)."""
+
+from typing import Protocol
 
 import numpy as np
 
 
-def kmeans(points: np.ndarray, num_centroids: int, seed: int, num_iterations: int = 20) -> np.ndarray:
-    """Centroids of float32 points `(num_points, dim)`: float32 `(num_centroids, dim)`, by `faiss.Kmeans`."""
-    import faiss
+class Backend(Protocol):
+    """What k-means needs from a library. Points and centroids are float32 `(num_points, dim)` and `(num_centroids, dim)`."""
 
-    clustering = faiss.Kmeans(
-        points.shape[1],
-        num_centroids,
-        niter=num_iterations,
-        seed=seed,
-        min_points_per_centroid=1,
-        max_points_per_centroid=512,
-    )
-    clustering.train(points)
-    return clustering.centroids
+    def put(self, points: np.ndarray):
+        """Points as the backend holds them, on its device."""
+
+    def kmeans(self, points, num_centroids: int, seed: int, num_iterations: int) -> np.ndarray:
+        """Lloyd's algorithm from a seeded random start."""
+
+    def assign(self, points, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest centroid of each point, ties to the lowest: int64 indices and float32 squared distances, both `(num_points,)`."""
+
+    def describe(self) -> str:
+        """Library, version and device, for the provenance of a codebook."""
 
 
-def assign(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest centroid of each point: int64 indices and float32 squared distances, both `(num_points,)`."""
-    import faiss
+class FaissBackend:
+    """`faiss.Kmeans` and `faiss.IndexFlatL2`, on the GPUs when faiss was built for them."""
 
-    index = faiss.IndexFlatL2(points.shape[1])
-    index.add(np.ascontiguousarray(centroids))
-    distances, indices = index.search(points, 1)
-    return indices[:, 0], distances[:, 0]
+    def __init__(self, max_points_per_centroid: int = 512):
+        import faiss
+
+        self.faiss, self.max_points = faiss, max_points_per_centroid
+        self.gpu = faiss.get_num_gpus() > 0
+
+    def put(self, points: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(points, dtype=np.float32)
+
+    def kmeans(self, points: np.ndarray, num_centroids: int, seed: int, num_iterations: int = 20) -> np.ndarray:
+        clustering = self.faiss.Kmeans(
+            points.shape[1],
+            num_centroids,
+            niter=num_iterations,
+            seed=seed,
+            min_points_per_centroid=1,
+            max_points_per_centroid=self.max_points,
+            gpu=self.gpu,
+        )
+        clustering.train(points)
+        return clustering.centroids
+
+    def assign(self, points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        index = self.faiss.IndexFlatL2(points.shape[1])
+        if self.gpu:
+            index = self.faiss.index_cpu_to_all_gpus(index)
+        index.add(np.ascontiguousarray(centroids, dtype=np.float32))
+        distances, indices = index.search(points, 1)
+        return indices[:, 0], np.maximum(distances[:, 0], 0)
+
+    def describe(self) -> str:
+        return f"faiss {self.faiss.__version__} on {self.faiss.get_num_gpus()} GPUs"
+
+
+class TorchBackend:
+    r"""
+    K-means on any device of torch, without a matrix of all points by all centroids.
+
+    Lloyd's iterations find the nearest centroid by bfloat16 products of centred points where the device is fast at them, their
+    last two and `assign` by float32 products.
+
+    Args:
+        device (`str`, *optional*, defaults to `"cpu"`): where the points live.
+        max_points_per_centroid (`int`, *optional*, defaults to 512): k-means uses a seeded sample of so many points a centroid.
+        max_scores (`int`, *optional*, defaults to 2**24): scores of points by centroids held at a time.
+    """
+
+    def __init__(self, device: str = "cpu", max_points_per_centroid: int = 512, max_scores: int = 2**24):
+        self.device, self.max_points, self.max_scores = device, max_points_per_centroid, max_scores
+
+    def put(self, points: np.ndarray):
+        import torch
+
+        return torch.as_tensor(points, dtype=torch.float32, device=self.device)
+
+    def kmeans(self, points, num_centroids: int, seed: int, num_iterations: int = 20) -> np.ndarray:
+        import torch
+
+        rng = np.random.default_rng(seed)
+        order = torch.from_numpy(rng.permutation(len(points))[: num_centroids * self.max_points])
+        points = points[order.to(self.device)]  # (num_sampled, dim), in random order
+        mean = points.mean(0)
+        points = points - mean
+        centroids = points[:num_centroids].clone()
+        coarse = points.bfloat16()
+        for iteration in range(num_iterations):
+            screened = iteration < num_iterations - 2
+            indices, distances = self._nearest(coarse if screened else points, centroids, points)
+            centroids = self._means(points, indices, distances, centroids)
+        return (centroids + mean).cpu().numpy()
+
+    def _nearest(self, queries, centroids, points):
+        """Indices and squared distances of the nearest centroids; `queries` are `points` in the dtype of the products."""
+        import torch
+
+        half_norms = centroids.square().sum(1) / 2
+        weights = centroids.to(queries.dtype).T
+        rows = max(1, self.max_scores // len(centroids))
+        parts = []
+        for start in range(0, len(queries), rows):
+            scores = (queries[start : start + rows] @ weights).float() - half_norms  # (rows, num_centroids)
+            parts.append(scores.argmax(1))
+        indices = torch.cat(parts)
+        distances = torch.cat(
+            [
+                (points[i : i + 65536] - centroids[indices[i : i + 65536]]).square().sum(1)
+                for i in range(0, len(points), 65536)
+            ]
+        )
+        return indices, distances
+
+    def _means(self, points, indices, distances, centroids):
+        """Means of the points at each centroid; one without points moves to the farthest point of the cluster that is worst off."""
+        import torch
+
+        counts = torch.bincount(indices, minlength=len(centroids))
+        sums = torch.zeros_like(centroids).index_add_(0, indices, points)
+        means = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centroids)
+        dead = (counts == 0).nonzero()[:, 0]
+        if len(dead):
+            means[dead[: len(points)]] = points[farthest_points(indices, distances, len(centroids), len(dead))]
+        return means
+
+    def assign(self, points, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        centroids = self.put(centroids)
+        best = torch.full((len(points),), torch.inf, device=self.device)
+        indices = torch.zeros(len(points), dtype=torch.long, device=self.device)
+        columns = min(len(centroids), 16384)
+        rows = max(1, self.max_scores // columns)
+        for start in range(0, len(centroids), columns):
+            block = centroids[start : start + columns]
+            norms = block.square().sum(1)
+            for row in range(0, len(points), rows):
+                query = points[row : row + rows]
+                distance, index = torch.addmm(norms, query, block.T, alpha=-2).min(1)
+                distance += query.square().sum(1)
+                nearer = distance < best[row : row + rows]
+                indices[row : row + rows][nearer] = index[nearer] + start
+                best[row : row + rows][nearer] = distance[nearer]
+        return indices.cpu().numpy(), best.clamp(min=0).cpu().numpy()
+
+    def describe(self) -> str:
+        import torch
+
+        return f"torch {torch.__version__} on {self.device}"
+
+
+def make_backend(name: str, device: str = "cpu") -> Backend:
+    """`"faiss"` or `"torch"`."""
+    return FaissBackend() if name == "faiss" else TorchBackend(device)
+
+
+def add_groups(sums: np.ndarray, points: np.ndarray, indices: np.ndarray) -> None:
+    """Adds each point to the row of float64 `sums` `(num_groups, dim)` at its index, in the order of the points."""
+    order = np.argsort(indices, kind="stable")
+    used, starts = np.unique(indices[order], return_index=True)
+    if len(used):
+        sums[used] += np.add.reduceat(points[order].astype(np.float64), starts)
+
+
+def farthest_points(indices, distances, num_centroids: int, count: int):
+    """Points to start new centroids at, `(count,)`: of each of the clusters with the largest sums of distances the farthest point,
+    of the clusters that are left over the next ones. All arguments and the result are torch tensors of one device."""
+    import torch
+
+    total = torch.zeros(num_centroids, device=distances.device).index_add_(0, indices, distances)
+    order = torch.argsort(distances, descending=True, stable=True)
+    order = order[torch.argsort(total[indices[order]], descending=True, stable=True)]  # by cluster, then by distance
+    clusters = indices[order]
+    start = torch.ones_like(clusters, dtype=torch.bool)
+    start[1:] = clusters[1:] != clusters[:-1]
+    position = torch.arange(len(order), device=order.device)
+    rank = position - torch.where(start, position, 0).cummax(0).values  # 0 for the farthest point of its cluster
+    return order[torch.argsort(rank, stable=True)][:count]
 
 
 def allocate(counts: np.ndarray, codebook_size: int, allocation: str) -> np.ndarray:
@@ -53,28 +206,58 @@ def allocate(counts: np.ndarray, codebook_size: int, allocation: str) -> np.ndar
     return shares
 
 
-def two_stage_kmeans(
-    points: np.ndarray, codebook_size: int, num_cells: int, seed: int, allocation: str = "uniform"
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Algorithm 1: coarse k-means into cells, k-means inside each cell, non-finite centroids removed, bfloat16 rounding.
+def cluster_cell(
+    points: np.ndarray, num_codes: int, backend: Backend, seed: int, forbidden: np.ndarray, num_iterations: int = 20
+) -> np.ndarray:
+    """K-means inside one cell, to codes: float32 `(num_codes, dim)`, rounded to bfloat16, distinct and finite (Algorithm 1).
 
-    Takes float32 points `(num_points, dim)`; returns codes `(codebook_size, dim)` sorted by cell, coarse centroids
-    `(num_cells, dim)`, both float32, and int64 `cell_offsets` `(num_cells + 1,)`.
+    Centroids that are not finite, that no point is nearest to, that fall together once rounded or whose hash is among `forbidden`
+    (uint64, the codes of other cells) start again from points far from their code. Returns fewer codes when the points,
+    float32 `(num_points, dim)`, do not hold as many distinct ones.
     """
-    import torch
-    from tqdm import tqdm
+    held = backend.put(points)
+    codes = round_to_bfloat16(backend.kmeans(held, num_codes, seed, num_iterations))
+    codes = keep_distinct(codes, forbidden)
+    for attempt in range(10):
+        indices, distances = backend.assign(held, codes)
+        counts = np.bincount(indices, minlength=len(codes))
+        if attempt < 9:
+            codes = codes[counts > 0]
+        if len(codes) == num_codes:
+            break
+        order = np.argsort(-distances, kind="stable")
+        spread = np.concatenate([first_of_each(indices[order]), np.arange(len(order))])
+        candidates = round_to_bfloat16(points[order[spread]])
+        codes = keep_distinct(np.concatenate([codes, candidates]), forbidden)[:num_codes]
+    return codes
 
-    points = points[np.isfinite(points).all(-1)]
-    centroids = kmeans(points, num_cells, seed)
-    cells = assign(points, centroids)[0]
-    order = np.argsort(cells, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(cells, minlength=num_cells))[:-1])
-    distinct = np.array([len(np.unique(points[m], axis=0)) for m in members])
-    shares = allocate(distinct, codebook_size, allocation)
-    codes = []
-    for cell in tqdm(range(num_cells), unit="cell", desc="k-means inside cells"):
-        fine = kmeans(points[members[cell]], int(shares[cell]), seed + 1 + cell) if shares[cell] else points[:0]
-        fine = fine[np.isfinite(fine).all(-1)]
-        codes.append(torch.from_numpy(np.ascontiguousarray(fine)).bfloat16().float().numpy())
-    offsets = np.concatenate([[0], np.cumsum([len(c) for c in codes])])
-    return np.concatenate(codes), centroids, offsets
+
+def first_of_each(indices: np.ndarray) -> np.ndarray:
+    """Positions at which each value occurs for the first time, in ascending order."""
+    return np.sort(np.unique(indices, return_index=True)[1])
+
+
+def keep_distinct(codes: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
+    """Finite rows, each once, in their order, without those whose hash is among `forbidden`."""
+    codes = codes[np.isfinite(codes).all(-1)]
+    hashes = hash_rows(codes)
+    first = first_of_each(hashes)
+    return codes[first[~np.isin(hashes[first], forbidden)]]
+
+
+def round_to_bfloat16(points: np.ndarray) -> np.ndarray:
+    """Float32 to the nearest values that bfloat16 holds, with -0 as 0."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)).bfloat16().float().numpy() + 0.0
+
+
+def hash_rows(points: np.ndarray, block: int = 4096) -> np.ndarray:
+    """64-bit hashes of the rows of a float32 array, uint64 `(num_rows,)`: odd random multiples of their bits, summed."""
+    multipliers = np.random.default_rng(0).integers(2**63, size=points.shape[1], dtype=np.uint64) * 2 + 1
+    bits = np.ascontiguousarray(points, dtype=np.float32).view(np.uint32)
+    parts = [
+        (bits[start : start + block].astype(np.uint64) * multipliers).sum(1, dtype=np.uint64)
+        for start in range(0, len(bits), block)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint64)

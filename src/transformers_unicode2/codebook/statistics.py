@@ -1,4 +1,4 @@
-"""Numbers about how a codebook is used (section 3.1 of the paper)."""
+"""Numbers about how a codebook is used (sections 3.1 and 4 of the paper). Everything here is NumPy; nothing reads files."""
 
 import numpy as np
 
@@ -11,8 +11,8 @@ def compute_statistics(counts: np.ndarray, squared_error: float) -> dict[str, fl
         squared_error: sum over all features of the squared distance to their code, Eq. 2.
 
     Returns:
-        `num_features`, `utilization` (share of codes used at least once), `entropy` in nats (Eq. 3), `perplexity` and
-        `distortion`, the mean squared distance (Eq. 12).
+        `num_features`, `utilization` (share of codes used at least once), `entropy` in nats (Eq. 3), `perplexity`, `gini` (0: all
+        codes equally often used) and `distortion`, the mean squared distance (Eq. 12).
     """
     used = counts[counts > 0] / counts.sum()
     entropy = float(-(used * np.log(used)).sum())
@@ -21,5 +21,72 @@ def compute_statistics(counts: np.ndarray, squared_error: float) -> dict[str, fl
         "utilization": float((counts > 0).mean()),
         "entropy": entropy,
         "perplexity": float(np.exp(entropy)),
+        "gini": compute_gini(counts),
         "distortion": float(squared_error / counts.sum()),
     }
+
+
+def compute_gini(counts: np.ndarray) -> float:
+    """Gini coefficient of counts `(num_groups,)`: 0 when all are equal, near 1 when one has everything."""
+    ordered = np.sort(counts).astype(np.float64)
+    ranks = np.arange(1, len(ordered) + 1)
+    return float((2 * ranks - len(ordered) - 1) @ ordered / (len(ordered) * ordered.sum()))
+
+
+def compute_objective(
+    codes: np.ndarray, squared_error: float, entropy: float, num_features: int, beta: float = 1.0
+) -> dict:
+    """Both terms of Eq. 1, unweighted, and Eq. 14.
+
+    Returns:
+        `within`, the first sum of Eq. 1; `spread`, the sum of squared distances of the codes to their mean, which Eq. 1 as printed
+        adds with the weight lambda though the text wants it large; `regularised`, D - beta H(q) of Eq. 14.
+    """
+    mean = codes.mean(0, dtype=np.float64)
+    spread = sum(float(np.square(codes[i : i + 4096] - mean).sum()) for i in range(0, len(codes), 4096))
+    return {"within": squared_error, "spread": spread, "regularised": squared_error / num_features - beta * entropy}
+
+
+def compute_utilization_curve(
+    codes: np.ndarray,
+    images: np.ndarray,
+    codebook_size: int,
+    at_least: tuple[int, ...] = (1, 2, 5),
+    num_orders: int = 20,
+    seed: int = 0,
+) -> dict:
+    """Share of the codes that the first n images use, for growing n, over random orders of the images.
+
+    Args:
+        codes, images: int arrays `(num_features,)`, the code of each feature and the number of its image, from 0 on.
+        codebook_size: number of codes.
+        at_least: a code counts as used from so many uses on.
+        num_orders: random orders of the images; the band is from the 5th to the 95th percentile of these.
+
+    Returns:
+        `num_images`, list of n; and `curves`, for each of `at_least` the lists `median`, `low` and `high`.
+    """
+    total = int(images.max()) + 1
+    points = np.unique(np.geomspace(1, total, 40).round().astype(int))
+    rng = np.random.default_rng(seed)
+    shares = {n: [] for n in at_least}
+    for _ in range(num_orders):
+        rank = rng.permutation(total)
+        order = np.lexsort((rank[images], codes))
+        ranks, sorted_codes = rank[images][order], codes[order]
+        starts = np.flatnonzero(np.r_[True, sorted_codes[1:] != sorted_codes[:-1]])
+        sizes = np.diff(np.r_[starts, len(sorted_codes)])
+        for n in at_least:
+            reached = np.sort(ranks[starts[sizes >= n] + n - 1])  # image that brings the n-th use of a code
+            shares[n].append(np.searchsorted(reached, points) / codebook_size)
+    curves = {}
+    for n, rows in shares.items():
+        low, median, high = np.percentile(rows, [5, 50, 95], axis=0)
+        curves[n] = {"median": median.tolist(), "low": low.tolist(), "high": high.tolist()}
+    return {"num_images": points.tolist(), "curves": curves}
+
+
+def fit_rate_distortion(sizes: np.ndarray, distortions: np.ndarray) -> dict[str, float]:
+    """Exponent of Eq. 17, D = C K^(-2/d): the slope of log D over log K, and the dimension d that it stands for."""
+    slope, intercept = np.polyfit(np.log(sizes), np.log(distortions), 1)
+    return {"exponent": float(slope), "constant": float(np.exp(intercept)), "dimension": float(-2 / slope)}

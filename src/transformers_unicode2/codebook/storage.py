@@ -50,6 +50,11 @@ def load_codebook(folder: str | Path) -> UniCode2Codebook:
     return codebook
 
 
+def load_provenance(folder: str | Path) -> dict:
+    """Where a codebook comes from, as `unicode2 codebook build` noted it."""
+    return json.loads((Path(folder) / "codebook.json").read_text())["provenance"]
+
+
 def codebook_from_arrays(codes, cell_centroids, cell_offsets, previews=None) -> UniCode2Codebook:
     """A codebook from float32 `(K, d)` and `(K1, d)`, int64 `(K1 + 1,)` and, if any, uint8 `(K, side, side, 3)` arrays."""
     side = 0 if previews is None else previews.shape[1]

@@ -1,0 +1,310 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from transformers_unicode2 import cli
+from transformers_unicode2.codebook.features import write_arrays
+from transformers_unicode2.codebook.images import ImageSource
+from transformers_unicode2.codebook.storage import load_codebook
+
+ENCODER = {
+    "hidden_size": 16,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+SIZE = ["--codebook-size", "96", "--num-cells", "5", "--polish", "1", "--max-memory-gib", "0.00003"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with 40 images, a SigLIP and a CLIP encoder; every shard holds one image."""
+    folder = tmp_path_factory.mktemp("codebook")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i in range(40):
+        image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+            (32, 32), Image.Resampling.BICUBIC
+        )
+        image.save(folder / "images" / f"{i:02d}.png")
+    torch.manual_seed(0)
+    SiglipVisionModel(SiglipVisionConfig(**ENCODER)).save_pretrained(folder / "encoder")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "encoder")
+    CLIPVisionModel(CLIPVisionConfig(**ENCODER)).save_pretrained(folder / "clip")
+    CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(folder / "clip")
+    return folder
+
+
+def words(place, output, *more, images="images", encoder="encoder"):
+    return ["--images", str(place / images), "--encoder", str(place / encoder), "--output", str(output), *SIZE, *more]
+
+
+def build(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr("sys.argv", ["unicode2", "codebook", "build", *arguments])
+    cli.main()
+
+
+def refusal(monkeypatch, capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as error:
+        build(monkeypatch, *arguments)
+    assert error.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    """Bytes of the codebook of an uninterrupted build, per backend."""
+    output = {}
+    for backend in ("faiss", "torch"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            build(monkeypatch, *words(place, place / backend, "--backend", backend))
+        output[backend] = (place / backend / "codebook.safetensors").read_bytes()
+    return output
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_build_makes_distinct_finite_bfloat16_codes_and_leaves_nothing_else(place, reference, backend):
+    codebook = load_codebook(place / backend)
+    codes = codebook.codes.numpy()
+    assert codes.shape == (96, 16) and np.isfinite(codes).all() and len(np.unique(codes, axis=0)) == 96
+    assert np.array_equal(codes, codebook.codes.bfloat16().float().numpy())
+    assert codebook.previews.shape == (96, 8, 8, 3) and codebook.cell_offsets[-1] == 96
+    assert sorted(file.name for file in (place / backend).iterdir()) == ["codebook.json", "codebook.safetensors"]
+    provenance = json.loads((place / backend / "codebook.json").read_text())["provenance"]
+    assert provenance["statistics"]["num_features"] == 40 * 16
+    before, after = provenance["polish_distortions"]
+    assert after < before
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_two_processes_build_the_same_bytes(place, reference, tmp_path, backend):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["-m", "transformers_unicode2.codebook.build", *words(place, tmp_path, "--backend", backend)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert (tmp_path / "codebook.safetensors").read_bytes() == reference[backend]
+
+
+def kill_and_resume(place, folder, delay: float, num_processes: int) -> bool:
+    """Starts a build, kills its whole process group after `delay` seconds, builds again; whether the kill came before the end."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes)]
+    command += ["-m", "transformers_unicode2.codebook.build", *words(place, folder)]
+    job = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(delay)
+    running = job.poll() is None
+    os.killpg(job.pid, signal.SIGKILL) if running else None
+    job.wait()
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return running
+
+
+def break_off(place, folder, monkeypatch, count: int) -> None:
+    """A build that dies without a word at its `count`-th write."""
+    written = []
+
+    class Killed(BaseException):
+        pass
+
+    def write(path, arrays):
+        if len(written) == count:
+            path.with_name(f".{path.name}.tmp").write_bytes(b"half")
+            raise Killed
+        written.append(path)
+        write_arrays(path, arrays)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("features", "phases", "build"):
+            patch.setattr(f"transformers_unicode2.codebook.{module}.write_arrays", write)
+        with pytest.raises(Killed):
+            build(patch, *words(place, folder))
+
+
+@pytest.mark.parametrize("count", [17, 41, 60, 82, 100, 128])
+def test_build_that_was_broken_off_at_a_write_resumes_to_the_same_bytes(place, reference, tmp_path, monkeypatch, count):
+    break_off(place, tmp_path, monkeypatch, count)
+    assert not (tmp_path / "codebook.json").exists()
+    build(monkeypatch, *words(place, tmp_path))
+    assert (tmp_path / "codebook.safetensors").read_bytes() == reference["faiss"]
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_times_resume_to_the_same_bytes(place, reference, tmp_path):
+    rng = np.random.default_rng(int(os.environ.get("UNICODE2_KILL_SEED", 0)))
+    stopped = 0
+    for trial in range(20):
+        stopped += kill_and_resume(place, tmp_path / str(trial), rng.uniform(4, 16), 1 + trial % 2)
+        assert (tmp_path / str(trial) / "codebook.safetensors").read_bytes() == reference["faiss"], trial
+    assert stopped >= 5
+
+
+def test_build_of_a_finished_folder_does_nothing_and_of_another_setting_is_refused(
+    place, reference, monkeypatch, capsys, tmp_path
+):
+    build(monkeypatch, *words(place, place / "faiss"))
+    assert "is finished; nothing to do" in capsys.readouterr().out
+    assert (place / "faiss" / "codebook.safetensors").read_bytes() == reference["faiss"]
+    message = refusal(monkeypatch, capsys, *words(place, place / "faiss", "--seed", "3"))
+    assert "seed was 0 and is 3" in message
+    break_off(place, tmp_path, monkeypatch, 9)
+    message = refusal(monkeypatch, capsys, *words(place, tmp_path, "--num-images", "39"))
+    assert "num_images was None and is 39" in message and "images_sha256" in message
+
+
+def test_a_second_run_in_the_same_folder_is_refused(place, monkeypatch, capsys, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "work").mkdir()
+    with FileLock(tmp_path / "work" / "lock"):
+        assert "Another run is building" in refusal(monkeypatch, capsys, *words(place, tmp_path))
+
+
+def write_parquet(folder, files, rows_per_group=7):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"image": {"bytes": file.read_bytes(), "path": None}, "text": file.name} for file in files]
+    for part, chunk in enumerate((rows[:25], rows[25:])):
+        parquet.write_table(pyarrow.Table.from_pylist(chunk), folder / f"{part}.parquet", row_group_size=rows_per_group)
+
+
+def write_arrow(folder, files):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    rows = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], "text": [f.name for f in files]}
+    features = Features({"image": ImageFeature(), "text": Value("string")})
+    Dataset.from_dict(rows, features=features).save_to_disk(folder)
+
+
+def write_tars(folder, files):
+    for part, chunk in enumerate((files[:25], files[25:])):
+        with tarfile.open(folder / f"{part}.tar", "w") as tar:
+            for file in chunk:
+                tar.add(file, file.name)
+                tar.add(__file__, file.with_suffix(".json").name)
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_arrow, write_tars])
+def test_sources_give_the_same_images_from_any_position(place, tmp_path, write):
+    files = sorted((place / "images").iterdir())
+    write(tmp_path, files)
+    source = ImageSource(str(tmp_path))
+    assert len(source) == 40
+    for start, stop in ((0, 40), (0, 1), (6, 15), (24, 26), (39, 40), (13, 14)):
+        assert [content for _, content in source.read(start, stop)] == [file.read_bytes() for file in files[start:stop]]
+    assert len(ImageSource(str(tmp_path), limit=12)) == 12
+
+
+def test_source_streams_a_data_set_from_any_position(place, tmp_path):
+    files = sorted((place / "images").iterdir())
+    write_parquet(tmp_path, files)
+    source = ImageSource(str(tmp_path), limit=40, streaming=True)
+    assert [content for _, content in source.read(24, 27)] == [file.read_bytes() for file in files[24:27]]
+    with pytest.raises(ValueError, match="--num-images"):
+        ImageSource(str(tmp_path), streaming=True)
+
+
+def test_source_refuses_what_it_cannot_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No images"):
+        ImageSource(str(tmp_path))
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.parquet").touch()
+    with pytest.raises(ValueError, match="1 parquet and 1 image files"):
+        ImageSource(str(tmp_path))
+    (tmp_path / "c.tar.gz").touch()
+    with pytest.raises(ValueError, match="is compressed"):
+        ImageSource(str(tmp_path))
+
+
+def test_clip_features_come_without_cls(place, tmp_path, monkeypatch):
+    build(monkeypatch, *words(place, tmp_path, encoder="clip"))
+    statistics = json.loads((tmp_path / "codebook.json").read_text())["provenance"]["statistics"]
+    assert statistics["num_features"] == 40 * 16
+
+
+def test_unreadable_images_are_listed_and_too_many_of_them_stop_the_build(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "images").mkdir()
+    for file in (place / "images").iterdir():
+        (tmp_path / "images" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "images" / "07.png").write_bytes(b"")
+    content = (tmp_path / "images" / "31.png").read_bytes()
+    (tmp_path / "images" / "31.png").write_bytes(content[: len(content) // 2])
+    arguments = ["--images", str(tmp_path / "images"), "--encoder", str(place / "encoder"), *SIZE]
+    message = refusal(monkeypatch, capsys, *arguments, "--output", str(tmp_path / "strict"))
+    assert "1 of 40 images cannot be read" in message and "07.png" in message
+    build(monkeypatch, *arguments, "--output", str(tmp_path / "loose"), "--max-unreadable", "0.1")
+    listed = (tmp_path / "loose" / "skipped.txt").read_text().splitlines()
+    assert len(listed) == 2 and "07.png" in listed[0] and "31.png" in listed[1]
+
+
+def test_too_few_features_and_features_that_are_not_finite_are_refused(place, tmp_path, monkeypatch, capsys):
+    many = words(place, tmp_path / "a", "--codebook-size", "700")
+    assert "640 distinct features are too few for 700 codes" in refusal(monkeypatch, capsys, *many)
+    model = SiglipVisionModel.from_pretrained(place / "encoder")
+    model.embeddings.position_embedding.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    SiglipImageProcessor.from_pretrained(place / "encoder").save_pretrained(tmp_path / "broken")
+    arguments = ["--images", str(place / "images"), "--encoder", str(tmp_path / "broken"), *SIZE]
+    message = refusal(monkeypatch, capsys, *arguments, "--output", str(tmp_path / "b"))
+    assert "640 of 640 features are not finite" in message
+
+
+def test_a_full_disk_stops_the_build_in_one_sentence_and_it_resumes(place, reference, tmp_path):
+    command = [sys.executable, "-m", "transformers_unicode2.codebook.build", *words(place, tmp_path)]
+    limited = (
+        f"import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1400, 1400)); sys.argv = {command[2:]!r}; "
+        "runpy.run_module('transformers_unicode2.codebook.build', run_name='__main__')"
+    )
+    stopped = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=300)
+    assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
+    assert "could not be written" in stopped.stderr and "run the same command again" in stopped.stderr
+    assert not list(tmp_path.rglob("*.tmp"))
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert (tmp_path / "codebook.safetensors").read_bytes() == reference["faiss"]
+
+
+def test_a_shard_that_was_cut_short_is_named(place, tmp_path, monkeypatch, capsys):
+    break_off(place, tmp_path, monkeypatch, 60)
+    shard = next((tmp_path / "work" / "cells").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    message = refusal(monkeypatch, capsys, *words(place, tmp_path))
+    assert f"{shard} is damaged" in message
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(place, monkeypatch, capsys):
+    assert "/proc/codebook/work/features cannot be made" in refusal(
+        monkeypatch, capsys, *words(place, "/proc/codebook")
+    )
+
+
+def test_another_model_as_encoder_is_refused(place, monkeypatch, capsys, tmp_path, tiny_checkpoint):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    arguments = [
+        "--images",
+        str(place / "images"),
+        "--encoder",
+        str(tmp_path / "bert"),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert "is a bert model; the encoder has to be" in refusal(monkeypatch, capsys, *arguments)

@@ -1,0 +1,272 @@
+"""More codes for a codebook, where it is worst; the codes that it has keep their ids (the paper names this as future work).
+
+unicode2 codebook grow codebook --add 1000 --images new_images --output larger --model checkpoint --model-output larger_checkpoint
+"""
+
+import argparse
+import heapq
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from .build import GIB, make_folders
+from .clustering import Backend, add_groups, hash_rows, keep_distinct, make_backend, round_to_bfloat16
+from .features import Encoder, patch_thumbnails
+from .images import ImageSource, decode_image
+from .report import check_width
+from .statistics import compute_statistics
+from .storage import codebook_from_arrays, load_codebook, load_provenance, save_codebook
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unicode2 codebook grow", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("codebook", help="folder that `unicode2 codebook build` wrote")
+    parser.add_argument("--add", type=int, required=True, help="number of codes to add")
+    parser.add_argument("--images", required=True, help="images that the codebook should serve better")
+    parser.add_argument("--encoder", help="default: the encoder that it was built with")
+    parser.add_argument("--num-images", type=int, help="use the first so many images only")
+    parser.add_argument("--output", required=True, help="folder for the larger codebook")
+    parser.add_argument("--model", help="checkpoint with this codebook, to be grown with it")
+    parser.add_argument("--model-output", help="folder for the grown checkpoint")
+    parser.add_argument("--backend", choices=("faiss", "torch"), default="torch", help="library for nearest codes")
+    parser.add_argument("--max-memory-gib", type=float, default=8.0, help="a sample of the features is used that fits")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict:
+    import torch
+
+    if (args.model is None) != (args.model_output is None):
+        raise ValueError("--model and --model-output belong together.")
+    if args.add < 1:
+        raise ValueError(f"--add is {args.add}; at least one code has to be added.")
+    codebook, provenance = load_codebook(args.codebook), load_provenance(args.codebook)
+    encoder = Encoder(args.encoder or provenance["command"]["encoder"])
+    check_width(encoder, codebook)
+    backend = make_backend(args.backend, "cuda" if torch.cuda.is_available() else "cpu")
+    source = ImageSource(args.images, args.num_images)
+    side = 0 if codebook.previews is None else codebook.previews.shape[1]
+    fit, held_out = read_features(source, encoder, side, int(args.max_memory_gib * GIB), args.seed)
+    codes = codebook.codes.numpy()
+    new, parents = split_codes(fit["features"], codes, args.add, backend, args.seed)
+    grown, order = append_codes(codebook, new, parents, mean_previews(fit, codes, new, backend) if side else None)
+    report = {"added": len(new), "images": args.images, "num_images": len(source)}
+    for name, table in (("before", codes), ("after", grown.codes.numpy())):
+        indices, distances = backend.assign(backend.put(held_out["features"]), table)
+        report[name] = compute_statistics(np.bincount(indices, minlength=len(table)), float(distances.sum()))
+    save_codebook(grown, args.output, {**provenance, "grown": [*provenance.get("grown", []), report]})
+    if args.model:
+        grow_checkpoint(args.model, args.model_output, codebook, grown, parents[order])
+    print(
+        f"{args.output}: {len(codes)} codes and {len(new)} more; on features of every fifth image, which were not used:"
+    )
+    for name in ("distortion", "utilization", "perplexity"):
+        print(f"  {name:<12} {report['before'][name]:.5g} -> {report['after'][name]:.5g}")
+    return report
+
+
+def read_features(source: ImageSource, encoder: Encoder, side: int, memory: int, seed: int) -> tuple[dict, dict]:
+    """Features, and thumbnails, of the images to grow on, and features of every fifth image, to measure with.
+
+    Both are seeded samples of the patches, at most as many as fit `memory` bytes.
+    """
+    from tqdm import tqdm
+
+    room = memory // 4 // (16 * encoder.dim + 3 * side**2)
+    patches = min(encoder.num_patches, max(1, room // len(source)))
+    rows = {"features": [], "thumbnails": []}, {"features": [], "thumbnails": []}
+    for index, (name, content) in enumerate(tqdm(source.read(0, len(source)), total=len(source), unit="image")):
+        try:
+            image = decode_image(content)
+        except (OSError, ValueError) as error:
+            tqdm.write(f"{name} is left out: {error}")
+            continue
+        features, pixels = encoder([image])
+        chosen = np.random.default_rng([seed, index]).permutation(encoder.num_patches)[:patches]
+        part = rows[index % 5 == 4]
+        part["features"].append(features[0, chosen])
+        if side and index % 5 != 4:
+            part["thumbnails"].append(patch_thumbnails(pixels, encoder.patch_size, side)[0, chosen])
+    readable = sum(len(part["features"]) for part in rows)
+    if readable < 5:
+        raise ValueError(f"{readable} readable images are too few; growing needs at least 5.")
+    return tuple({name: np.concatenate(parts) for name, parts in part.items() if parts} for part in rows)
+
+
+def split_codes(
+    points: np.ndarray, codes: np.ndarray, num_new: int, backend: Backend, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """New codes inside the regions of the codes with the largest total distortion; the old ones stay where they are.
+
+    Args:
+        points: float32 `(num_points, dim)`, features to serve.
+        codes: float32 `(codebook_size, dim)`.
+        num_new: codes to add.
+        backend: finds the nearest codes.
+        seed: of the starting points.
+
+    Returns:
+        New codes, float32 `(num_new, dim)`, distinct, rounded to bfloat16, and the code that each was split from, int64 `(num_new,)`.
+
+    Raises:
+        `ValueError`: when the points hold fewer distinct new codes.
+    """
+    indices, distances = backend.assign(backend.put(points), codes)
+    order = np.argsort(indices, kind="stable")
+    parents, starts = np.unique(indices[order], return_index=True)
+    members = np.split(order, starts[1:])
+    known = hash_rows(codes)
+    room = np.array([len(keep_distinct(round_to_bfloat16(points[m]), known)) for m in members])
+    if room.sum() < num_new:
+        raise ValueError(
+            f"{room.sum()} distinct features are too few for {num_new} more codes; add images or ask for fewer."
+        )
+    shares = share_by_distortion(np.array([distances[m].sum(dtype=np.float64) for m in members]), room, num_new)
+    new = [
+        split_region(
+            points[members[i]], codes[parents[i]], int(shares[i]), known, np.random.default_rng([seed, parents[i]])
+        )
+        for i in np.flatnonzero(shares)
+    ]
+    return np.concatenate(new), np.repeat(parents, shares)
+
+
+def share_by_distortion(distortions: np.ndarray, room: np.ndarray, num_new: int) -> np.ndarray:
+    """New codes of each region, int64: one after the other goes where the distortion per code is largest and there is room."""
+    shares = np.zeros(len(room), np.int64)
+    heap = [(-distortion, i) for i, distortion in enumerate(distortions) if room[i]]
+    heapq.heapify(heap)
+    for _ in range(num_new):
+        _, i = heapq.heappop(heap)
+        shares[i] += 1
+        if shares[i] < room[i]:
+            heapq.heappush(heap, (-distortions[i] / (shares[i] + 1), i))
+    return shares
+
+
+def split_region(
+    points: np.ndarray,
+    parent: np.ndarray,
+    count: int,
+    known: np.ndarray,
+    rng: np.random.Generator,
+    num_iterations: int = 10,
+) -> np.ndarray:
+    """Lloyd's algorithm on the points of one code with that code as a centroid that stays: the `count` others, as codes."""
+    candidates = keep_distinct(round_to_bfloat16(points), known)
+    far = rng.choice(len(candidates), count, replace=False, p=start_weights(candidates, parent, count))
+    free = candidates[far]
+    for _ in range(num_iterations):
+        nearest = squared_distances(points, np.concatenate([parent[None], free])).argmin(1)
+        sums, counts = np.zeros((count + 1, points.shape[1])), np.bincount(nearest, minlength=count + 1)
+        add_groups(sums, points, nearest)
+        moved = counts[1:] > 0
+        free[moved] = (sums[1:][moved] / counts[1:][moved, None]).astype(np.float32)
+    rounded = keep_distinct(round_to_bfloat16(free), known)
+    return keep_distinct(np.concatenate([rounded, candidates[far], candidates]), known)[:count]
+
+
+def start_weights(candidates: np.ndarray, parent: np.ndarray, count: int) -> np.ndarray | None:
+    """Chances in proportion to the squared distance from the parent, as k-means++ has them; even when too few are apart from it."""
+    weights = np.square(candidates - parent).sum(1, dtype=np.float64)
+    return weights / weights.sum() if (weights > 0).sum() >= count else None
+
+
+def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    return np.square(centroids).sum(1) - 2 * points @ centroids.T
+
+
+def append_codes(codebook, new: np.ndarray, parents: np.ndarray, previews: np.ndarray | None):
+    """A codebook with new cells at its end, one for each cell that a parent lies in, and the order of the new codes in it."""
+    offsets = codebook.cell_offsets.numpy()
+    cells = np.searchsorted(offsets, parents, side="right") - 1
+    order = np.argsort(cells, kind="stable")
+    used, counts = np.unique(cells, return_counts=True)
+    sums = np.zeros((len(used), new.shape[1]))
+    add_groups(sums, new, np.searchsorted(used, cells))
+    codes = np.concatenate([codebook.codes.numpy(), new[order]])
+    centroids = np.concatenate([codebook.cell_centroids.numpy(), np.float32(sums / counts[:, None])])
+    offsets = np.concatenate([offsets, offsets[-1] + np.cumsum(counts)])
+    if previews is not None:
+        previews = np.concatenate([codebook.previews.numpy(), previews[order]])
+    return codebook_from_arrays(codes, centroids, offsets, previews), order
+
+
+def mean_previews(fit: dict, codes: np.ndarray, new: np.ndarray, backend: Backend) -> np.ndarray:
+    """Mean thumbnails of the features that are nearest to new codes, uint8 `(num_new, side, side, 3)`."""
+    indices = backend.assign(backend.put(fit["features"]), np.concatenate([codes, new]))[0] - len(codes)
+    inside = indices >= 0
+    sums = np.zeros((len(new), fit["thumbnails"].shape[1]))
+    add_groups(sums, fit["thumbnails"][inside], indices[inside])
+    counts = np.bincount(indices[inside], minlength=len(new))
+    side = round((sums.shape[1] / 3) ** 0.5)
+    return np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8).reshape(-1, side, side, 3)
+
+
+def grow_checkpoint(model: str, output: str, before, after, parents: np.ndarray) -> None:
+    """A checkpoint with the larger codebook: C2 gets a row for each new code, a copy of its parent's, so do the scores of new cells.
+
+    Works file by file. Text ids and the visual ids that there are stay as they are.
+
+    Args:
+        model: folder of the checkpoint; it has to hold the codebook `before`.
+        output: folder to write.
+        before, after: `UniCode2Codebook`.
+        parents: int64 `(num_new,)`, the code that each new one was split from.
+
+    Raises:
+        `ValueError`: when the checkpoint holds another codebook.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    source, target = Path(model), Path(output)
+    make_folders(target)
+    files = sorted(source.glob("*.safetensors"))
+    config = json.loads((source / "config.json").read_text())
+    rows = torch.from_numpy(parents)
+    first_cell = len(before.cell_centroids)
+    cells = torch.from_numpy(np.searchsorted(before.cell_offsets.numpy(), parents, side="right") - 1).unique()
+    changed = {f"model.quantizer.codebook.{name}": buffer for name, buffer in after.state_dict().items()}
+    changed["visual_head.cell_offsets"] = after.cell_offsets
+    found = False
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+        if not names & {*changed, "model.visual_embeddings.weight", "visual_head.linear.weight"}:
+            shutil.copyfile(file, target / file.name)
+            continue
+        state = load_file(file)
+        for name in state:
+            if name == "model.quantizer.codebook.codes":
+                found = torch.equal(state[name].float(), before.codes)
+            if name in changed:
+                state[name] = changed[name].clone()
+            elif name == "model.visual_embeddings.weight":
+                state[name] = torch.cat([state[name], state[name][rows]])
+            elif name.startswith("visual_head.linear.") and config.get("visual_head") == "two_level":
+                width = len(state[name]) - first_cell
+                state[name] = torch.cat([state[name], state[name][width + cells]])
+        save_file(state, target / file.name, metadata={"format": "pt"})
+    if not found:
+        shutil.rmtree(target)
+        raise ValueError(f"{model} does not hold the codebook that is to be grown; nothing was written.")
+    config["codebook_config"] |= {"codebook_size": len(after.codes), "num_cells": len(after.cell_centroids)}
+    for file in source.iterdir():
+        if (
+            file.is_file()
+            and file.suffix != ".safetensors"
+            and file.name not in ("config.json", "model.safetensors.index.json")
+        ):
+            shutil.copyfile(file, target / file.name)
+    if (source / "model.safetensors.index.json").exists():
+        index = json.loads((source / "model.safetensors.index.json").read_text())
+        index["metadata"]["total_size"] = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,192 @@
+"""Where the images of a codebook come from: one sequence of images, whatever they lie in."""
+
+import hashlib
+import io
+import tarfile
+import warnings
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+class ImageSource:
+    r"""
+    Images in a fixed order, read one after the other from any position.
+
+    Args:
+        path (`str`): a folder, a file or a glob of files: image files; parquet or arrow files of `datasets`, with an `image` column;
+            or WebDataset tars. With `streaming`, a data set that `datasets.load_dataset` knows by this name.
+        limit (`int`, *optional*): use the first so many images only. Required by `streaming`.
+        streaming (`bool`, *optional*, defaults to `False`): read a data set from its start on, without a copy on disk.
+
+    Raises:
+        `FileNotFoundError`: no images. `ValueError`: kinds that are mixed, a compressed tar, a stream without `limit`.
+    """
+
+    def __init__(self, path: str, limit: int | None = None, streaming: bool = False):
+        self.path, self.streaming = path, streaming
+        if streaming:
+            if limit is None:
+                raise ValueError(f"The length of the stream {path} is unknown; say --num-images.")
+            self.files, self.kind, self.items = [], "stream", range(limit)
+        else:
+            self.files, self.kind = find_files(path)
+            self.items = INDEXERS[self.kind](self.files)
+        self.length = len(self.items) if limit is None else min(limit, len(self.items))
+        if self.length == 0:
+            raise FileNotFoundError(f"No images in {path}: its {len(self.files)} {self.kind} files hold none.")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the names and sizes of the files, and of the number of images."""
+        lines = [f"{file.name}\t{file.stat().st_size}" for file in self.files]
+        return hashlib.sha256(
+            "\n".join([self.path if self.streaming else "", str(len(self)), *lines]).encode()
+        ).hexdigest()
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+        """Name and file content of the images from `start` to `stop`."""
+        if self.streaming:
+            yield from read_stream(self.path, start, stop)
+        else:
+            yield from READERS[self.kind](self.items, start, min(stop, len(self)))
+
+
+def find_files(path: str) -> tuple[list[Path], str]:
+    """The files behind a folder, a file or a glob, sorted, and their kind: images, parquet, arrow or tar."""
+    place = Path(path)
+    files = place.rglob("*") if place.is_dir() else place.parent.glob(place.name)
+    found = {"parquet": [], "arrow": [], "tar": [], "image": []}
+    for file in sorted(file for file in files if file.is_file()):
+        suffix = file.suffix.lower()
+        kind = "image" if suffix in IMAGE_SUFFIXES else suffix[1:]
+        if ".tar." in file.name or suffix == ".tgz":
+            raise ValueError(f"{file} is compressed; images are read from any position, so unpack it to a plain .tar.")
+        if kind in found:
+            found[kind].append(file)
+    kinds = [kind for kind, files in found.items() if files]
+    if not kinds:
+        raise FileNotFoundError(
+            f"No images in {path}: it holds neither parquet, arrow or tar files nor {', '.join(sorted(IMAGE_SUFFIXES))} files."
+        )
+    if len(kinds) > 1:
+        counts = " and ".join(f"{len(found[kind])} {kind}" for kind in kinds)
+        raise ValueError(f"{path} holds {counts} files; name those of one kind, for example {path}/*.{kinds[0]}.")
+    return found[kinds[0]], kinds[0]
+
+
+def index_tars(files: list[Path]) -> list[tuple[Path, str, int, int]]:
+    """Tar, name, offset and size in bytes of every image."""
+    items = []
+    for file in files:
+        with tarfile.open(file, "r:") as tar:
+            items += [
+                (file, member.name, member.offset_data, member.size)
+                for member in tar
+                if member.isfile() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES
+            ]
+    return items
+
+
+def index_tables(files: list[Path]):
+    """The `image` column of parquet or arrow files, undecoded, mapped into memory or read by row groups."""
+    from datasets import Dataset, concatenate_datasets
+    from datasets import Image as ImageFeature
+
+    if files[0].suffix == ".parquet":
+        return ParquetColumn(files)
+    rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+    check_column(rows.column_names, files[0])
+    return rows.select_columns("image").cast_column("image", ImageFeature(decode=False))
+
+
+class ParquetColumn:
+    """The `image` column of parquet files: its length from their footers, its rows by row group, one group in memory at a time."""
+
+    def __init__(self, files: list[Path]):
+        from pyarrow import parquet
+
+        self.groups = []  # (file, row group, number of rows)
+        for file in files:
+            table = parquet.ParquetFile(file)
+            check_column(table.schema_arrow.names, file)
+            sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+            self.groups += [(file, group, size) for group, size in enumerate(sizes)]
+
+    def __len__(self) -> int:
+        return sum(size for *_, size in self.groups)
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+        from pyarrow import parquet
+
+        first = 0
+        for file, group, size in self.groups:
+            if start < first + size and first < stop:
+                table = parquet.ParquetFile(file)
+                low, high = max(start - first, 0), min(stop - first, size)
+                row = low
+                for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=["image"]):
+                    if low < len(batch):
+                        for image in batch["image"][low:high].to_pylist():
+                            yield f"{file.name} row {first + row}", image["bytes"]
+                            row += 1
+                    low, high = max(low - len(batch), 0), high - len(batch)
+                    if high <= 0:
+                        break
+            first += size
+
+
+def check_column(names: list[str], file: Path) -> None:
+    if "image" not in names:
+        raise ValueError(f"{file} has the columns {', '.join(names)}, none of them named image.")
+
+
+def read_files(items: list[Path], start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+    for file in items[start:stop]:
+        yield str(file), file.read_bytes()
+
+
+def read_tars(items: list, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+    for file, members in groupby(items[start:stop], key=lambda item: item[0]):
+        with open(file, "rb") as tar:
+            for _, name, offset, size in members:
+                tar.seek(offset)
+                yield f"{file.name}/{name}", tar.read(size)
+
+
+def read_tables(items, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+    if isinstance(items, ParquetColumn):
+        yield from items.read(start, stop)
+    else:
+        for index in range(start, stop):
+            yield f"row {index}", items[index]["image"]["bytes"]
+
+
+def read_stream(name: str, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+    from datasets import Image as ImageFeature
+    from datasets import load_dataset
+
+    rows = load_dataset(name, split="train", streaming=True)
+    rows = rows.select_columns("image").cast_column("image", ImageFeature(decode=False))
+    for index, row in enumerate(rows.skip(start).take(stop - start), start):
+        yield f"row {index}", row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+
+
+INDEXERS = {"image": list, "tar": index_tars, "parquet": index_tables, "arrow": index_tables}
+READERS = {"image": read_files, "tar": read_tars, "parquet": read_tables, "arrow": read_tables}
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """An image file's content as RGB, turned as its EXIF data say. Raises `OSError` or `ValueError` when it cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        except (SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(str(error)) from error

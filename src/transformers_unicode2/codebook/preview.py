@@ -1,0 +1,102 @@
+"""A mean thumbnail for each code, so that any codes have a mosaic without a decoder; and a picture of them.
+
+    unicode2 codebook preview codebook --images images --output preview.png
+
+Without --images the picture shows the thumbnails that the codebook has; with them, they are made anew and stored in it.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .build import make_folders
+from .clustering import add_groups, make_backend
+from .features import Encoder, patch_thumbnails, write_file
+from .images import ImageSource, decode_image
+from .report import check_width
+from .storage import codebook_from_arrays, load_codebook, load_provenance, save_codebook
+
+MAX_SHOWN = 16384  # codes in the picture
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unicode2 codebook preview", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("codebook", help="folder that `unicode2 codebook build` wrote")
+    parser.add_argument("--images", help="images to take the thumbnails from")
+    parser.add_argument("--encoder", help="default: the encoder that the codebook was built with")
+    parser.add_argument("--num-images", type=int, help="use the first so many images only")
+    parser.add_argument("--preview-size", type=int, default=8, help="side of a thumbnail in pixels")
+    parser.add_argument("--output", help="PNG file (default: CODEBOOK/preview.png)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    codebook = load_codebook(args.codebook)
+    if args.images:
+        provenance = load_provenance(args.codebook)
+        encoder = Encoder(args.encoder or provenance["command"]["encoder"])
+        check_width(encoder, codebook)
+        source = ImageSource(args.images, args.num_images)
+        previews, counts = compute_previews(source, encoder, codebook, args.preview_size)
+        arrays = (codebook.codes, codebook.cell_centroids, codebook.cell_offsets, previews)
+        codebook = codebook_from_arrays(*arrays)
+        save_codebook(
+            codebook, args.codebook, {**provenance, "previews": {"images": args.images, "num_images": len(source)}}
+        )
+        print(
+            f"{args.codebook}: thumbnails of {(counts > 0).sum()} of {len(counts)} codes; the others are not in the images"
+        )
+    elif codebook.previews is None:
+        raise ValueError(f"{args.codebook} has no thumbnails; say --images to make them.")
+    output = Path(args.output or Path(args.codebook) / "preview.png")
+    make_folders(output.parent)
+    write_file(output, draw_atlas(codebook))
+    print(f"{output}: {min(MAX_SHOWN, len(codebook.codes))} of {len(codebook.codes)} codes, sorted by cell")
+
+
+def compute_previews(
+    source: ImageSource, encoder: Encoder, codebook, side: int, batch_size: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean thumbnails, uint8 `(codebook_size, side, side, 3)`, black where a code does not occur, and how often each does."""
+    from tqdm import tqdm
+
+    backend = make_backend("torch")
+    codes = codebook.codes.numpy()
+    sums, counts = np.zeros((len(codes), side * side * 3)), np.zeros(len(codes), np.int64)
+    for start in tqdm(range(0, len(source), batch_size), unit="batch", desc="thumbnails"):
+        images = []
+        for name, content in source.read(start, start + batch_size):
+            try:
+                images.append(decode_image(content))
+            except (OSError, ValueError) as error:
+                tqdm.write(f"{name} is left out: {error}")
+        if images:
+            features, pixels = encoder(images)
+            indices = backend.assign(backend.put(features.reshape(-1, encoder.dim)), codes)[0]
+            tiles = patch_thumbnails(pixels, encoder.patch_size, side)
+            add_groups(sums, tiles.reshape(len(indices), -1), indices)
+            counts += np.bincount(indices, minlength=len(codes))
+    means = np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8)
+    return means.reshape(-1, side, side, 3), counts
+
+
+def draw_atlas(codebook) -> bytes:
+    """Thumbnails in rows, in the order of the codes, as PNG; of a large codebook evenly many from everywhere."""
+    shown = np.linspace(0, len(codebook.codes) - 1, min(MAX_SHOWN, len(codebook.codes))).round().astype(int)
+    tiles = codebook.previews.numpy()[shown]
+    side, columns = tiles.shape[1], int(np.ceil(len(tiles) ** 0.5))
+    rows = -(-len(tiles) // columns)
+    atlas = np.zeros((rows * columns, side, side, 3), np.uint8)
+    atlas[: len(tiles)] = tiles
+    atlas = atlas.reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 3)
+    scale = max(1, 16 // side)
+    buffer = io.BytesIO()
+    Image.fromarray(atlas).resize((columns * side * scale, rows * side * scale), Image.Resampling.NEAREST).save(
+        buffer, "PNG"
+    )
+    return buffer.getvalue()

@@ -1,0 +1,272 @@
+"""A page about a codebook: how images use it, and the patches behind any code (section 4.3 and Figure 5 of the paper).
+
+unicode2 codebook report codebook --images held_out --encoder siglip --output report
+"""
+
+import argparse
+import base64
+import io
+import json
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from .build import make_folders
+from .clustering import make_backend
+from .features import Encoder, write_file
+from .images import ImageSource, decode_image
+from .statistics import (
+    compute_gini,
+    compute_objective,
+    compute_statistics,
+    compute_utilization_curve,
+    fit_rate_distortion,
+)
+from .storage import load_codebook, load_provenance
+
+THUMBNAIL = 112  # side of an embedded image in pixels
+NUM_NEIGHBOURS = 5
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unicode2 codebook report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("codebook", help="folder that `unicode2 codebook build` wrote")
+    parser.add_argument("--images", required=True, help="images that it was not built from")
+    parser.add_argument("--encoder", help="default: the encoder that it was built with")
+    parser.add_argument(
+        "--output", help="folder for report.html, the curves as PNG and report.json (default: CODEBOOK/report)"
+    )
+    parser.add_argument("--num-images", type=int, help="use the first so many images only")
+    parser.add_argument("--gallery-images", type=int, default=500, help="images that the page shows patches of")
+    parser.add_argument("--beta", type=float, default=1.0, help="weight of the entropy in Eq. 14")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict:
+    import torch
+
+    codebook, provenance = load_codebook(args.codebook), load_provenance(args.codebook)
+    encoder = Encoder(args.encoder or provenance["command"]["encoder"])
+    check_width(encoder, codebook)
+    output = Path(args.output or Path(args.codebook) / "report")
+    make_folders(output)
+    backend = make_backend("torch", "cuda" if torch.cuda.is_available() else "cpu")
+    source = ImageSource(args.images, args.num_images)
+    codes, images, error, sample, gallery = read_images(
+        source, encoder, codebook, backend, args.gallery_images, args.seed
+    )
+    report = compute_report(codebook, codes, images, error, sample, backend, args.beta, args.seed)
+    report["codebook"], report["images"] = str(args.codebook), args.images
+    for name, figure in draw_curves(report).items():
+        write_file(output / f"{name}.png", figure)
+        report.setdefault("figures", {})[name] = "data:image/png;base64," + base64.b64encode(figure).decode()
+    page = make_page(report, codebook, codes, images, gallery, encoder, find_neighbours(codebook))
+    write_file(output / "report.html", page.encode())
+    report.pop("figures")
+    write_file(output / "report.json", json.dumps(report, indent=2).encode())
+    print(
+        f"{output / 'report.html'}: " + ", ".join(f"{name} {value:.4g}" for name, value in report["statistics"].items())
+    )
+    return report
+
+
+def check_width(encoder: Encoder, codebook) -> None:
+    if encoder.dim != codebook.codes.shape[1]:
+        raise ValueError(
+            f"The encoder has features of width {encoder.dim} and the codebook codes of width {codebook.codes.shape[1]}."
+        )
+
+
+def read_images(
+    source: ImageSource, encoder: Encoder, codebook, backend, gallery_images: int, seed: int, batch_size: int = 64
+):
+    """Codes of all images.
+
+    Returns int32 `codes` and `images` `(num_features,)`, the sum of squared distances, a seeded sample of features float32
+    `(num_sampled, dim)` and WebP thumbnails of the first `gallery_images` images. Images that cannot be read are left out.
+    """
+    from tqdm import tqdm
+
+    table = codebook.codes.numpy()
+    codes, sample, gallery, error = [], [], [], 0.0
+    rng = np.random.default_rng(seed)
+    with tqdm(total=len(source), unit="image", desc="codes") as bar:
+        for start in range(0, len(source), batch_size):
+            batch = []
+            for name, content in source.read(start, start + batch_size):
+                try:
+                    batch.append(decode_image(content))
+                except (OSError, ValueError) as problem:
+                    tqdm.write(f"{name} is left out: {problem}")
+                bar.update()
+            if not batch:
+                continue
+            features = encoder(batch)[0].reshape(-1, encoder.dim)
+            indices, distances = backend.assign(backend.put(features), table)
+            codes.append(indices.astype(np.int32))
+            error += float(distances.sum(dtype=np.float64))
+            sample.append(features[rng.permutation(len(features))[: 8 * len(batch)]])
+            for image in batch[: max(0, gallery_images - len(gallery))]:
+                gallery.append(encode_thumbnail(image))
+    if not codes:
+        raise ValueError(f"None of the {len(source)} images can be read.")
+    codes = np.concatenate(codes)
+    images = np.repeat(np.arange(len(codes) // encoder.num_patches, dtype=np.int32), encoder.num_patches)
+    return codes, images, error, np.concatenate(sample)[:20000], gallery
+
+
+def encode_thumbnail(image) -> bytes:
+    """As the encoder sees it: a square, WebP."""
+    buffer = io.BytesIO()
+    image.resize((THUMBNAIL, THUMBNAIL)).save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
+
+
+def compute_report(codebook, codes, images, error: float, sample, backend, beta: float, seed: int) -> dict:
+    size, offsets = len(codebook.codes), codebook.cell_offsets.numpy()
+    counts = np.bincount(codes, minlength=size)
+    statistics = compute_statistics(counts, error)
+    cells = np.add.reduceat(np.r_[counts, 0], offsets[:-1]) * (np.diff(offsets) > 0)
+    sizes = np.unique(np.geomspace(max(2, size // 256), size, 7).round().astype(int))
+    order = np.random.default_rng(seed).permutation(size)
+    table = codebook.codes.numpy()
+    points = backend.put(sample)
+    distortions = [float(backend.assign(points, table[np.sort(order[:n])])[1].mean()) for n in sizes]
+    return {
+        "num_images": int(images.max()) + 1,
+        "codebook_size": size,
+        "statistics": statistics,
+        "objective": compute_objective(table, error, statistics["entropy"], len(codes), beta),
+        "beta": beta,
+        "utilization": compute_utilization_curve(codes, images, size, seed=seed),
+        "rate_distortion": {
+            "sizes": sizes.tolist(),
+            "distortions": distortions,
+            **fit_rate_distortion(sizes, np.array(distortions)),
+        },
+        "cells": {
+            "num_cells": len(cells),
+            "codes_per_cell": np.percentile(np.diff(offsets), [0, 50, 100]).tolist(),
+            "gini": compute_gini(cells),
+            "largest_share": float(cells.max() / cells.sum()),
+        },
+        "usage": np.sort(counts)[::-1][np.unique(np.geomspace(1, size, 200).astype(int)) - 1].tolist(),
+        "usage_ranks": np.unique(np.geomspace(1, size, 200).astype(int)).tolist(),
+    }
+
+
+def find_neighbours(codebook, num_cells: int = 4) -> np.ndarray:
+    """Nearest other codes of each code among those of its cell and of the cells nearest to that, int32 `(K, NUM_NEIGHBOURS)`.
+
+    -1 where there are fewer.
+    """
+    import torch
+
+    codes, offsets, centroids = codebook.codes, codebook.cell_offsets.tolist(), codebook.cell_centroids
+    found = torch.full((len(codes), NUM_NEIGHBOURS), -1, dtype=torch.int32)
+    near = torch.cdist(centroids, centroids).topk(min(num_cells, len(centroids)), largest=False).indices.tolist()
+    for cell, cells in enumerate(near):
+        first, last = offsets[cell], offsets[cell + 1]
+        if first == last:
+            continue
+        others = torch.cat([torch.arange(offsets[c], offsets[c + 1]) for c in sorted({cell, *cells})])
+        distances = torch.cdist(codes[first:last], codes[others])
+        distances[torch.arange(first, last)[:, None] == others] = torch.inf
+        count = min(NUM_NEIGHBOURS, len(others) - 1)
+        found[first:last, :count] = others[distances.topk(count, largest=False).indices].int()
+    return found.numpy()
+
+
+def draw_curves(report: dict) -> dict[str, bytes]:
+    """`utilization`, `usage` and `rate_distortion` as PNG."""
+    from matplotlib.figure import Figure
+
+    figures = {}
+
+    def start(name: str, title: str, x: str, y: str):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        figures[name] = figure
+        axes = figure.subplots()
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+        return axes
+
+    axes = start("utilization", "Codes in use", "images", "share of the codes")
+    for n, curve in report["utilization"]["curves"].items():
+        axes.plot(report["utilization"]["num_images"], curve["median"], label=f"used at least {n}×")
+        axes.fill_between(report["utilization"]["num_images"], curve["low"], curve["high"], alpha=0.2)
+    axes.set_xscale("log")
+    axes.set_ylim(0, 1.02)
+    axes.legend()
+    axes = start("usage", "How often each code is used", "code, most used first", "uses")
+    axes.loglog(report["usage_ranks"], np.maximum(report["usage"], 0.5))
+    fit = report["rate_distortion"]
+    axes = start(
+        "rate_distortion", "Distortion of nested parts of the codebook (Eq. 17)", "codes", "mean squared distance"
+    )
+    axes.loglog(fit["sizes"], fit["distortions"], "o")
+    line = fit["constant"] * np.array(fit["sizes"], float) ** fit["exponent"]
+    axes.loglog(fit["sizes"], line, label=f"K^{fit['exponent']:.3f}, as in dimension {fit['dimension']:.1f}")
+    axes.legend()
+    output = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=110)
+        output[name] = buffer.getvalue()
+    return output
+
+
+def make_page(report, codebook, codes, images, gallery, encoder: Encoder, neighbours) -> str:
+    """One HTML page that asks nothing of the network: figures, numbers and, for any code, its patches in their images."""
+    shown = images < len(gallery)
+    order = np.argsort(codes[shown], kind="stable").astype(np.uint32)  # image * num_patches + patch, sorted by code
+    used = np.bincount(codes[shown], minlength=len(codebook.codes))
+    counts = np.bincount(codes, minlength=len(codebook.codes))
+    data = {
+        "codebookSize": len(codebook.codes),
+        "numPatches": encoder.num_patches,
+        "thumbnail": THUMBNAIL,
+        "order": pack(order),
+        "offsets": pack(np.r_[0, np.cumsum(used)].astype(np.uint32)),
+        "counts": pack(counts.astype(np.uint32)),
+        "neighbours": pack(neighbours.astype(np.int32)),
+        "numNeighbours": NUM_NEIGHBOURS,
+        "images": [base64.b64encode(image).decode() for image in gallery],
+        **pack_previews(codebook.previews),
+    }
+    template = Template((Path(__file__).parent / "report.html").read_text())
+    rows = [*report["statistics"].items(), *flatten("Eq. 1 ", report["objective"], ("within", "spread"))]
+    rows += [(f"Eq. 14, beta {report['beta']:g}", report["objective"]["regularised"])]
+    rows += [("Eq. 17 exponent", report["rate_distortion"]["exponent"])]
+    rows += [
+        ("uses of cells, gini", report["cells"]["gini"]),
+        ("largest cell, share", report["cells"]["largest_share"]),
+    ]
+    table = "".join(f"<tr><td>{name}</td><td>{value:.5g}</td></tr>" for name, value in rows)
+    figures = "".join(f'<img alt="{name}" src="{figure}">' for name, figure in report["figures"].items())
+    title = f"{len(codebook.codes):,} codes, {report['num_images']:,} images"
+    return template.substitute(title=title, table=table, figures=figures, data=json.dumps(data))
+
+
+def pack_previews(previews, max_bytes: int = 2**25) -> dict:
+    """Thumbnails for the page, halved in size until all of them fit `max_bytes`."""
+    if previews is None:
+        return {"previewSize": 0, "previews": ""}
+    tiles = previews.numpy()
+    while tiles.size > max_bytes and tiles.shape[1] % 2 == 0:
+        side = tiles.shape[1] // 2
+        tiles = tiles.reshape(-1, side, 2, side, 2, 3).mean((2, 4)).astype(np.uint8)
+    return {"previewSize": tiles.shape[1], "previews": pack(tiles)}
+
+
+def flatten(prefix: str, values: dict, names: tuple[str, ...]) -> list[tuple[str, float]]:
+    return [(prefix + name, values[name]) for name in names]
+
+
+def pack(array: np.ndarray) -> str:
+    """Little-endian bytes of an array as base64."""
+    return base64.b64encode(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes()).decode()
