@@ -1,11 +1,13 @@
-"""Trains the stand-in for FLUX.1-dev: a small text-conditioned `FluxPipeline`, from scratch, with its text encoders.
+"""Trains the stand-in for FLUX.1-dev and FLUX.1 Redux: a small `FluxPipeline`, from scratch, with its text encoders.
 
     accelerate launch training_recipes/unicode2-tiny/train_flux.py --config training_recipes/unicode2-tiny/flux.yaml
 
 Flow matching on the VAE's latents: x_t = (1 - t) x_0 + t noise, the transformer predicts noise - x_0. The T5 and CLIP text
-encoders learn with it. A second term, representation alignment (REPA), makes the image tokens of an inner block point where the
-clean image's patch features point; without it a CPU would need days. Afterwards all of it is frozen, as the pretrained
-decoder of the paper is.
+encoders learn with it. Some images come with a text, the others with an image prompt: the patch features of a SigLIP, brought
+to the width of the T5 embeddings by a small adapter, as FLUX.1 Redux does for FLUX.1-dev. FLUX has learnt from billions of images to
+paint what its prompt embeddings say in detail; on a CPU, texts alone do not get that far. A second term, representation
+alignment (REPA), makes the image tokens of an inner block point where the clean image's patch features point. Afterwards
+all of it is frozen, as the pretrained decoder of the paper is; the adapter is thrown away.
 """
 
 from dataclasses import dataclass, field
@@ -16,30 +18,38 @@ class FluxArguments:
     data: str = field(metadata={"help": "folder of train-*.parquet"})
     tokenizer: str = field(metadata={"help": "folder of the tokenizer"})
     vae: str = field(metadata={"help": "folder of the trained VAE"})
-    tokens: str = field(metadata={"help": "folder of the same rows, pre-tokenized"})
-    codebook: str = field(metadata={"help": "folder of the codebook that they are tokenized with"})
+    encoder: str = field(metadata={"help": "folder of the SigLIP vision encoder"})
     transformer: dict = field(default_factory=dict, metadata={"help": "fields of FluxTransformer2DModel"})
     t5: dict = field(default_factory=dict, metadata={"help": "fields of T5Config"})
     clip: dict = field(default_factory=dict, metadata={"help": "fields of CLIPTextConfig"})
     alignment_weight: float = field(default=0.5, metadata={"help": "weight of the alignment to the patch features"})
+    image_prompt_share: float = field(default=0.6, metadata={"help": "share of images that are their own prompt"})
     layout_share: float = field(
-        default=0.8, metadata={"help": "share of images that come with their exact layout as text"}
+        default=0.8, metadata={"help": "share of the texts that are exact layouts, not captions"}
     )
 
 
 def main(args: FluxArguments, training_args) -> None:
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, Trainer, set_seed
+    from transformers import (
+        AutoTokenizer,
+        CLIPTextConfig,
+        CLIPTextModel,
+        SiglipVisionModel,
+        T5Config,
+        T5EncoderModel,
+        Trainer,
+        set_seed,
+    )
     from transformers.trainer_utils import get_last_checkpoint
 
-    from transformers_unicode2.codebook.storage import load_codebook
-    from transformers_unicode2.training.data import load_images_with_codes, pixel_collator
+    from transformers_unicode2.training.data import load_images, pixel_collator
     from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss
     from transformers_unicode2.training.optimizer import MuonWithAdamW
 
     set_seed(training_args.seed)
-    max_length = args.clip["max_position_embeddings"]
+    max_length = args.clip["max_position_embeddings"]  # of texts; image prompts have as many patches
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, padding_side="right", model_max_length=max_length)
     shared = {
         "vocab_size": len(tokenizer),
@@ -48,8 +58,8 @@ def main(args: FluxArguments, training_args) -> None:
     }
 
     vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
-    codes = load_codebook(args.codebook).codes
-    codes = codes - codes.mean(0)  # what all patches share says nothing
+    encoder = SiglipVisionModel.from_pretrained(args.encoder).requires_grad_(False).eval()
+    width, num_patches = encoder.config.hidden_size, (encoder.config.image_size // encoder.config.patch_size) ** 2
 
     class FluxWithLoss(torch.nn.Module):
         _keys_to_ignore_on_save = (
@@ -61,10 +71,15 @@ def main(args: FluxArguments, training_args) -> None:
             self.transformer = FluxTransformer2DModel(**args.transformer)
             self.text_encoder = CLIPTextModel(CLIPTextConfig(**shared, bos_token_id=None, **args.clip))
             self.text_encoder_2 = T5EncoderModel(T5Config(**shared, bos_token_id=None, use_cache=False, **args.t5))
-            width = self.transformer.inner_dim
+            inner_dim, prompt_dim = self.transformer.inner_dim, args.transformer["joint_attention_dim"]
             self.align = torch.nn.Sequential(
-                torch.nn.Linear(width, 2 * width), torch.nn.SiLU(), torch.nn.Linear(2 * width, codes.shape[1])
+                torch.nn.Linear(inner_dim, 2 * inner_dim), torch.nn.SiLU(), torch.nn.Linear(2 * inner_dim, width)
             )
+            self.image_adapter = torch.nn.Sequential(
+                torch.nn.LayerNorm(width), torch.nn.Linear(width, 3 * prompt_dim), torch.nn.SiLU(),
+                torch.nn.Linear(3 * prompt_dim, prompt_dim),
+            )  # fmt: skip
+            self.image_positions = torch.nn.Parameter(0.02 * torch.randn(num_patches, prompt_dim))
             self.seen = {}
             inner = self.transformer.transformer_blocks[-1]
             inner.register_forward_hook(lambda module, args, output: self.seen.update(hidden=output[1]))
@@ -76,30 +91,46 @@ def main(args: FluxArguments, training_args) -> None:
                 if not k.endswith("encoder.embed_tokens.weight")
             }
 
-        def forward(self, latents, input_ids, features):
-            prompt_embeds = self.text_encoder_2(input_ids)[0]  # (batch_size, max_length, joint_attention_dim)
-            pooled = self.text_encoder(input_ids).pooler_output  # (batch_size, pooled_projection_dim)
-            flow = flow_matching_loss(self.transformer, latents, prompt_embeds, pooled)
-            aligned = self.align(self.seen.pop("hidden"))  # (batch_size, num_patches, codebook_dim)
-            alignment = 1 - torch.nn.functional.cosine_similarity(aligned.float(), features, dim=-1).mean()
+        def forward(self, latents, features, input_ids, is_image_prompt):
+            texts = self.text_encoder_2(input_ids)[0]  # (num_texts, max_length, joint_attention_dim)
+            pooled_texts = self.text_encoder(input_ids).pooler_output  # (num_texts, pooled_projection_dim)
+            images = self.image_adapter(features[is_image_prompt]) + self.image_positions
+            prompts = images.new_zeros(len(latents), *images.shape[1:])
+            prompts[is_image_prompt], prompts[~is_image_prompt] = images, texts.to(images)
+            pooled = pooled_texts.new_zeros(len(latents), pooled_texts.shape[-1])  # Redux has none either
+            pooled[~is_image_prompt] = pooled_texts
+            flow = flow_matching_loss(self.transformer, latents, prompts, pooled)
+            aligned = self.align(self.seen.pop("hidden"))  # (batch_size, num_patches, width of the encoder)
+            target = features - features.mean((0, 1))  # what all patches share says nothing
+            alignment = 1 - torch.nn.functional.cosine_similarity(aligned.float(), target, dim=-1).mean()
             loss = flow + args.alignment_weight * alignment
             return {"loss": loss, "flow": flow.detach(), "alignment": alignment.detach()}
 
     def collate(rows):
+        num_images = round(args.image_prompt_share * len(rows))  # the rows come in random order
         exact = torch.rand(len(rows)) < args.layout_share
-        texts = [row["layout"] if flag else row["caption"] for row, flag in zip(rows, exact)]
+        texts = [row["layout"] if flag else row["caption"] for row, flag in zip(rows, exact)][num_images:]
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
-        latents = encode_latents(vae, pixel_collator(rows)["pixel_values"])
-        features = codes[torch.tensor([row["codes"] for row in rows])]
-        return {"latents": latents, "input_ids": tokens["input_ids"], "features": features}
+        pixel_values = pixel_collator(rows)["pixel_values"]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            features = encoder(pixel_values).last_hidden_state.float()  # (batch_size, num_patches, width)
+        return {
+            "latents": encode_latents(vae, pixel_values),
+            "features": features,
+            "input_ids": tokens["input_ids"],
+            "is_image_prompt": torch.arange(len(rows)) < num_images,
+        }
 
     model = FluxWithLoss()
     trainer = Trainer(
         model,
         training_args,
-        train_dataset=load_images_with_codes(args.data, args.tokens),
+        train_dataset=load_images(args.data),
         data_collator=collate,
-        optimizers=(MuonWithAdamW.for_trainer(model, training_args, ("x_embedder", "proj_out")), None),
+        optimizers=(
+            MuonWithAdamW.for_trainer(model, training_args, ("x_embedder", "proj_out", "image_positions")),
+            None,
+        ),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
     model.eval()
