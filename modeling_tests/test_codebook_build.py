@@ -1,15 +1,17 @@
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -32,7 +34,7 @@ ENCODER = {
     "num_attention_heads": 2,
     "intermediate_size": 16,
 }
-SIZE = ["--codebook-size", "96", "--num-cells", "5", "--polish", "1", "--max-memory-gib", "0.00003"]
+SIZE = ["--codebook-size", "96", "--num-cells", "5", "--polish", "1", "--images-per-shard", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +97,40 @@ def test_build_makes_distinct_finite_bfloat16_codes_and_leaves_nothing_else(plac
     assert after < before
 
 
+def launch(place, output, num_processes: int, *more) -> list[str]:
+    """The build as a command of its own, by `torchrun` when it is to have several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    module = ["-m", "transformers_unicode2.codebook.build", *words(place, output, *more)]
+    return [sys.executable, *(launcher if num_processes > 1 else []), *module]
+
+
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
 def test_two_processes_build_the_same_bytes(place, reference, tmp_path, backend):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["-m", "transformers_unicode2.codebook.build", *words(place, tmp_path, "--backend", backend)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    said = subprocess.run(
+        launch(place, tmp_path, 2, "--backend", backend), check=True, capture_output=True, text=True, timeout=300
+    ).stdout
+    assert "5 cells, 2 processes" in said
     assert (tmp_path / "codebook.safetensors").read_bytes() == reference[backend]
 
 
+def kill_tree(pid: int) -> None:
+    """SIGKILL for a launcher and its workers, which are in process groups of their own."""
+    launcher = psutil.Process(pid)
+    launcher.suspend()
+    workers = launcher.children(recursive=True)
+    for process in (launcher, *workers):
+        process.kill()
+    psutil.wait_procs(workers)
+
+
 def kill_and_resume(place, folder, delay: float, num_processes: int) -> bool:
-    """Starts a build, kills its whole process group after `delay` seconds, builds again; whether the kill came before the end."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes)]
-    command += ["-m", "transformers_unicode2.codebook.build", *words(place, folder)]
-    job = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Starts a build, kills all its processes after `delay` seconds, builds again; whether the kill came before the end."""
+    command = launch(place, folder, num_processes)
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(delay)
     running = job.poll() is None
-    os.killpg(job.pid, signal.SIGKILL) if running else None
+    if running:
+        kill_tree(job.pid)
     job.wait()
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     return running
@@ -233,6 +253,42 @@ def test_source_refuses_what_it_cannot_read(tmp_path):
     (tmp_path / "c.tar.gz").touch()
     with pytest.raises(ValueError, match="is compressed"):
         ImageSource(str(tmp_path))
+    (tmp_path / "d.tar").write_bytes(b"nothing like a tar" * 100)
+    with pytest.raises(ValueError, match="d.tar is no whole, uncompressed tar"):
+        ImageSource(str(tmp_path / "d.tar"))
+    with pytest.raises(FileNotFoundError, match="There is no folder or file"):
+        ImageSource(str(tmp_path / "nowhere"))
+
+
+def test_tables_hold_bytes_paths_or_nothing(place, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    files = sorted((place / "images").iterdir())[:3]
+    contents = [file.read_bytes() for file in files]
+    columns = {
+        "both": [{"bytes": contents[0], "path": None}, {"bytes": None, "path": str(files[1])}, None],
+        "bytes": [contents[0], contents[1], None],
+        "paths": [str(files[0]), str(files[1]), None],
+    }
+    for name, column in columns.items():
+        parquet.write_table(pyarrow.table({"image": column}), tmp_path / f"{name}.parquet")
+        source = ImageSource(str(tmp_path / f"{name}.parquet"))
+        assert [content for _, content in source.read(0, 3)] == [contents[0], contents[1], b""]
+
+
+def test_a_stream_that_ends_early_is_named(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data", sorted((place / "images").iterdir()))
+    arguments = [
+        "--images",
+        str(tmp_path / "data"),
+        "--streaming",
+        "--num-images",
+        "60",
+        *words(place, tmp_path / "o")[2:],
+    ]
+    assert "ends after 40 images; --num-images is 60" in refusal(monkeypatch, capsys, *arguments)
 
 
 def test_clip_features_come_without_cls(place, tmp_path, monkeypatch):
@@ -249,8 +305,8 @@ def test_unreadable_images_are_listed_and_too_many_of_them_stop_the_build(place,
     content = (tmp_path / "images" / "31.png").read_bytes()
     (tmp_path / "images" / "31.png").write_bytes(content[: len(content) // 2])
     arguments = ["--images", str(tmp_path / "images"), "--encoder", str(place / "encoder"), *SIZE]
-    message = refusal(monkeypatch, capsys, *arguments, "--output", str(tmp_path / "strict"))
-    assert "1 of 40 images cannot be read" in message and "07.png" in message
+    message = refusal(monkeypatch, capsys, *arguments, "--output", str(tmp_path / "strict"), "--max-unreadable", "0.03")
+    assert "2 of 40 images cannot be read" in message and "31.png" in message
     build(monkeypatch, *arguments, "--output", str(tmp_path / "loose"), "--max-unreadable", "0.1")
     listed = (tmp_path / "loose" / "skipped.txt").read_text().splitlines()
     assert len(listed) == 2 and "07.png" in listed[0] and "31.png" in listed[1]
@@ -258,7 +314,12 @@ def test_unreadable_images_are_listed_and_too_many_of_them_stop_the_build(place,
 
 def test_too_few_features_and_features_that_are_not_finite_are_refused(place, tmp_path, monkeypatch, capsys):
     many = words(place, tmp_path / "a", "--codebook-size", "700")
-    assert "640 distinct features are too few for 700 codes" in refusal(monkeypatch, capsys, *many)
+    assert "40 images have 640 features, too few for 700 codes" in refusal(monkeypatch, capsys, *many)
+    (tmp_path / "twins").mkdir()
+    for i in range(2):
+        shutil.copy(place / "images" / "03.png", tmp_path / "twins" / f"{i}.png")
+    twins = ["--images", str(tmp_path / "twins"), *words(place, tmp_path / "t", "--codebook-size", "20")[2:]]
+    assert "16 distinct features are too few for 20 codes" in refusal(monkeypatch, capsys, *twins)
     model = SiglipVisionModel.from_pretrained(place / "encoder")
     model.embeddings.position_embedding.weight.data[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "broken")
@@ -282,12 +343,102 @@ def test_a_full_disk_stops_the_build_in_one_sentence_and_it_resumes(place, refer
     assert (tmp_path / "codebook.safetensors").read_bytes() == reference["faiss"]
 
 
-def test_a_shard_that_was_cut_short_is_named(place, tmp_path, monkeypatch, capsys):
-    break_off(place, tmp_path, monkeypatch, 60)
-    shard = next((tmp_path / "work" / "cells").glob("*.safetensors"))
+@pytest.mark.parametrize("folder", ["cells", "features", "fine"])
+def test_a_shard_that_was_cut_short_is_named_and_can_be_deleted(
+    place, reference, tmp_path, monkeypatch, capsys, folder
+):
+    break_off(place, tmp_path, monkeypatch, {"features": 39, "cells": 60, "fine": 88}[folder])
+    shard = next((tmp_path / "work" / folder).glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
     message = refusal(monkeypatch, capsys, *words(place, tmp_path))
-    assert f"{shard} is damaged" in message
+    assert f"{shard} is damaged" in message and "delete it and run the same command again" in message
+    shard.unlink()
+    build(monkeypatch, *words(place, tmp_path))
+    assert (tmp_path / "codebook.safetensors").read_bytes() == reference["faiss"]
+
+
+def test_changed_images_and_a_changed_encoder_are_refused(place, tmp_path, monkeypatch, capsys):
+    shutil.copytree(place / "images", tmp_path / "images")
+    shutil.copytree(place / "encoder", tmp_path / "encoder")
+    arguments = ["--images", str(tmp_path / "images"), "--encoder", str(tmp_path / "encoder"), *SIZE]
+    arguments += ["--output", str(tmp_path / "o"), "--keep-work"]
+    build(monkeypatch, *arguments)
+    build(monkeypatch, *arguments, "--images", f"{tmp_path}/images/../images/*.png")  # the same files
+    (tmp_path / "images" / "07.png").write_bytes((place / "images" / "08.png").read_bytes())
+    message = refusal(monkeypatch, capsys, *arguments)
+    assert "images_sha256" in message and "07.png" in message.split("first difference")[1]
+    shutil.copy2(place / "images" / "07.png", tmp_path / "images")
+    processor = json.loads((tmp_path / "encoder" / "preprocessor_config.json").read_text())
+    processor["image_mean"] = [0.4, 0.4, 0.4]
+    (tmp_path / "encoder" / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert "encoder_sha256" in refusal(monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--codebook-size", "4", "--num-cells", "5"], "--num-cells is 5, more than the 4 codes"),
+        (["--codebook-size", "0", "--num-cells", "0"], "--codebook-size is 0; it must be at least 1"),
+        (["--polish", "-1"], "--polish is -1; it must be at least 0"),
+        (["--preview-size", "-1"], "--preview-size is -1"),
+        (["--patches-per-image", "0"], "--patches-per-image is 0"),
+        (["--num-images", "-5"], "--num-images is -5"),
+        (["--max-unreadable", "1.5"], "--max-unreadable is 1.5"),
+        (
+            ["--max-memory-gib", "0.1"],
+            "--max-memory-gib is 0.1; 96 codes of width 16 and this encoder need at least 0.75",
+        ),
+    ],
+)
+def test_options_that_make_no_codebook_are_refused(place, tmp_path, monkeypatch, capsys, options, message):
+    assert message in refusal(monkeypatch, capsys, *words(place, tmp_path, *options))
+    assert not (tmp_path / "codebook.json").exists()
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_cells_without_features_are_no_obstacle(place, tmp_path, monkeypatch, backend):
+    (tmp_path / "images").mkdir()
+    for i, color in enumerate(("red", "navy")):
+        Image.new("RGB", (32, 32), color).save(tmp_path / "images" / f"{i}.png")
+    arguments = ["--images", str(tmp_path / "images"), "--encoder", str(place / "encoder"), "--backend", backend]
+    build(monkeypatch, *arguments, "--codebook-size", "30", "--num-cells", "28", "--output", str(tmp_path / "o"))
+    codes = load_codebook(tmp_path / "o").codes
+    assert len(codes.unique(dim=0)) == 30
+
+
+def test_large_images_are_held_one_at_a_time(place, tmp_path):
+    """16 images of 16 megapixels: 730 MiB as RGB, if they were held together."""
+    (tmp_path / "images").mkdir()
+    for i in range(16):
+        Image.new("L", (4000, 4000), 8 * i).save(tmp_path / "images" / f"{i}.png", compress_level=1)
+    script = (
+        "import resource, sys; from transformers_unicode2.codebook.features import Encoder, encode_all; "
+        "from transformers_unicode2.codebook.images import ImageSource; "
+        f"encoder, source = Encoder({str(place / 'encoder')!r}), ImageSource({str(tmp_path / 'images')!r}); "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "[features for _, features, _ in encode_all(source, encoder)]; "
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    added = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(added.split()[-1]) < 400
+
+
+def test_a_disk_that_fills_up_at_the_end_stops_the_build_in_one_sentence(
+    place, reference, tmp_path, monkeypatch, capsys
+):
+    def fail(*args, **kwargs):
+        raise SafetensorError("I/O error: File too large")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", fail)
+        assert "could not be written (I/O error: File too large); make room" in refusal(
+            patch, capsys, *words(place, tmp_path)
+        )
+    assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob(".*"))
+    build(monkeypatch, *words(place, tmp_path))
+    assert (tmp_path / "codebook.safetensors").read_bytes() == reference["faiss"]
+    modes = [(tmp_path / f"codebook.{suffix}").stat().st_mode for suffix in ("json", "safetensors")]
+    assert modes[0] == modes[1]
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(place, monkeypatch, capsys):

@@ -11,7 +11,9 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 
 from transformers_unicode2 import UniCode2ForConditionalGeneration, cli
 from transformers_unicode2.codebook.clustering import make_backend
+from transformers_unicode2.codebook.features import Encoder, encode_all
 from transformers_unicode2.codebook.grow import split_codes
+from transformers_unicode2.codebook.images import ImageSource
 from transformers_unicode2.codebook.report import compute_report, encode_thumbnail, find_neighbours, make_page
 from transformers_unicode2.codebook.statistics import (
     compute_gini,
@@ -74,10 +76,28 @@ def test_utilization_curve_ends_where_the_counts_say_and_agrees_with_counting():
     curve = compute_utilization_curve(codes, images, 50, num_orders=4)
     counts = np.bincount(codes, minlength=50)
     for n in (1, 2, 5):
-        assert curve["curves"][n]["median"][-1] == pytest.approx((counts >= n).mean())
-        assert (np.diff(curve["curves"][n]["median"]) >= 0).all()
+        assert curve["curves"][n]["mean"][-1] == pytest.approx((counts >= n).mean())
+        assert (np.diff(curve["curves"][n]["mean"]) >= 0).all()
     first = [len(set(codes[images == image])) / 50 for image in range(30)]
-    assert min(first) <= curve["curves"][1]["low"][0] <= curve["curves"][1]["high"][0] <= max(first)
+    assert curve["curves"][1]["low"][0] <= np.mean(first) <= curve["curves"][1]["high"][0]
+
+
+def test_utilization_band_holds_nine_in_ten_other_samples():
+    rng = np.random.default_rng(0)
+
+    def sample():
+        kinds = rng.integers(0, 10, 40)  # images of a kind use the same part of the codes
+        return np.repeat(np.arange(40), 8), (kinds[:, None] * 50 + rng.integers(0, 50, (40, 8))).ravel()
+
+    inside = np.zeros(2)
+    for _ in range(60):
+        curve = compute_utilization_curve(*sample()[::-1], 500)
+        fresh = sample()
+        for i, n in enumerate((len(curve["num_images"]) // 2, -1)):
+            count = curve["num_images"][n]
+            share = len(set(fresh[1][fresh[0] < count])) / 500
+            inside[i] += curve["curves"][1]["low"][n] <= share <= curve["curves"][1]["high"][n]
+    assert (inside > 60 * 0.6).all()  # each sample's own mean is off as well
 
 
 def test_rate_distortion_exponent_of_a_power_law():
@@ -146,7 +166,7 @@ def test_page_of_500_000_codes_is_usable(tmp_path):
     report = compute_report(codebook, codes, images, 1.0, arrays[0][:2000], make_backend("torch"), 1.0, 0)
     report["figures"] = {}
     encoder = SimpleNamespace(num_patches=729)
-    gallery = [encode_thumbnail(Image.new("RGB", (64, 64), tuple(rng.integers(0, 256, 3)))) for _ in range(200)]
+    gallery = [encode_thumbnail(torch.rand(3, 1, 1).expand(3, 64, 64)) for _ in range(200)]
     page = make_page(report, codebook, codes, images, gallery, encoder, find_neighbours(codebook))
     assert len(page) < 80e6
     (tmp_path / "report.html").write_text(page)
@@ -197,9 +217,43 @@ def test_grow_refuses_another_checkpoint_and_too_many_codes(place, monkeypatch, 
     with pytest.raises(SystemExit):
         run(monkeypatch, *words, "--add", 8, "--model", tmp_path / "model", "--model-output", tmp_path / "grown")
     assert "does not hold the codebook" in capsys.readouterr().err and not (tmp_path / "grown").exists()
+    assert not (tmp_path / "larger").exists()
+    for place_of_output in ("model", "grown"):
+        (tmp_path / "grown").mkdir(exist_ok=True)
+        (tmp_path / "grown" / "thesis.txt").write_text("mine")
+        with pytest.raises(SystemExit):
+            models = ["--model", tmp_path / "model", "--model-output", tmp_path / place_of_output]
+            run(monkeypatch, *words, "--add", 8, *models)
+        assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "grown" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "model" / "model.safetensors").exists()
     with pytest.raises(SystemExit):
         run(monkeypatch, *words, "--add", 10_000)
     assert "distinct features are too few for 10000 more codes" in capsys.readouterr().err
+
+
+def test_split_codes_of_two_regions_that_round_to_the_same_are_told_apart():
+    points = np.array([[0.9999], [1.0001], [0.9], [1.1]], np.float32)
+    codes = np.array([[0.0], [2.0]], np.float32)
+    for seed in range(5):
+        assert len(np.unique(split_codes(points, codes, 3, make_backend("torch"), seed)[0])) == 3
+    with pytest.raises(ValueError, match="distinct features for 1 of 2 new codes only"):
+        split_codes(points, codes, 4, make_backend("torch"), seed=0)
+
+
+def test_an_encoder_that_is_another_or_that_gives_nan_is_refused(place, monkeypatch, tmp_path, capsys):
+    model = SiglipVisionModel.from_pretrained(place / "encoder")
+    model.embeddings.position_embedding.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    SiglipImageProcessor.from_pretrained(place / "encoder").save_pretrained(tmp_path / "broken")
+    for command in ("report", "preview"):
+        words = ["codebook", command, place / "codebook", "--images", place / "images", "--output", tmp_path / command]
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *words, "--encoder", tmp_path / "broken")
+        assert "is not the one that" in capsys.readouterr().err
+    source, encoder = ImageSource(str(place / "images")), Encoder(str(tmp_path / "broken"))
+    with pytest.raises(ValueError, match="40 of 640 features of images 0 to 39 are not finite"):
+        next(encode_all(source, encoder))
 
 
 def test_split_codes_puts_new_codes_where_the_distortion_is():

@@ -1,14 +1,14 @@
 """Builds codebook C1 from images (section 3.2 and Algorithm 1 of the paper).
 
     unicode2 codebook build --images data --encoder siglip --codebook-size 4096 --num-cells 64 --output codebook
-    accelerate launch --num_processes 8 -m transformers_unicode2.codebook.build --images data --encoder siglip --output codebook
+    accelerate launch --multi_gpu --num_processes 8 -m transformers_unicode2.codebook.build --images data --encoder siglip --output codebook
+    torchrun --nproc_per_node 8 -m transformers_unicode2.codebook.build ...  # on CPUs: `accelerate launch --cpu` starts one process
 
 Images are a folder of image files, parquet or arrow files with an `image` column, or WebDataset tars. The encoder is a folder or Hub
 name of a SigLIP or CLIP vision model. The build can be killed at any moment: the same command goes on from there, to the same bytes.
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -19,15 +19,34 @@ from pathlib import Path
 
 import numpy as np
 
-from .clustering import allocate, hash_rows, make_backend
-from .features import Encoder, count_rows, extract_features, open_shard, shard_path, write_arrays, write_file
+from .clustering import allocate, hash_rows, make_backend, round_to_bfloat16
+from .features import (
+    Encoder,
+    check_unreadable,
+    count_rows,
+    extract_features,
+    open_shard,
+    shard_path,
+    write_arrays,
+    write_file,
+)
 from .images import ImageSource
-from .phases import CellReader, assign_shard, count_distinct, move_codes, settle, sort_shard, train_cell, train_cells
+from .phases import CellReader, assign_shard, average_rows, count_distinct, settle, sort_shard, train_cell, train_cells
 from .statistics import compute_statistics
 from .storage import codebook_from_arrays, save_codebook
 
 NOT_RECORDED = ("output", "keep_work")
+NOT_COMPARED = ("images", "encoder", "max_unreadable")  # their hashes are; a build may go on with another share
 GIB = 2**30
+LEAST = {
+    "codebook_size": 1,
+    "num_cells": 1,
+    "num_images": 1,
+    "patches_per_image": 1,
+    "preview_size": 0,
+    "polish": 0,
+    "seed": 0,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -56,6 +75,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the encoder; defines the codes",
     )
     add("--max-memory-gib", type=float, default=8.0, help="resident memory of one process")
+    add(
+        "--images-per-shard",
+        type=int,
+        help="a shard is the unit that a killed build goes on from (default: 4096, fewer when memory asks)",
+    )
     add("--max-unreadable", type=float, default=0.01, help="share of images that may be unreadable")
     add("--keep-work", action="store_true", help="keep the sorted features, in OUTPUT/work, for another use")
     add("--seed", type=int, default=0)
@@ -94,14 +118,31 @@ class Build:
         self.record = {
             **{name: value for name, value in vars(args).items() if name not in NOT_RECORDED},
             "images_sha256": self.source.fingerprint(),
-            "encoder_sha256": hash_weights(self.encoder.model),
+            "encoder_sha256": self.encoder.fingerprint(),
         }
         self.dim, self.num_images = self.encoder.dim, len(self.source)
         patches = min(args.patches_per_image or self.encoder.num_patches, self.encoder.num_patches)
-        self.row_bytes = 2 * self.dim + 3 * args.preview_size**2
-        self.images_per_shard = max(1, min(4096, self.memory // 16 // (patches * self.row_bytes)))
         self.num_rows = self.num_images * patches
+        if self.num_rows < args.codebook_size:
+            raise ValueError(
+                f"{self.num_images} images have {self.num_rows} features, too few for {args.codebook_size} codes; "
+                "add images or ask for fewer codes."
+            )
+        self.check_memory(sum(weight.nbytes for weight in self.encoder.model.state_dict().values()))
+        self.shard_bytes = patches * (2 * self.dim + 3 * args.preview_size**2)  # of one image
+        fitting = max(1, min(4096, self.memory // 16 // self.shard_bytes))
+        self.images_per_shard = args.images_per_shard or fitting
         self.num_shards = -(-self.num_images // self.images_per_shard)
+
+    def check_memory(self, encoder_bytes: int) -> None:
+        """Raises `ValueError` when the budget cannot be kept: it has to hold Python with torch, and the encoder or two codebooks."""
+        codes = self.args.codebook_size * (4 * self.dim + 3 * self.args.preview_size**2)
+        least = (3 * GIB // 4 + max(encoder_bytes, 2 * codes)) / GIB
+        if self.args.max_memory_gib < least:
+            raise ValueError(
+                f"--max-memory-gib is {self.args.max_memory_gib:g}; {self.args.codebook_size} codes of width {self.dim} and this "
+                f"encoder need at least {least:.2f}."
+            )
 
     @contextmanager
     def only_run(self):
@@ -120,9 +161,8 @@ class Build:
                 else None
             )
             return
-        lock = FileLock(self.work / "lock")
         try:
-            lock.acquire(timeout=0)
+            lock = FileLock(self.work / "lock").acquire(timeout=0)
         except Timeout:
             raise ValueError(
                 f"Another run is building in {self.output}; wait for it or choose another --output."
@@ -144,28 +184,45 @@ class Build:
             changes = [
                 f"{name} was {known.get(name)} and is {value}"
                 for name, value in self.record.items()
-                if known.get(name) != value
+                if known.get(name) != value and name not in NOT_COMPARED
             ]
             if changes:
+                changes += self.compare_listings() if known.get("images_sha256") != self.record["images_sha256"] else []
                 raise ValueError(
                     f"{self.output} holds a build with other settings ({'; '.join(changes)}); choose another --output, or delete it."
                 )
         if provenance:
             self.say(f"{self.output} is finished; nothing to do")
             return provenance["statistics"]
+        write_file(self.work / "images.txt", "\n".join(self.source.listing()).encode())
         write_file(begun, json.dumps(self.record, indent=2).encode())
         return None
+
+    def compare_listings(self) -> list[str]:
+        """What the first of the image files that are not as they were was, and is."""
+        file = self.work / "images.txt"
+        before = file.read_text().splitlines() if file.exists() else []
+        now = self.source.listing()
+        if not before or before == now:
+            return []
+        changed = next((i for i, pair in enumerate(zip(before, now)) if pair[0] != pair[1]), min(len(before), len(now)))
+        was, is_now = ((lines[changed : changed + 1] or ["nothing"])[0].expandtabs(1) for lines in (before, now))
+        return [f"the first difference among the images: {was} before, {is_now} now"]
 
     def announce(self) -> None:
         """Says what the build needs; raises `OSError` when the disk has less."""
         there = sum(file.stat().st_size for file in self.work.rglob("*") if file.is_file())
         code_bytes = 4 * self.dim + 3 * self.args.preview_size**2
-        needed = self.num_rows * (self.row_bytes + 8) + 3 * self.args.codebook_size * code_bytes
-        needed = max(0, needed + 2 * self.images_per_shard * self.row_bytes - there)
+        needed = self.num_images * self.shard_bytes + 8 * self.num_rows + 3 * self.args.codebook_size * code_bytes
+        needed += 2 * self.state.num_processes * self.images_per_shard * self.shard_bytes
+        if self.args.polish:
+            needed += 8 * self.num_rows + 4 * self.args.polish * self.args.codebook_size * self.dim
+        needed = max(0, needed - there)
         free = shutil.disk_usage(self.work).free
         self.say(
             f"{self.num_images} images, {self.num_rows} patch features of width {self.dim}, "
-            f"{self.args.codebook_size} codes in {self.args.num_cells} cells; {needed / GIB:.2f} GiB of disk, {free / GIB:.1f} GiB free"
+            f"{self.args.codebook_size} codes in {self.args.num_cells} cells, {self.state.num_processes} processes; "
+            f"{needed / GIB:.2f} GiB of disk, {free / GIB:.1f} GiB free"
         )
         if needed > free:
             raise OSError(
@@ -174,19 +231,23 @@ class Build:
             )
 
     def extract(self) -> None:
-        if (self.work / "cells.safetensors").exists():
-            return
+        missing = [
+            shard
+            for shard in self.share(self.num_shards)
+            if not shard_path(self.features, shard).exists() and not shard_path(self.cells, shard).exists()
+        ]
         extract_features(
             self.source,
             self.encoder,
             self.features,
+            missing,
             self.images_per_shard,
             self.args.patches_per_image,
             self.args.preview_size,
             self.args.max_unreadable,
             self.args.seed,
-            self.state,
         )
+        self.encoder = None  # its memory is needed
 
     def train_cells(self) -> None:
         output = self.work / "cells.safetensors"
@@ -200,6 +261,7 @@ class Build:
         """Puts the names of unreadable images into one file; raises `ValueError` when too many images or features were left out."""
         lists = [(self.features / f"{shard:05d}.skipped.txt").read_text() for shard in range(self.num_shards)]
         skipped = "".join(lists).splitlines()
+        check_unreadable(len(skipped), self.num_images, self.args.max_unreadable, skipped)
         if skipped:
             write_file(self.output / "skipped.txt", "".join(lists).encode())
             self.say(f"{len(skipped)} images cannot be read; they are listed in {self.output / 'skipped.txt'}")
@@ -248,13 +310,14 @@ class Build:
             self.part_twins()
 
     def train_cell(self, cell: int, forbidden: np.ndarray) -> None:
-        max_points = max(1024, min(512 * int(self.shares[cell]), self.memory // 4 // (16 * self.dim)))
+        share = int(self.shares[cell])
+        max_points = max(1024, share, min(512 * share, self.memory // 4 // (16 * self.dim)))
         write_arrays(
             shard_path(self.fine, cell),
             train_cell(
                 self.reader,
                 cell,
-                int(self.shares[cell]),
+                share,
                 max_points,
                 self.backend,
                 self.args.seed + 1 + cell,
@@ -264,8 +327,10 @@ class Build:
 
     def part_twins(self) -> None:
         """Codes of two cells that are equal once rounded: the later cell is trained again without them."""
+        from tqdm import tqdm
+
         seen = np.zeros(0, np.uint64)
-        for cell in range(self.args.num_cells):
+        for cell in tqdm(range(self.args.num_cells), unit="cell", desc="codes of two cells"):
             hashes = hash_rows(self.read_fine(cell, "codes"))
             if np.isin(hashes, seen).any():
                 self.train_cell(cell, seen)
@@ -282,7 +347,16 @@ class Build:
             return file.get_tensor(name)
 
     def all_codes(self) -> np.ndarray:
-        return np.concatenate([self.read_fine(cell, "codes") for cell in range(self.args.num_cells)])
+        return self.gather(shard_path(self.fine, cell) for cell in range(self.args.num_cells))
+
+    def gather(self, paths) -> np.ndarray:
+        """The `codes` of all files as one array, which alone is held."""
+        codes, row = np.empty((self.args.codebook_size, self.dim), np.float32), 0
+        for path in paths:
+            part = self.read(path, "codes")
+            codes[row : row + len(part)] = part
+            row += len(part)
+        return codes
 
     def polish(self) -> None:
         """Lloyd passes over all features, from the nearest of all codes to the means; the last pass only counts."""
@@ -298,20 +372,30 @@ class Build:
             folder = self.work / f"polish-{step}"
             make_folders(folder)
             assigned = [folder / f"assigned-{shard:05d}.safetensors" for shard in range(self.num_shards)]
+            moved = [folder / f"moved-{start:08d}.safetensors" for start in starts]
+            total = folder / "distortion.safetensors"
             for shard in tqdm(self.share(self.num_shards), unit="shard", desc=f"polish {step}: nearest codes"):
-                if not assigned[shard].exists():
+                if not assigned[shard].exists() and not total.exists():
                     assign_shard(self.reader.paths[shard], codes, self.backend, assigned[shard])
             self.state.wait_for_everyone()
-            self.distortions.append(sum(float(self.read(path, "distortion")[0]) for path in assigned))
-            if step == self.args.polish:
-                break
-            moved = [folder / f"moved-{start:08d}.safetensors" for start in starts]
-            for index in tqdm(self.share(len(starts)), unit="block", desc=f"polish {step}: means"):
-                first = starts[index]
-                if not moved[index].exists():
-                    move_codes(self.reader.paths, assigned, codes[first : first + block], first, moved[index])
+            if step < self.args.polish:
+                for index in tqdm(self.share(len(starts)), unit="block", desc=f"polish {step}: means"):
+                    first = starts[index]
+                    if not moved[index].exists():
+                        before = codes[first : first + block]
+                        means, counts = average_rows(self.reader.paths, assigned, "features", first, len(before))
+                        means = round_to_bfloat16(np.where(counts[:, None] > 0, means, before))
+                        write_arrays(moved[index], {"codes": means})
+                self.state.wait_for_everyone()
+            if self.state.is_main_process and not total.exists():
+                distortion = sum(float(self.read(path, "distortion")[0]) for path in assigned)
+                write_arrays(total, {"distortion": np.array([distortion])})
             self.state.wait_for_everyone()
-            codes = settle(codes, np.concatenate([self.read(path, "codes") for path in moved]))
+            self.distortions.append(float(self.read(total, "distortion")[0]))
+            if step < self.args.polish:
+                codes = settle(codes, self.gather(moved))
+                for path in assigned if self.state.is_main_process else ():
+                    path.unlink(missing_ok=True)
         self.polished, self.assigned = codes, assigned
 
     def read(self, path: Path, name: str) -> np.ndarray:
@@ -319,29 +403,46 @@ class Build:
             return file.get_tensor(name)
 
     def save(self) -> dict:
-        names = range(self.args.num_cells)
+        names, side = range(self.args.num_cells), self.args.preview_size
         with open_shard(self.work / "cells.safetensors") as file:
             centroids = file.get_tensor("centroids")
-        counts = np.concatenate([self.read_fine(cell, "counts") for cell in names])
-        distortion = sum(float(self.read_fine(cell, "distortions").sum()) for cell in names)
-        codes = self.all_codes()
-        previews, side = None, self.args.preview_size
-        if side:
-            previews = np.concatenate([self.read_fine(cell, "previews") for cell in names]).reshape(-1, side, side, 3)
         provenance = {"command": self.record, "num_images": self.num_images, "backend": self.backend.describe()}
+        previews = None
         if self.args.polish:
             codes, distortion = self.polished, self.distortions[-1]
             counts = sum(np.bincount(self.read(path, "codes"), minlength=len(codes)) for path in self.assigned)
             provenance["polish_distortions"] = [value / counts.sum() for value in self.distortions]
-            self.say(
-                f"polish: distortion {provenance['polish_distortions'][0]:.5g} to {provenance['polish_distortions'][-1]:.5g}"
-            )
+            before, after = provenance["polish_distortions"][0], provenance["polish_distortions"][-1]
+            self.say(f"polish: distortion {before:.5g} to {after:.5g}")
+            if side:
+                previews = self.average_thumbnails()
+        else:
+            codes = self.all_codes()
+            counts = np.concatenate([self.read_fine(cell, "counts") for cell in names])
+            distortion = sum(float(self.read_fine(cell, "distortions").sum()) for cell in names)
+            if side:
+                previews = np.concatenate([self.read_fine(cell, "previews") for cell in names])
+        previews = previews.reshape(-1, side, side, 3) if side else None
         statistics = compute_statistics(counts, distortion)
         provenance["statistics"] = statistics
+        scope = "nearest code of all" if self.args.polish else "nearest code of the feature's cell"
+        provenance["statistics_of"] = scope
         offsets = np.concatenate([[0], np.cumsum(self.shares)])
         save_codebook(codebook_from_arrays(codes, centroids, offsets, previews), self.output, provenance)
-        self.say(f"{self.output}: {len(codes)} codes, " + ", ".join(f"{k} {v:.4g}" for k, v in statistics.items()))
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in statistics.items())
+        self.say(f"{self.output}: {len(codes)} codes; by the {scope}: {figures}")
         return statistics
+
+    def average_thumbnails(self) -> np.ndarray:
+        """Mean thumbnails of the rows of each polished code, uint8 `(codebook_size, side * side * 3)`."""
+        width = 3 * self.args.preview_size**2
+        block = max(1, self.memory // 4 // (8 * width))
+        means = np.zeros((len(self.polished), width), np.uint8)
+        for first in range(0, len(means), block):
+            count = min(block, len(means) - first)
+            rows = average_rows(self.reader.paths, self.assigned, "thumbnails", first, count)[0]
+            means[first : first + count] = np.round(rows)
+        return means
 
     def say(self, text: str) -> None:
         if self.state.is_main_process:
@@ -356,19 +457,26 @@ def make_folders(*folders: Path) -> None:
             raise OSError(f"{folder} cannot be made ({error.strerror}); choose another --output.") from error
 
 
-def hash_weights(model) -> str:
-    """SHA-256 of the names, shapes and float32 values of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises `ValueError` on options that make no codebook."""
+    for name, least in {**LEAST, "images_per_shard": 1}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
+    if args.num_cells > args.codebook_size:
+        raise ValueError(
+            f"--num-cells is {args.num_cells}, more than the {args.codebook_size} codes of --codebook-size."
+        )
+    if not 0 <= args.max_unreadable <= 1:
+        raise ValueError(f"--max-unreadable is {args.max_unreadable:g}; it is a share between 0 and 1.")
 
 
 def main(args: argparse.Namespace) -> dict:
+    import torch
     from accelerate import PartialState
 
-    return Build(args, PartialState(timeout=timedelta(days=7))).run()
+    check_arguments(args)
+    return Build(args, PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))).run()
 
 
 if __name__ == "__main__":

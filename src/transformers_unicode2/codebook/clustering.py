@@ -131,15 +131,16 @@ class TorchBackend:
         import torch
 
         centroids = self.put(centroids)
+        mean = centroids.mean(0)  # differences of large numbers are inexact
         best = torch.full((len(points),), torch.inf, device=self.device)
         indices = torch.zeros(len(points), dtype=torch.long, device=self.device)
         columns = min(len(centroids), 16384)
         rows = max(1, self.max_scores // columns)
         for start in range(0, len(centroids), columns):
-            block = centroids[start : start + columns]
+            block = centroids[start : start + columns] - mean
             norms = block.square().sum(1)
             for row in range(0, len(points), rows):
-                query = points[row : row + rows]
+                query = points[row : row + rows] - mean
                 distance, index = torch.addmm(norms, query, block.T, alpha=-2).min(1)
                 distance += query.square().sum(1)
                 nearer = distance < best[row : row + rows]

@@ -1,6 +1,10 @@
 """Images to shards of patch features on disk; a shard is the unit that is done or not."""
 
+import hashlib
+import json
 import os
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +12,12 @@ import numpy as np
 from .images import ImageSource, decode_image
 
 CLIP_TYPES = ("clip", "clip_vision_model")
+NOT_HASHED = (
+    "transformers_version",
+    "dtype",
+    "architectures",
+    "processor_class",
+)  # of a configuration: not what it computes
 
 
 class Encoder:
@@ -18,93 +28,161 @@ class Encoder:
         path (`str`): folder or Hub name of the encoder, or of the model that holds it.
         dtype (`str`, *optional*, defaults to `"float32"`): dtype that it computes in; it defines the codes.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where it runs.
+
+    Raises:
+        `ValueError`: when there is no such encoder, or it cannot be read.
     """
 
     def __init__(self, path: str, dtype: str = "float32", device="cpu"):
+        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
 
-        model_type = AutoConfig.from_pretrained(path).model_type
-        if model_type not in (*CLIP_TYPES, "siglip", "siglip_vision_model"):
-            raise ValueError(f"{path} is a {model_type} model; the encoder has to be a SigLIP or CLIP vision model.")
-        model_class = CLIPVisionModel if model_type in CLIP_TYPES else SiglipVisionModel
-        self.model = model_class.from_pretrained(path, dtype=dtype).eval().to(device)
-        self.image_processor = AutoImageProcessor.from_pretrained(path)
+        try:
+            model_type = AutoConfig.from_pretrained(path).model_type
+            if model_type not in (*CLIP_TYPES, "siglip", "siglip_vision_model"):
+                raise ValueError(f"it is a {model_type} model; the encoder has to be a SigLIP or CLIP vision model")
+            model_class = CLIPVisionModel if model_type in CLIP_TYPES else SiglipVisionModel
+            self.model = model_class.from_pretrained(path, dtype=dtype).eval().to(device)
+            self.image_processor = AutoImageProcessor.from_pretrained(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be used as an encoder: {str(error).strip().splitlines()[0]}") from error
         config = self.model.config
         self.patch_size, self.dim = config.patch_size, config.hidden_size
         self.num_patches = (config.image_size // config.patch_size) ** 2
 
-    def __call__(self, images: list) -> tuple[np.ndarray, "torch.Tensor"]:  # noqa: F821
-        """RGB images to float32 features `(num_images, num_patches, dim)`, without CLS, and what the encoder saw of them: float32
-        pixels `(num_images, 3, height, width)` in [0, 1]."""
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights in float32 and of the configurations of model and image processor."""
+        digest = hashlib.sha256()
+        for config in (self.model.config.to_dict(), self.image_processor.to_dict()):
+            kept = {key: value for key, value in config.items() if key not in NOT_HASHED and not key.startswith("_")}
+            digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def preprocess(self, image):
+        """An RGB image as the encoder reads it: float32 tensor `(3, height, width)`."""
+        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def __call__(self, pixel_values) -> tuple[np.ndarray, "torch.Tensor"]:  # noqa: F821
+        """Preprocessed images, a list, to float32 features `(num_images, num_patches, dim)`, without CLS, and what the patches show:
+        float32 pixels `(num_images, 3, side, side)` in [0, 1], cut to whole patches."""
         import torch
 
-        pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        pixel_values = torch.stack(pixel_values)
         with torch.no_grad():
             hidden = self.model(pixel_values.to(self.model.device, self.model.dtype)).last_hidden_state
         mean, std = (
             torch.tensor(values)[:, None, None]
             for values in (self.image_processor.image_mean, self.image_processor.image_std)
         )
-        return hidden[:, -self.num_patches :].float().cpu().numpy(), pixel_values * std + mean
+        side = round(self.num_patches**0.5) * self.patch_size
+        pixels = pixel_values[..., :side, :side].float() * std + mean
+        return hidden[:, -self.num_patches :].float().cpu().numpy(), pixels
+
+
+def read_batches(
+    source: ImageSource, encoder: Encoder, start: int, stop: int, batch_size: int = 64
+) -> Iterator[tuple[list[int], list, list[str]]]:
+    """Images from `start` to `stop` in batches: positions and preprocessed pixels of those that can be read, and for each other its
+    name and what is wrong with it. One image at a time is held at its full size.
+
+    Raises `ValueError` when the source ends before `stop`.
+    """
+    contents = source.read(start, stop)
+    for first in range(start, stop, batch_size):
+        last, count = min(first + batch_size, stop), 0
+        positions, pixels, skipped = [], [], []
+        for position, (name, content) in enumerate(islice(contents, last - first), first):
+            count += 1
+            try:
+                pixels.append(encoder.preprocess(decode_image(content)))
+                positions.append(position)
+            except ValueError as error:
+                skipped.append(f"{name}\t{error}")
+        if count < last - first:
+            raise ValueError(f"{source.path} ends after {first + count} images; --num-images is {len(source)}.")
+        yield positions, pixels, skipped
+
+
+def encode_all(source: ImageSource, encoder: Encoder) -> Iterator[tuple[list[int], np.ndarray, "torch.Tensor"]]:  # noqa: F821
+    """Positions, features and pixels of all images, batch by batch, with a progress bar; tells of those that cannot be read.
+
+    Raises `ValueError` on features that are not finite, and when no image can be read.
+    """
+    from tqdm import tqdm
+
+    readable = 0
+    with tqdm(total=len(source), unit="image", desc="features") as bar:
+        for positions, pixel_values, skipped in read_batches(source, encoder, 0, len(source)):
+            for line in skipped:
+                tqdm.write(f"left out: {line.expandtabs(1)}")
+            if positions:
+                features, pixels = encoder(pixel_values)
+                if not np.isfinite(features).all():
+                    count = (~np.isfinite(features).all(-1)).sum()
+                    raise ValueError(
+                        f"{count} of {features.shape[0] * features.shape[1]} features of images {positions[0]} to {positions[-1]} "
+                        "are not finite; check the encoder."
+                    )
+                yield positions, features, pixels
+            readable += len(positions)
+            bar.update(len(positions) + len(skipped))
+    if not readable:
+        raise ValueError(f"None of the {len(source)} images can be read.")
 
 
 def extract_features(
     source: ImageSource,
     encoder: Encoder,
     folder: Path,
+    todo: list[int],
     images_per_shard: int,
     patches_per_image: int | None,
     preview_size: int,
     max_unreadable: float,
     seed: int,
-    state,
-    batch_size: int = 64,
 ) -> None:
-    """Writes shard after shard of `images_per_shard` images, `{folder}/00000.safetensors`; those that are there are left alone.
+    """Writes the shards `todo` of `images_per_shard` images each, `{folder}/00000.safetensors`.
 
     A shard holds float16 `features` `(num_rows, dim)` and, with previews, uint8 `thumbnails` `(num_rows, side * side * 3)`; its
     `00000.skipped.txt` names the images that could not be read. Raises `ValueError` when these are more than `max_unreadable` of all.
     """
     from tqdm import tqdm
 
-    num_shards = -(-len(source) // images_per_shard)
-    mine = range(state.process_index, num_shards, state.num_processes)
-    todo = [shard for shard in mine if not shard_path(folder, shard).exists()]
-    images = min(len(source), len(mine) * images_per_shard)
-    with tqdm(
-        total=images, initial=images - min(images, len(todo) * images_per_shard), unit="image", desc="features"
-    ) as bar:
-        for shard in todo:
-            start = shard * images_per_shard
-            stop = min(start + images_per_shard, len(source))
+    spans = {shard: (shard * images_per_shard, min((shard + 1) * images_per_shard, len(source))) for shard in todo}
+    finished = [file for file in folder.glob("*.skipped.txt") if int(file.name.split(".")[0]) not in spans]
+    num_skipped = sum(len(file.read_text().splitlines()) for file in finished)
+    with tqdm(total=sum(stop - start for start, stop in spans.values()), unit="image", desc="features") as bar:
+        for shard, (start, stop) in spans.items():
             rows, skipped = {"features": [], "thumbnails": []}, []
-            for first in range(start, stop, batch_size):
-                last = min(first + batch_size, stop)
-                for name, array in encode_batch(
-                    source, encoder, first, last, patches_per_image, preview_size, seed, skipped
-                ).items():
-                    rows[name].append(array)
-                bar.update(last - first)
-            check_unreadable(len(skipped), len(source), max_unreadable, skipped)
+            for positions, pixel_values, lines in read_batches(source, encoder, start, stop):
+                skipped += lines
+                if positions:
+                    part = sample_rows(encoder, positions, pixel_values, patches_per_image, preview_size, seed)
+                    for name, array in part.items():
+                        rows[name].append(array)
+                bar.update(len(positions) + len(lines))
+            num_skipped += len(skipped)
+            check_unreadable(num_skipped, len(source), max_unreadable, skipped)
             arrays = {name: np.concatenate(parts) for name, parts in rows.items() if parts}
             write_file(folder / f"{shard:05d}.skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
             write_arrays(shard_path(folder, shard), arrays)
 
 
-def encode_batch(source, encoder, first, last, patches_per_image, preview_size, seed, skipped) -> dict:
-    """Rows of the images from `first` to `last`: a seeded sample of the patches of each, without those that are not finite."""
-    images, indices = [], []
-    for index, (name, content) in enumerate(source.read(first, last), first):
-        try:
-            images.append(decode_image(content))
-            indices.append(index)
-        except (OSError, ValueError) as error:
-            skipped.append(f"{name}\t{error}")
-    if not images:
-        return {}
-    features, pixels = encoder(images)  # (num_images, num_patches, dim)
+def sample_rows(
+    encoder: Encoder,
+    positions: list[int],
+    pixel_values: list,
+    patches_per_image: int | None,
+    preview_size: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Float16 `features`, and `thumbnails`, of a seeded sample of the patches of each image, without those that are not finite."""
+    features, pixels = encoder(pixel_values)
     chosen = np.stack(
-        [np.random.default_rng([seed, index]).permutation(features.shape[1])[:patches_per_image] for index in indices]
+        [np.random.default_rng([seed, index]).permutation(features.shape[1])[:patches_per_image] for index in positions]
     )
     with np.errstate(over="ignore"):
         features = np.take_along_axis(features, chosen[..., None], 1).astype(np.float16).reshape(-1, encoder.dim)
@@ -132,10 +210,11 @@ def patch_thumbnails(pixels, patch_size: int, side: int) -> np.ndarray:
 
 
 def check_unreadable(num_skipped: int, num_images: int, max_unreadable: float, skipped: list[str]) -> None:
-    if num_skipped > max_unreadable * num_images:
+    """Raises `ValueError` when more than `max_unreadable` of all images are unreadable and `skipped` has some of them."""
+    if skipped and num_skipped > max_unreadable * num_images:
         raise ValueError(
             f"{num_skipped} of {num_images} images cannot be read, more than the share of {max_unreadable:g} that "
-            f"--max-unreadable allows; the first is {skipped[0].expandtabs(1)}"
+            f"--max-unreadable allows; one of them is {skipped[-1].expandtabs(1)}"
         )
 
 
@@ -179,6 +258,12 @@ def count_rows(path: Path, name: str = "features") -> int:
     """Rows of an array in a shard, 0 when the shard has none."""
     with open_shard(path) as shard:
         return shard.get_slice(name).get_shape()[0] if name in shard.keys() else 0
+
+
+def count_columns(path: Path, name: str = "features") -> int:
+    """Width of an array in a shard, 0 when the shard has none."""
+    with open_shard(path) as shard:
+        return shard.get_slice(name).get_shape()[1] if name in shard.keys() else 0
 
 
 def read_rows(path: Path, name: str, start: int, stop: int) -> np.ndarray:

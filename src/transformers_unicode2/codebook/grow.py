@@ -13,11 +13,10 @@ import numpy as np
 
 from .build import GIB, make_folders
 from .clustering import Backend, add_groups, hash_rows, keep_distinct, make_backend, round_to_bfloat16
-from .features import Encoder, patch_thumbnails
-from .images import ImageSource, decode_image
-from .report import check_width
+from .features import Encoder, patch_thumbnails, read_batches
+from .images import ImageSource
 from .statistics import compute_statistics
-from .storage import codebook_from_arrays, load_codebook, load_provenance, save_codebook
+from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,16 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict:
-    import torch
-
-    if (args.model is None) != (args.model_output is None):
-        raise ValueError("--model and --model-output belong together.")
     if args.add < 1:
         raise ValueError(f"--add is {args.add}; at least one code has to be added.")
     codebook, provenance = load_codebook(args.codebook), load_provenance(args.codebook)
-    encoder = Encoder(args.encoder or provenance["command"]["encoder"])
-    check_width(encoder, codebook)
-    backend = make_backend(args.backend, "cuda" if torch.cuda.is_available() else "cpu")
+    check_places(args, codebook)
+    encoder = load_encoder(args.codebook, codebook, args.encoder)
+    backend = make_backend(args.backend, str(encoder.model.device))
     source = ImageSource(args.images, args.num_images)
     side = 0 if codebook.previews is None else codebook.previews.shape[1]
     fit, held_out = read_features(source, encoder, side, int(args.max_memory_gib * GIB), args.seed)
@@ -59,9 +54,9 @@ def main(args: argparse.Namespace) -> dict:
     for name, table in (("before", codes), ("after", grown.codes.numpy())):
         indices, distances = backend.assign(backend.put(held_out["features"]), table)
         report[name] = compute_statistics(np.bincount(indices, minlength=len(table)), float(distances.sum()))
-    save_codebook(grown, args.output, {**provenance, "grown": [*provenance.get("grown", []), report]})
     if args.model:
         grow_checkpoint(args.model, args.model_output, codebook, grown, parents[order])
+    save_codebook(grown, args.output, {**provenance, "grown": [*provenance.get("grown", []), report]})
     print(
         f"{args.output}: {len(codes)} codes and {len(new)} more; on features of every fifth image, which were not used:"
     )
@@ -70,29 +65,69 @@ def main(args: argparse.Namespace) -> dict:
     return report
 
 
-def read_features(source: ImageSource, encoder: Encoder, side: int, memory: int, seed: int) -> tuple[dict, dict]:
-    """Features, and thumbnails, of the images to grow on, and features of every fifth image, to measure with.
+def check_places(args: argparse.Namespace, codebook) -> None:
+    """Raises `ValueError` when something would be written over, or the checkpoint has another codebook."""
+    if (args.model is None) != (args.model_output is None):
+        raise ValueError("--model and --model-output belong together.")
+    if (Path(args.output) / "codebook.json").exists():
+        raise ValueError(f"{args.output} holds a codebook already; choose another --output.")
+    if args.model is None:
+        return
+    if Path(args.model_output).exists():
+        raise ValueError(f"{args.model_output} exists already; choose another --model-output.")
+    name = "model.quantizer.codebook.codes"
+    for file in sorted(Path(args.model).glob("*.safetensors")):
+        with open_tensors(file) as tensors:
+            if name in tensors.keys():
+                codes = tensors.get_tensor(name).float()
+                if codes.shape == codebook.codes.shape and (codes == codebook.codes).all():
+                    return
+    raise ValueError(f"{args.model} does not hold the codebook {args.codebook}; nothing was written.")
 
-    Both are seeded samples of the patches, at most as many as fit `memory` bytes.
+
+def open_tensors(file: Path):
+    """`safetensors.safe_open` for torch; raises `ValueError` on a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error
+
+
+def read_features(source: ImageSource, encoder: Encoder, side: int, memory: int, seed: int) -> tuple[dict, dict]:
+    """Features, and thumbnails, of the images to grow on, and features of every fifth readable image, to measure with.
+
+    Both are seeded samples of the patches, at most as many as fit a quarter of `memory` bytes; of so many images that not even one
+    patch of each fits, evenly many are read from everywhere. Raises `ValueError` on features that are not finite, and when fewer
+    than five images can be read.
     """
     from tqdm import tqdm
 
     room = memory // 4 // (16 * encoder.dim + 3 * side**2)
-    patches = min(encoder.num_patches, max(1, room // len(source)))
-    rows = {"features": [], "thumbnails": []}, {"features": [], "thumbnails": []}
-    for index, (name, content) in enumerate(tqdm(source.read(0, len(source)), total=len(source), unit="image")):
-        try:
-            image = decode_image(content)
-        except (OSError, ValueError) as error:
-            tqdm.write(f"{name} is left out: {error}")
+    if room < 5:
+        raise ValueError(f"--max-memory-gib is {memory / GIB:g}; it has room for {room} features.")
+    used = np.unique(np.linspace(0, len(source) - 1, min(len(source), room)).astype(int))
+    patches = min(encoder.num_patches, room // len(used))
+    rows, readable = ({"features": [], "thumbnails": []}, {"features": [], "thumbnails": []}), 0
+    if len(used) == len(source):
+        batches = read_batches(source, encoder, 0, len(source), batch_size=1)
+    else:
+        batches = (next(read_batches(source, encoder, index, index + 1)) for index in used.tolist())
+    for index, (positions, pixel_values, skipped) in zip(used.tolist(), tqdm(batches, total=len(used), unit="image")):
+        for line in skipped:
+            tqdm.write(f"left out: {line.expandtabs(1)}")
+        if not positions:
             continue
-        features, pixels = encoder([image])
+        features, pixels = encoder(pixel_values)
+        if not np.isfinite(features).all():
+            raise ValueError(f"Image {index} has features that are not finite; check the encoder.")
         chosen = np.random.default_rng([seed, index]).permutation(encoder.num_patches)[:patches]
-        part = rows[index % 5 == 4]
+        readable += 1
+        part = rows[readable % 5 == 0]
         part["features"].append(features[0, chosen])
-        if side and index % 5 != 4:
+        if side and readable % 5:
             part["thumbnails"].append(patch_thumbnails(pixels, encoder.patch_size, side)[0, chosen])
-    readable = sum(len(part["features"]) for part in rows)
     if readable < 5:
         raise ValueError(f"{readable} readable images are too few; growing needs at least 5.")
     return tuple({name: np.concatenate(parts) for name, parts in part.items() if parts} for part in rows)
@@ -127,12 +162,19 @@ def split_codes(
             f"{room.sum()} distinct features are too few for {num_new} more codes; add images or ask for fewer."
         )
     shares = share_by_distortion(np.array([distances[m].sum(dtype=np.float64) for m in members]), room, num_new)
-    new = [
-        split_region(
-            points[members[i]], codes[parents[i]], int(shares[i]), known, np.random.default_rng([seed, parents[i]])
-        )
-        for i in np.flatnonzero(shares)
-    ]
+    new, seen = [], set()
+    for i in np.flatnonzero(shares):
+        region, share, parent = points[members[i]], int(shares[i]), codes[parents[i]]
+        part = split_region(region, parent, share, known, np.random.default_rng([seed, parents[i]]))
+        if not seen.isdisjoint(hash_rows(part).tolist()):  # rounded to a new code of a region next to it
+            taken = np.concatenate([known, np.fromiter(seen, np.uint64, len(seen))])
+            part = split_region(region, parent, share, taken, np.random.default_rng([seed, parents[i]]))
+        if len(part) < share:
+            raise ValueError(
+                f"Code {parents[i]} has distinct features for {len(part)} of {share} new codes only; add images or ask for fewer."
+            )
+        seen.update(hash_rows(part).tolist())
+        new.append(part)
     return np.concatenate(new), np.repeat(parents, shares)
 
 
@@ -159,6 +201,7 @@ def split_region(
 ) -> np.ndarray:
     """Lloyd's algorithm on the points of one code with that code as a centroid that stays: the `count` others, as codes."""
     candidates = keep_distinct(round_to_bfloat16(points), known)
+    count = min(count, len(candidates))
     far = rng.choice(len(candidates), count, replace=False, p=start_weights(candidates, parent, count))
     free = candidates[far]
     for _ in range(num_iterations):
@@ -211,41 +254,39 @@ def mean_previews(fit: dict, codes: np.ndarray, new: np.ndarray, backend: Backen
 def grow_checkpoint(model: str, output: str, before, after, parents: np.ndarray) -> None:
     """A checkpoint with the larger codebook: C2 gets a row for each new code, a copy of its parent's, so do the scores of new cells.
 
-    Works file by file. Text ids and the visual ids that there are stay as they are.
+    Works file by file, in a folder beside `output` that is renamed in the end. Text ids and the visual ids that there are stay as
+    they are.
 
     Args:
         model: folder of the checkpoint; it has to hold the codebook `before`.
-        output: folder to write.
+        output: folder to write, which must not exist.
         before, after: `UniCode2Codebook`.
         parents: int64 `(num_new,)`, the code that each new one was split from.
-
-    Raises:
-        `ValueError`: when the checkpoint holds another codebook.
     """
     import torch
-    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    source, target = Path(model), Path(output)
+    source, final = Path(model), Path(output)
+    target = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
     make_folders(target)
-    files = sorted(source.glob("*.safetensors"))
     config = json.loads((source / "config.json").read_text())
     rows = torch.from_numpy(parents)
     first_cell = len(before.cell_centroids)
     cells = torch.from_numpy(np.searchsorted(before.cell_offsets.numpy(), parents, side="right") - 1).unique()
     changed = {f"model.quantizer.codebook.{name}": buffer for name, buffer in after.state_dict().items()}
     changed["visual_head.cell_offsets"] = after.cell_offsets
-    found = False
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
+    for file in source.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            shutil.copyfile(file, target / file.name)
+    for file in sorted(source.glob("*.safetensors")):
+        with open_tensors(file) as tensors:
             names = set(tensors.keys())
         if not names & {*changed, "model.visual_embeddings.weight", "visual_head.linear.weight"}:
             shutil.copyfile(file, target / file.name)
             continue
         state = load_file(file)
         for name in state:
-            if name == "model.quantizer.codebook.codes":
-                found = torch.equal(state[name].float(), before.codes)
             if name in changed:
                 state[name] = changed[name].clone()
             elif name == "model.visual_embeddings.weight":
@@ -254,19 +295,10 @@ def grow_checkpoint(model: str, output: str, before, after, parents: np.ndarray)
                 width = len(state[name]) - first_cell
                 state[name] = torch.cat([state[name], state[name][width + cells]])
         save_file(state, target / file.name, metadata={"format": "pt"})
-    if not found:
-        shutil.rmtree(target)
-        raise ValueError(f"{model} does not hold the codebook that is to be grown; nothing was written.")
     config["codebook_config"] |= {"codebook_size": len(after.codes), "num_cells": len(after.cell_centroids)}
-    for file in source.iterdir():
-        if (
-            file.is_file()
-            and file.suffix != ".safetensors"
-            and file.name not in ("config.json", "model.safetensors.index.json")
-        ):
-            shutil.copyfile(file, target / file.name)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if (source / "model.safetensors.index.json").exists():
         index = json.loads((source / "model.safetensors.index.json").read_text())
         index["metadata"]["total_size"] = sum(file.stat().st_size for file in target.glob("*.safetensors"))
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    target.rename(final)

@@ -1,7 +1,9 @@
 """Where the images of a codebook come from: one sequence of images, whatever they lie in."""
 
+import glob
 import hashlib
 import io
+import os
 import tarfile
 import warnings
 from collections.abc import Iterator
@@ -18,13 +20,13 @@ class ImageSource:
     Images in a fixed order, read one after the other from any position.
 
     Args:
-        path (`str`): a folder, a file or a glob of files: image files; parquet or arrow files of `datasets`, with an `image` column;
-            or WebDataset tars. With `streaming`, a data set that `datasets.load_dataset` knows by this name.
+        path (`str`): a folder, a file or a glob (`**` goes through folders) of image files; of parquet or arrow files of `datasets`, with
+            an `image` column; or of WebDataset tars. With `streaming`, a data set that `datasets.load_dataset` knows by this name.
         limit (`int`, *optional*): use the first so many images only. Required by `streaming`.
         streaming (`bool`, *optional*, defaults to `False`): read a data set from its start on, without a copy on disk.
 
     Raises:
-        `FileNotFoundError`: no images. `ValueError`: kinds that are mixed, a compressed tar, a stream without `limit`.
+        `FileNotFoundError`: no images. `ValueError`: kinds that are mixed, a tar that is compressed or damaged, a stream without `limit`.
     """
 
     def __init__(self, path: str, limit: int | None = None, streaming: bool = False):
@@ -43,12 +45,20 @@ class ImageSource:
     def __len__(self) -> int:
         return self.length
 
+    def listing(self) -> list[str]:
+        """Path, size in bytes and time of change in nanoseconds of every file, and the number of images; of a stream its name."""
+        if self.streaming:
+            return [self.path, str(len(self))]
+        stats = [(file, file.stat()) for file in self.files]
+        return [f"{file.resolve()}\t{stat.st_size}\t{stat.st_mtime_ns}" for file, stat in stats] + [str(len(self))]
+
     def fingerprint(self) -> str:
-        """SHA-256 of the names and sizes of the files, and of the number of images."""
-        lines = [f"{file.name}\t{file.stat().st_size}" for file in self.files]
-        return hashlib.sha256(
-            "\n".join([self.path if self.streaming else "", str(len(self)), *lines]).encode()
-        ).hexdigest()
+        """SHA-256 of the listing, with paths from the folder of all files on, so that the folder may be named in any way."""
+        lines = self.listing()
+        if not self.streaming:
+            root = os.path.commonpath([file.resolve().parent for file in self.files]) + os.sep
+            lines = [line.removeprefix(root) for line in lines]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
         """Name and file content of the images from `start` to `stop`."""
@@ -61,7 +71,9 @@ class ImageSource:
 def find_files(path: str) -> tuple[list[Path], str]:
     """The files behind a folder, a file or a glob, sorted, and their kind: images, parquet, arrow or tar."""
     place = Path(path)
-    files = place.rglob("*") if place.is_dir() else place.parent.glob(place.name)
+    files = place.rglob("*") if place.is_dir() else [Path(name) for name in glob.glob(path, recursive=True)]
+    if not place.exists() and not files:
+        raise FileNotFoundError(f"There is no folder or file {path}.")
     found = {"parquet": [], "arrow": [], "tar": [], "image": []}
     for file in sorted(file for file in files if file.is_file()):
         suffix = file.suffix.lower()
@@ -85,12 +97,15 @@ def index_tars(files: list[Path]) -> list[tuple[Path, str, int, int]]:
     """Tar, name, offset and size in bytes of every image."""
     items = []
     for file in files:
-        with tarfile.open(file, "r:") as tar:
-            items += [
-                (file, member.name, member.offset_data, member.size)
-                for member in tar
-                if member.isfile() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES
-            ]
+        try:
+            with tarfile.open(file, "r:") as tar:
+                items += [
+                    (file, member.name, member.offset_data, member.size)
+                    for member in tar
+                    if member.isfile() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES
+                ]
+        except tarfile.TarError as error:
+            raise ValueError(f"{file} is no whole, uncompressed tar ({error}); repair or remove it.") from error
     return items
 
 
@@ -103,7 +118,9 @@ def index_tables(files: list[Path]):
         return ParquetColumn(files)
     rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
     check_column(rows.column_names, files[0])
-    return rows.select_columns("image").cast_column("image", ImageFeature(decode=False))
+    rows = rows.select_columns("image")
+    is_image = isinstance(rows.features["image"], ImageFeature)
+    return rows.cast_column("image", ImageFeature(decode=False)) if is_image else rows
 
 
 class ParquetColumn:
@@ -134,7 +151,7 @@ class ParquetColumn:
                 for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=["image"]):
                     if low < len(batch):
                         for image in batch["image"][low:high].to_pylist():
-                            yield f"{file.name} row {first + row}", image["bytes"]
+                            yield f"{file.name} row {first + row}", read_content(image)
                             row += 1
                     low, high = max(low - len(batch), 0), high - len(batch)
                     if high <= 0:
@@ -165,7 +182,16 @@ def read_tables(items, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
         yield from items.read(start, stop)
     else:
         for index in range(start, stop):
-            yield f"row {index}", items[index]["image"]["bytes"]
+            yield f"row {index}", read_content(items[index]["image"])
+
+
+def read_content(value) -> bytes:
+    """An image file's content out of a table: bytes, a path, or both as `datasets` keeps them; nothing when there is none."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        return Path(value).read_bytes() if Path(value).is_file() else b""
+    return value or b""
 
 
 def read_stream(name: str, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
@@ -173,9 +199,12 @@ def read_stream(name: str, start: int, stop: int) -> Iterator[tuple[str, bytes]]
     from datasets import load_dataset
 
     rows = load_dataset(name, split="train", streaming=True)
-    rows = rows.select_columns("image").cast_column("image", ImageFeature(decode=False))
+    if isinstance(
+        (rows.features or {}).get("image"), ImageFeature
+    ):  # a table without a schema of its own is not decoded
+        rows = rows.cast_column("image", ImageFeature(decode=False))
     for index, row in enumerate(rows.skip(start).take(stop - start), start):
-        yield f"row {index}", row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+        yield f"row {index}", read_content(row["image"])
 
 
 INDEXERS = {"image": list, "tar": index_tars, "parquet": index_tables, "arrow": index_tables}
@@ -183,10 +212,11 @@ READERS = {"image": read_files, "tar": read_tars, "parquet": read_tables, "arrow
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """An image file's content as RGB, turned as its EXIF data say. Raises `OSError` or `ValueError` when it cannot be read."""
+    """An image file's content as RGB, turned as its EXIF data say. Raises `ValueError` when it cannot be read."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", "Palette images")
         try:
             return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-        except (SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(str(error)) from error
+        except Exception as error:  # what a decoder raises on damaged files is not documented
+            raise ValueError(f"{len(content)} bytes that are no image: {error}") from error

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .clustering import Backend, add_groups, cluster_cell, hash_rows, round_to_bfloat16
-from .features import count_rows, open_shard, read_rows, shard_path, write_arrays
+from .clustering import Backend, add_groups, cluster_cell, hash_rows, keep_distinct, round_to_bfloat16
+from .features import count_columns, count_rows, open_shard, read_rows, shard_path, write_arrays
 
 ROWS = 65536  # rows of a shard held in float32 at a time
 
@@ -68,6 +68,9 @@ class CellReader:
                 self.names.update(shard.keys())
         self.offsets = np.stack(offsets)  # (num_shards, num_cells + 1)
 
+    def width(self, name: str) -> int:
+        return next(width for width in (count_columns(path, name) for path in self.paths) if width)
+
     def count(self, cell: int) -> int:
         return int((self.offsets[:, cell + 1] - self.offsets[:, cell]).sum())
 
@@ -106,7 +109,13 @@ def train_cell(
     `distortions` (sums of squared distances), both `(num_codes,)`, and with thumbnails their means, uint8 `previews`
     `(num_codes, side * side * 3)`. There are fewer codes when the cell has fewer distinct features.
     """
+    if num_codes == 0:
+        return empty_cell(reader)
     codes = cluster_cell(reader.sample(cell, max_points, seed), num_codes, backend, seed, forbidden)
+    for block in reader.read(cell, "features", ROWS):  # what a sample may lack, the whole cell may have
+        if len(codes) == num_codes:
+            break
+        codes = keep_distinct(np.concatenate([codes, round_to_bfloat16(block)]), forbidden)[:num_codes]
     counts, distortions = np.zeros(len(codes), np.int64), np.zeros(len(codes))
     thumbnails = reader.read(cell, "thumbnails", ROWS) if "thumbnails" in reader.names else None
     colors = None
@@ -124,6 +133,18 @@ def train_cell(
     return output
 
 
+def empty_cell(reader: CellReader) -> dict[str, np.ndarray]:
+    """What `train_cell` returns of a cell without codes."""
+    output = {
+        "codes": np.zeros((0, reader.width("features")), np.float32),
+        "counts": np.zeros(0, np.int64),
+        "distortions": np.zeros(0),
+    }
+    return output | (
+        {"previews": np.zeros((0, reader.width("thumbnails")), np.uint8)} if "thumbnails" in reader.names else {}
+    )
+
+
 def assign_shard(sorted_shard: Path, codes: np.ndarray, backend: Backend, output: Path) -> None:
     """Nearest code of every row of a shard among all of the codebook: int32 `codes` `(num_rows,)` and their `distortion` `(1,)`."""
     found, distortion = [np.zeros(0, np.int32)], 0.0
@@ -135,33 +156,35 @@ def assign_shard(sorted_shard: Path, codes: np.ndarray, backend: Backend, output
     write_arrays(output, {"codes": np.concatenate(found), "distortion": np.array([distortion])})
 
 
-def move_codes(sorted_shards: list[Path], assigned: list[Path], codes: np.ndarray, first: int, output: Path) -> None:
-    """One Lloyd step for codes `first` to `first + len(codes)`: the means of the rows assigned to them, float32 `codes`.
-
-    A code without rows stays. The rows are added in the order of the shards, whoever does it.
+def average_rows(
+    sorted_shards: list[Path], assigned: list[Path], name: str, first: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the rows, of an array of that name, assigned to the codes from `first` on: float64 `(count, width)`, and how many rows
+    each has, `(count,)`. A code without rows has zeros. The rows are added in the order of the shards, whoever does it.
     """
-    sums, counts = np.zeros(codes.shape), np.zeros(len(codes), np.int64)
+    sums, counts = 0.0, np.zeros(count, np.int64)
     for shard, ids in zip(sorted_shards, assigned):
         for start in range(0, count_rows(ids, "codes"), ROWS):
             indices = read_rows(ids, "codes", start, start + ROWS).astype(np.int64) - first
-            inside = (indices >= 0) & (indices < len(codes))
+            inside = (indices >= 0) & (indices < count)
             if inside.any():
-                add_groups(sums, read_rows(shard, "features", start, start + ROWS)[inside], indices[inside])
-                counts += np.bincount(indices[inside], minlength=len(codes))
-    means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], codes)
-    write_arrays(output, {"codes": round_to_bfloat16(means)})
+                rows = read_rows(shard, name, start, start + ROWS)[inside]
+                sums = np.zeros((count, rows.shape[1])) if np.isscalar(sums) else sums
+                add_groups(sums, rows, indices[inside])
+                counts += np.bincount(indices[inside], minlength=count)
+    return sums / np.maximum(counts, 1)[:, None], counts
 
 
-def settle(before: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    """Moved codes, but those that are not finite or that would fall on another code stay where they were."""
-    codes = moved.copy()
+def settle(before: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Moved codes, changed in place: those that are not finite or that would fall on another code go back to where they were."""
     while True:
         hashes = hash_rows(codes)
         first = np.unique(hashes, return_index=True)[1]
         doubled = np.ones(len(codes), bool)
         doubled[first] = False
-        clash = np.isin(hashes, hashes[doubled]) | ~np.isfinite(codes).all(-1)
-        clash &= (codes != before).any(-1)
-        if not clash.any():
+        clash = np.isin(hashes, hashes[doubled]) | ~np.isfinite(codes.sum(1, dtype=np.float64))
+        rows = np.flatnonzero(clash)
+        rows = rows[(codes[rows] != before[rows]).any(-1)]
+        if not len(rows):
             return codes
-        codes[clash] = before[clash]
+        codes[rows] = before[rows]

@@ -14,10 +14,9 @@ from PIL import Image
 
 from .build import make_folders
 from .clustering import add_groups, make_backend
-from .features import Encoder, patch_thumbnails, write_file
-from .images import ImageSource, decode_image
-from .report import check_width
-from .storage import codebook_from_arrays, load_codebook, load_provenance, save_codebook
+from .features import Encoder, encode_all, patch_thumbnails, write_file
+from .images import ImageSource
+from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
 
 MAX_SHOWN = 16384  # codes in the picture
 
@@ -36,11 +35,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.preview_size < 1:
+        raise ValueError(f"--preview-size is {args.preview_size}; it must be at least 1.")
     codebook = load_codebook(args.codebook)
     if args.images:
         provenance = load_provenance(args.codebook)
-        encoder = Encoder(args.encoder or provenance["command"]["encoder"])
-        check_width(encoder, codebook)
+        encoder = load_encoder(args.codebook, codebook, args.encoder)
         source = ImageSource(args.images, args.num_images)
         previews, counts = compute_previews(source, encoder, codebook, args.preview_size)
         arrays = (codebook.codes, codebook.cell_centroids, codebook.cell_offsets, previews)
@@ -59,28 +59,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"{output}: {min(MAX_SHOWN, len(codebook.codes))} of {len(codebook.codes)} codes, sorted by cell")
 
 
-def compute_previews(
-    source: ImageSource, encoder: Encoder, codebook, side: int, batch_size: int = 64
-) -> tuple[np.ndarray, np.ndarray]:
+def compute_previews(source: ImageSource, encoder: Encoder, codebook, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean thumbnails, uint8 `(codebook_size, side, side, 3)`, black where a code does not occur, and how often each does."""
-    from tqdm import tqdm
-
-    backend = make_backend("torch")
+    backend = make_backend("torch", str(encoder.model.device))
     codes = codebook.codes.numpy()
     sums, counts = np.zeros((len(codes), side * side * 3)), np.zeros(len(codes), np.int64)
-    for start in tqdm(range(0, len(source), batch_size), unit="batch", desc="thumbnails"):
-        images = []
-        for name, content in source.read(start, start + batch_size):
-            try:
-                images.append(decode_image(content))
-            except (OSError, ValueError) as error:
-                tqdm.write(f"{name} is left out: {error}")
-        if images:
-            features, pixels = encoder(images)
-            indices = backend.assign(backend.put(features.reshape(-1, encoder.dim)), codes)[0]
-            tiles = patch_thumbnails(pixels, encoder.patch_size, side)
-            add_groups(sums, tiles.reshape(len(indices), -1), indices)
-            counts += np.bincount(indices, minlength=len(codes))
+    for _, features, pixels in encode_all(source, encoder):
+        indices = backend.assign(backend.put(features.reshape(-1, encoder.dim)), codes)[0]
+        tiles = patch_thumbnails(pixels, encoder.patch_size, side)
+        add_groups(sums, tiles.reshape(len(indices), -1), indices)
+        counts += np.bincount(indices, minlength=len(codes))
     means = np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8)
     return means.reshape(-1, side, side, 3), counts
 

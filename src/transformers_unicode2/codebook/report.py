@@ -14,8 +14,8 @@ import numpy as np
 
 from .build import make_folders
 from .clustering import make_backend
-from .features import Encoder, write_file
-from .images import ImageSource, decode_image
+from .features import Encoder, encode_all, write_file
+from .images import ImageSource
 from .statistics import (
     compute_gini,
     compute_objective,
@@ -23,9 +23,10 @@ from .statistics import (
     compute_utilization_curve,
     fit_rate_distortion,
 )
-from .storage import load_codebook, load_provenance
+from .storage import load_codebook, load_encoder
 
 THUMBNAIL = 112  # side of an embedded image in pixels
+NUM_SAMPLED = 20_000  # features that Eq. 17 is fitted on
 NUM_NEIGHBOURS = 5
 
 
@@ -39,7 +40,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", help="folder for report.html, the curves as PNG and report.json (default: CODEBOOK/report)"
     )
-    parser.add_argument("--num-images", type=int, help="use the first so many images only")
+    parser.add_argument(
+        "--num-images", type=int, help="use the first so many images only; each patch takes some 50 bytes of memory"
+    )
     parser.add_argument("--gallery-images", type=int, default=500, help="images that the page shows patches of")
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the entropy in Eq. 14")
     parser.add_argument("--seed", type=int, default=0)
@@ -47,14 +50,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict:
-    import torch
-
-    codebook, provenance = load_codebook(args.codebook), load_provenance(args.codebook)
-    encoder = Encoder(args.encoder or provenance["command"]["encoder"])
-    check_width(encoder, codebook)
+    codebook = load_codebook(args.codebook)
+    encoder = load_encoder(args.codebook, codebook, args.encoder)
     output = Path(args.output or Path(args.codebook) / "report")
     make_folders(output)
-    backend = make_backend("torch", "cuda" if torch.cuda.is_available() else "cpu")
+    backend = make_backend("torch", str(encoder.model.device))
     source = ImageSource(args.images, args.num_images)
     codes, images, error, sample, gallery = read_images(
         source, encoder, codebook, backend, args.gallery_images, args.seed
@@ -74,55 +74,38 @@ def main(args: argparse.Namespace) -> dict:
     return report
 
 
-def check_width(encoder: Encoder, codebook) -> None:
-    if encoder.dim != codebook.codes.shape[1]:
-        raise ValueError(
-            f"The encoder has features of width {encoder.dim} and the codebook codes of width {codebook.codes.shape[1]}."
-        )
-
-
-def read_images(
-    source: ImageSource, encoder: Encoder, codebook, backend, gallery_images: int, seed: int, batch_size: int = 64
-):
+def read_images(source: ImageSource, encoder: Encoder, codebook, backend, gallery_images: int, seed: int):
     """Codes of all images.
 
     Returns int32 `codes` and `images` `(num_features,)`, the sum of squared distances, a seeded sample of features float32
     `(num_sampled, dim)` and WebP thumbnails of the first `gallery_images` images. Images that cannot be read are left out.
     """
-    from tqdm import tqdm
-
     table = codebook.codes.numpy()
     codes, sample, gallery, error = [], [], [], 0.0
-    rng = np.random.default_rng(seed)
-    with tqdm(total=len(source), unit="image", desc="codes") as bar:
-        for start in range(0, len(source), batch_size):
-            batch = []
-            for name, content in source.read(start, start + batch_size):
-                try:
-                    batch.append(decode_image(content))
-                except (OSError, ValueError) as problem:
-                    tqdm.write(f"{name} is left out: {problem}")
-                bar.update()
-            if not batch:
-                continue
-            features = encoder(batch)[0].reshape(-1, encoder.dim)
-            indices, distances = backend.assign(backend.put(features), table)
-            codes.append(indices.astype(np.int32))
-            error += float(distances.sum(dtype=np.float64))
-            sample.append(features[rng.permutation(len(features))[: 8 * len(batch)]])
-            for image in batch[: max(0, gallery_images - len(gallery))]:
-                gallery.append(encode_thumbnail(image))
-    if not codes:
-        raise ValueError(f"None of the {len(source)} images can be read.")
+    total = len(source) * encoder.num_patches
+    chosen = np.sort(np.random.default_rng(seed).choice(total, min(total, NUM_SAMPLED), replace=False))
+    for positions, features, pixels in encode_all(source, encoder):
+        features = features.reshape(-1, encoder.dim)
+        indices, distances = backend.assign(backend.put(features), table)
+        codes.append(indices.astype(np.int32))
+        error += float(distances.sum(dtype=np.float64))
+        rows = (np.array(positions)[:, None] * encoder.num_patches + np.arange(encoder.num_patches)).ravel()
+        low, high = np.searchsorted(chosen, [rows[0], rows[-1] + 1])
+        sample.append(features[np.isin(rows, chosen[low:high])])
+        for image in pixels[: max(0, gallery_images - len(gallery))]:
+            gallery.append(encode_thumbnail(image))
     codes = np.concatenate(codes)
     images = np.repeat(np.arange(len(codes) // encoder.num_patches, dtype=np.int32), encoder.num_patches)
-    return codes, images, error, np.concatenate(sample)[:20000], gallery
+    return codes, images, error, np.concatenate(sample), gallery
 
 
-def encode_thumbnail(image) -> bytes:
-    """As the encoder sees it: a square, WebP."""
+def encode_thumbnail(pixels) -> bytes:
+    """What the patches show, float32 `(3, side, side)` in [0, 1], as WebP."""
+    from PIL import Image
+
+    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    image.resize((THUMBNAIL, THUMBNAIL)).save(buffer, "WEBP", quality=80)
+    Image.fromarray(array).resize((THUMBNAIL, THUMBNAIL)).save(buffer, "WEBP", quality=80)
     return buffer.getvalue()
 
 
@@ -174,10 +157,11 @@ def find_neighbours(codebook, num_cells: int = 4) -> np.ndarray:
         if first == last:
             continue
         others = torch.cat([torch.arange(offsets[c], offsets[c + 1]) for c in sorted({cell, *cells})])
-        distances = torch.cdist(codes[first:last], codes[others])
-        distances[torch.arange(first, last)[:, None] == others] = torch.inf
         count = min(NUM_NEIGHBOURS, len(others) - 1)
-        found[first:last, :count] = others[distances.topk(count, largest=False).indices].int()
+        for rows in torch.arange(first, last).split(1024):
+            distances = torch.cdist(codes[rows], codes[others])
+            distances[rows[:, None] == others] = torch.inf
+            found[rows, :count] = others[distances.topk(count, largest=False).indices].int()
     return found.numpy()
 
 
@@ -197,7 +181,7 @@ def draw_curves(report: dict) -> dict[str, bytes]:
 
     axes = start("utilization", "Codes in use", "images", "share of the codes")
     for n, curve in report["utilization"]["curves"].items():
-        axes.plot(report["utilization"]["num_images"], curve["median"], label=f"used at least {n}×")
+        axes.plot(report["utilization"]["num_images"], curve["mean"], label=f"used at least {n}×")
         axes.fill_between(report["utilization"]["num_images"], curve["low"], curve["high"], alpha=0.2)
     axes.set_xscale("log")
     axes.set_ylim(0, 1.02)

@@ -61,10 +61,12 @@ def compute_utilization_curve(
         codes, images: int arrays `(num_features,)`, the code of each feature and the number of its image, from 0 on.
         codebook_size: number of codes.
         at_least: a code counts as used from so many uses on.
-        num_orders: random orders of the images; the band is from the 5th to the 95th percentile of these.
+        num_orders: random orders of the images.
 
     Returns:
-        `num_images`, list of n; and `curves`, for each of `at_least` the lists `median`, `low` and `high`.
+        `num_images`, list of n; and `curves`, for each of `at_least` the lists `mean`, `low` and `high`. The last two are a 90 % band for
+        n other images of the same kind: normal, from the spread over the orders, which share images, corrected for that as for
+        samples of a finite population. Beyond half of the images, where the orders share most, the spread at half stands.
     """
     total = int(images.max()) + 1
     points = np.unique(np.geomspace(1, total, 40).round().astype(int))
@@ -81,8 +83,12 @@ def compute_utilization_curve(
             shares[n].append(np.searchsorted(reached, points) / codebook_size)
     curves = {}
     for n, rows in shares.items():
-        low, median, high = np.percentile(rows, [5, 50, 95], axis=0)
-        curves[n] = {"median": median.tolist(), "low": low.tolist(), "high": high.tolist()}
+        mean, spread = np.mean(rows, 0), np.std(rows, 0, ddof=1)
+        half = max(1, np.searchsorted(points, total / 2, side="right"))
+        spread[:half] /= np.sqrt(1 - points[:half] / total) if total > 1 else 1
+        spread[half:] = spread[half - 1]
+        low, high = (np.clip(mean + sign * 1.645 * spread, 0, 1) for sign in (-1, 1))
+        curves[n] = {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
     return {"num_images": points.tolist(), "curves": curves}
 
 

@@ -1,16 +1,23 @@
 """The codebook folder: `codebook.safetensors` and `codebook.json` (its configuration and where it comes from)."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import torch
 
 from ..configuration_unicode2 import UniCode2CodebookConfig
 from ..quantization_unicode2 import UniCode2Codebook
+from .features import Encoder
 
 
 def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: dict) -> None:
-    """Writes a codebook. Each file is written under a temporary name and renamed, the JSON last."""
+    """Writes a codebook. Each file is written under a temporary name and renamed, the JSON last.
+
+    Raises `OSError` when there is no room; what was there stays.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -22,26 +29,41 @@ def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: di
         "num_cells": len(codebook.cell_centroids),
         "preview_size": 0 if codebook.previews is None else codebook.previews.shape[1],
     }
-    save_file(tensors, folder / "codebook.safetensors.tmp")
-    (folder / "codebook.safetensors.tmp").rename(folder / "codebook.safetensors")
-    (folder / "codebook.json.tmp").write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
-    (folder / "codebook.json.tmp").rename(folder / "codebook.json")
+    weights, description = folder / "codebook.safetensors", folder / "codebook.json"
+    new_weights, new_description = (file.with_name(f".{file.name}.tmp") for file in (weights, description))
+    try:
+        new_description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
+        save_file(tensors, new_weights)
+        shutil.copymode(new_description, new_weights)  # safetensors keeps its files from all others
+        for new, file in ((new_weights, weights), (new_description, description)):
+            with open(new, "rb") as written:
+                os.fsync(written.fileno())
+            new.rename(file)
+    except (OSError, SafetensorError) as error:
+        new_weights.unlink(missing_ok=True)
+        new_description.unlink(missing_ok=True)
+        raise OSError(f"{weights} could not be written ({error}); make room and run the same command again.") from error
 
 
 def load_codebook(folder: str | Path) -> UniCode2Codebook:
     """Reads what `unicode2 codebook build` wrote.
 
-    Raises `FileNotFoundError` when a file is missing and `ValueError` when the cells do not hold the codes exactly.
+    Raises `FileNotFoundError` when a file is missing and `ValueError` when one is damaged or the cells do not hold the codes exactly.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
     for name in ("codebook.json", "codebook.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a codebook: it has no {name}.")
-    config = json.loads((folder / "codebook.json").read_text())["config"]
+    config = read_description(folder, "config")
     codebook = UniCode2Codebook(UniCode2CodebookConfig(**config))
-    codebook.load_state_dict(load_file(folder / "codebook.safetensors"))
+    try:
+        codebook.load_state_dict(load_file(folder / "codebook.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder / 'codebook.safetensors'} is damaged or of another size: {first}") from error
     offsets = codebook.cell_offsets
     if offsets[0] != 0 or offsets[-1] != len(codebook.codes) or (offsets.diff() < 0).any():
         raise ValueError(
@@ -50,18 +72,48 @@ def load_codebook(folder: str | Path) -> UniCode2Codebook:
     return codebook
 
 
+def read_description(folder: str | Path, part: str) -> dict:
+    """`"config"` or `"provenance"` of a codebook. Raises `ValueError` when the file has none."""
+    file = Path(folder) / "codebook.json"
+    try:
+        return json.loads(file.read_text())[part]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: it has no {part}.") from error
+
+
 def load_provenance(folder: str | Path) -> dict:
     """Where a codebook comes from, as `unicode2 codebook build` noted it."""
-    return json.loads((Path(folder) / "codebook.json").read_text())["provenance"]
+    return read_description(folder, "provenance")
+
+
+def load_encoder(folder: str | Path, codebook: UniCode2Codebook, path: str | None = None) -> Encoder:
+    """The encoder that a codebook was built with, in the dtype of then, on a GPU if there is one.
+
+    Raises `ValueError` when the encoder at `path`, or at the place of then, is another one.
+    """
+    command = load_provenance(folder)["command"]
+    path = path or command["encoder"]
+    encoder = Encoder(path, command.get("dtype", "float32"), "cuda" if torch.cuda.is_available() else "cpu")
+    if encoder.dim != codebook.codes.shape[1]:
+        raise ValueError(
+            f"The encoder {path} has features of width {encoder.dim}, the codebook codes of width {codebook.codes.shape[1]}."
+        )
+    known = command.get("encoder_sha256")
+    if known and known != encoder.fingerprint():
+        raise ValueError(
+            f"The encoder {path} is not the one that {folder} was built with (SHA-256 {encoder.fingerprint()[:12]}, then {known[:12]})."
+        )
+    return encoder
 
 
 def codebook_from_arrays(codes, cell_centroids, cell_offsets, previews=None) -> UniCode2Codebook:
-    """A codebook from float32 `(K, d)` and `(K1, d)`, int64 `(K1 + 1,)` and, if any, uint8 `(K, side, side, 3)` arrays."""
+    """A codebook on top of float32 `(K, d)` and `(K1, d)`, int64 `(K1 + 1,)` and, if any, uint8 `(K, side, side, 3)` arrays."""
     side = 0 if previews is None else previews.shape[1]
     config = UniCode2CodebookConfig(
         codebook_size=len(codes), codebook_dim=codes.shape[1], num_cells=len(cell_centroids), preview_size=side
     )
     codebook = UniCode2Codebook(config)
     arrays = {"codes": codes, "cell_centroids": cell_centroids, "cell_offsets": cell_offsets, "previews": previews}
-    codebook.load_state_dict({name: torch.as_tensor(array) for name, array in arrays.items() if array is not None})
+    arrays = {name: torch.as_tensor(array) for name, array in arrays.items() if array is not None}
+    codebook.load_state_dict(arrays, assign=True)  # shares their memory
     return codebook

@@ -86,9 +86,7 @@ def main(args: argparse.Namespace) -> dict:
             report["drawing"]["shuffled codes"] = shares(
                 kinds, [check_drawing(*pair) for pair in zip(prompts, shuffled)]
             )
-            codes = encode(pipe, images)
-            size = pipe.vision_language_encoder.config.codebook_config.codebook_size
-            report["utilization"] = {"share": 100 * len(codes.unique()) / size, "num_images": len(images)}
+            report["utilization"] = measure_utilization(pipe, args)
         redrawn = paint(pipe, encode(pipe, images), args)
         kept = [same_scene(*pair) for pair in zip(scenes, redrawn)]
         report["redrawing"][part] = shares(["scene"] * len(kept), kept)
@@ -187,6 +185,29 @@ def evaluate_emoji(pipe, args: argparse.Namespace) -> dict:
         if args.sheet:
             write_sheet(str(Path(args.sheet).with_suffix(".emoji.png")), drawn, references, [])
     return result
+
+
+def measure_utilization(pipe, args: argparse.Namespace, enough: float = 98.0, max_images: int = 8000) -> dict:
+    """Share of the codes that test images use at least once, in percent, and how many images it took to have `enough`.
+
+    Every second image is an emoji on a ground or photograph when there is a folder of them, as in training. Stops at `max_images`.
+    """
+    from tqdm import tqdm
+
+    rng = np.random.default_rng([args.seed, 3])
+    size = pipe.vision_language_encoder.config.codebook_config.codebook_size
+    used, count = torch.zeros(0, dtype=torch.long), 0
+    with tqdm(total=max_images, unit="image", desc="utilization") as bar:
+        while count < max_images and 100 * len(used) < enough * size:
+            images = [draw_scene(sample_scene(rng, "test", SEEN_PAIRS), 64) for _ in range(args.batch_size)]
+            if args.emoji_dir:
+                names = [emoji.NAMES[i] for i in rng.integers(len(emoji.NAMES), size=args.batch_size)]
+                scenes = [emoji.sample_emoji_scene(rng, "test", name) for name in names]
+                images += [emoji.draw_emoji_scene(scene, args.emoji_dir, 64) for scene in scenes]
+            used = torch.cat([used, encode(pipe, images).flatten()]).unique()
+            count += len(images)
+            bar.update(len(images))
+    return {"share": 100 * len(used) / size, "num_images": count}
 
 
 @torch.no_grad()
