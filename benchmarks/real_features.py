@@ -48,8 +48,8 @@ def write_features(args: argparse.Namespace, cache: Path) -> None:
                     for index in indices[start : start + 32]:
                         try:
                             image = decode_image(next(source.read(index, index + 1))[1])
-                            images.append(ImageOps.mirror(image) if mirror else image)
-                        except (OSError, ValueError):
+                            images.append(encoder.preprocess(ImageOps.mirror(image) if mirror else image))
+                        except ValueError:
                             skipped += 1
                     file.write(encoder(images)[0].astype(np.float16).tobytes())
     (cache / "features.json").write_text(json.dumps({"dim": encoder.dim, "images": len(source), "unreadable": skipped}))

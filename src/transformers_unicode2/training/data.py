@@ -40,11 +40,10 @@ def pixel_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 CAPTION_PROMPTS = {"caption": "describe the image.", "dense_caption": "describe the image in detail."}
 TASKS = (*CAPTION_PROMPTS, "questions", "text_to_image", "unconditional")
-MAX_TURNS = 4
 
 
-def build_turns(row: dict, task: str, image: str) -> list[dict]:
-    """The chat of one row for one of `TASKS`; `image` is the text that stands for the image.
+def build_turns(row: dict, task: str, image: str, max_turns: int = 4) -> list[dict]:
+    """The chat of one row for one of `TASKS`; `image` is the text that stands for the image, `max_turns` limits the questions.
 
     `text_to_image` asks for the image by its caption or, in every third row, by its dense caption.
     """
@@ -52,7 +51,7 @@ def build_turns(row: dict, task: str, image: str) -> list[dict]:
         prompt = row["dense_caption"] if row["row"] % 3 == 0 else row["caption"]
         pairs = [(prompt, image)]
     elif task == "questions":
-        pairs = list(zip(row["questions"], row["answers"]))[:MAX_TURNS]
+        pairs = list(zip(row["questions"], row["answers"]))[:max_turns]
         pairs[0] = (image + pairs[0][0], pairs[0][1])
     else:
         pairs = [(image + CAPTION_PROMPTS[task], row[task])]
@@ -63,7 +62,7 @@ def build_turns(row: dict, task: str, image: str) -> list[dict]:
     ]
 
 
-def build_examples(rows, tasks: dict[str, float], processor, visual_token_offset: int):
+def build_examples(rows, tasks: dict[str, float], processor, visual_token_offset: int, max_turns: int = 4):
     """Pre-tokenized rows to training sequences over the unified vocabulary.
 
     Args:
@@ -71,6 +70,7 @@ def build_examples(rows, tasks: dict[str, float], processor, visual_token_offset
         tasks: task to the share of the rows that take part in it, at most 1; row and task alone decide which.
         processor: `UniCode2Processor`.
         visual_token_offset: first visual token id.
+        max_turns: questions asked about one image at most.
 
     Returns:
         Data set of `input_ids` and `labels`, -100 where nothing is learnt: all but the answers. An `"unconditional"` example is an
@@ -96,7 +96,7 @@ def build_examples(rows, tasks: dict[str, float], processor, visual_token_offset
                     mask = [0] + [1] * len(visual)
                 else:
                     encoded = tokenizer.apply_chat_template(
-                        build_turns(row, task, image_text),
+                        build_turns(row, task, image_text, max_turns),
                         chat_template=processor.chat_template,
                         return_dict=True,
                         return_assistant_tokens_mask=True,

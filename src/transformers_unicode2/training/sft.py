@@ -17,6 +17,11 @@ class StageArguments:
     model: str = field(metadata={"help": "checkpoint to start from"})
     data: str = field(metadata={"help": "folder of pre-tokenized train-*.parquet"})
     tasks: dict = field(default_factory=dict, metadata={"help": "task: share of the rows that take part in it"})
+    text_weight: float = field(
+        default=1.0,
+        metadata={"help": "weight of a text token in the loss; an answer has far fewer tokens than an image"},
+    )
+    max_turns: int = field(default=4, metadata={"help": "questions asked about one image"})
     dtype: str = field(default="float32", metadata={"help": "dtype of the weights; `bf16: true` adds mixed precision"})
     muon: bool = field(
         default=False, metadata={"help": "Muon for the matrices, AdamW for the rest; AdamW alone if false"}
@@ -35,13 +40,20 @@ class StageArguments:
 class UniCode2SFTTrainer(SFTTrainer):
     """`SFTTrainer` whose loss is the model's own, over both heads; TRL's fused one knows a single head.
 
-    Logs `text_loss` (Eq. 7) and `visual_loss` (Eq. 8) beside the loss.
+    Logs `text_loss` (Eq. 7) and `visual_loss` (Eq. 8) beside the loss, to which each text token adds `text_weight` times its share.
     """
+
+    text_weight = 1.0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
+        if self.text_weight != 1:
+            targets = inputs["labels"][:, 1:]
+            text = (targets >= 0) & (targets < self.accelerator.unwrap_model(model).config.visual_token_offset)
+            count = (targets >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = loss + (self.text_weight - 1) * outputs.text_loss * text.sum() / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         for name in ("text_loss", "visual_loss"):
@@ -110,7 +122,7 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
     else:
         freeze_all_but(model, args.train_modules)
     rows = load_dataset("parquet", data_files=f"{args.data}/train-*.parquet", split="train")
-    examples = build_examples(rows, args.tasks, processor, model.config.visual_token_offset)
+    examples = build_examples(rows, args.tasks, processor, model.config.visual_token_offset, args.max_turns)
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("visual_head",)) if args.muon else None
     trainer = UniCode2SFTTrainer(
         model,
@@ -119,6 +131,7 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
         processing_class=processor.tokenizer,
         optimizers=(optimizer, None),
     )
+    trainer.text_weight = args.text_weight
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
     trainer.save_model()
     processor.save_pretrained(training_args.output_dir)
