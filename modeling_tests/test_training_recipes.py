@@ -1,5 +1,6 @@
 """Every recipe parses; every stage runs two steps on small shapes, learns, and resumes to the same bytes after a kill."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,33 @@ def test_stage_learns_what_its_data_say(tiny_run, tmp_path):
         if "'text_loss'" in line
     ]
     assert float(losses[-1]) < 0.5 * float(losses[0]), losses
+
+
+def test_text_tokens_weigh_as_the_recipe_says(tiny_run, tmp_path):
+    from trl import SFTConfig
+
+    from transformers_unicode2.training.sft import StageArguments, main
+
+    logs = []
+    for weight in (1.0, 3.0):
+        output = tmp_path / str(weight)
+        tasks = {"questions": 1.0, "text_to_image": 1.0}
+        stage = StageArguments(str(tiny_run / "model"), str(tiny_run / "tokens"), tasks, text_weight=weight)
+        options = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}
+        options |= {
+            "remove_unused_columns": False,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_length": None,
+        }
+        main(stage, SFTConfig(str(output), per_device_train_batch_size=16, save_steps=1, **options))
+        logs.append(json.loads((output / "checkpoint-1" / "trainer_state.json").read_text())["log_history"][0])
+    even, heavy = logs
+    assert even["text_loss"] == heavy["text_loss"]
+    share = (even["loss"] - even["visual_loss"]) / (
+        even["text_loss"] - even["visual_loss"]
+    )  # of the targets that are text
+    assert 0 < share < 0.5
+    assert heavy["loss"] == pytest.approx(even["loss"] + 2 * share * even["text_loss"], rel=1e-3)
 
 
 def test_paper_settings_are_those_of_table_6():

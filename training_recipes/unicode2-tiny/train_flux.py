@@ -24,6 +24,9 @@ class FluxArguments:
     clip: dict = field(default_factory=dict, metadata={"help": "fields of CLIPTextConfig"})
     alignment_weight: float = field(default=0.5, metadata={"help": "weight of the alignment to the patch features"})
     image_prompt_share: float = field(default=0.6, metadata={"help": "share of images that are their own prompt"})
+    image_prompt_noise: float = field(
+        default=0.5, metadata={"help": "noise on the features of image prompts, up to so many standard deviations"}
+    )
     layout_share: float = field(
         default=0.8, metadata={"help": "share of the texts that are exact layouts, not captions"}
     )
@@ -94,7 +97,9 @@ def main(args: FluxArguments, training_args) -> None:
         def forward(self, latents, features, input_ids, is_image_prompt):
             texts = self.text_encoder_2(input_ids)[0]  # (num_texts, max_length, joint_attention_dim)
             pooled_texts = self.text_encoder(input_ids).pooler_output  # (num_texts, pooled_projection_dim)
-            images = self.image_adapter(features[is_image_prompt]) + self.image_positions
+            shown = features[is_image_prompt]
+            noise = args.image_prompt_noise * torch.rand(len(shown), 1, 1) * features.std((0, 1))
+            images = self.image_adapter(shown + noise * torch.randn_like(shown)) + self.image_positions
             prompts = images.new_zeros(len(latents), *images.shape[1:])
             prompts[is_image_prompt], prompts[~is_image_prompt] = images, texts.to(images)
             pooled = pooled_texts.new_zeros(len(latents), pooled_texts.shape[-1])  # Redux has none either
