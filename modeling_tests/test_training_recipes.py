@@ -166,6 +166,24 @@ def test_contrastive_loss_is_lowest_for_matching_pairs():
     assert contrastive_loss(twins, twins, 0.07) < 0.05  # equal captions are no negatives
 
 
+def test_mapper_starts_from_image_prompts_and_is_drawn_to_them():
+    from transformers_unicode2 import UniCode2ConditionMapper
+    from transformers_unicode2.training.mapper import MapperArguments, load_image_prompts, start_from
+
+    sizes = {"visual_dim": 8, "hidden_dim": 12, "output_dim": 8, "pooled_dim": 4, "num_visual_tokens": 4}
+    adapter = UniCode2ConditionMapper(**sizes, output_scale=0.6)
+    mapper = UniCode2ConditionMapper(**sizes, pooled_scale=0.01)
+    features = torch.randn(2, 4, 8)
+    start_from(mapper, adapter)
+    assert torch.equal(mapper(features).prompt_embeds, adapter(features).prompt_embeds)
+    assert mapper(features).pooled_prompt_embeds.abs().max() < 0.1
+    deeper = UniCode2ConditionMapper(**sizes, num_layers=1, num_attention_heads=2)
+    start_from(deeper, adapter)
+    assert torch.equal(deeper.down.weight, adapter.down.weight)
+    with pytest.raises(ValueError, match="`image_prompts` and `encoder` belong together"):
+        load_image_prompts(MapperArguments("", "", "", "", image_prompts="somewhere"))
+
+
 @pytest.mark.slow
 def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     """Two steps of each command of run.sh, on 96 drawn scenes, up to an assembled repository that draws."""
@@ -191,7 +209,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
         ' --emoji-dir "$emoji"': "",
         "--codebook-size 4096 --num-cells 64": "--codebook-size 128 --num-cells 4",
         "--num-images 20000": "--num-images 96",
-        "evaluate scenes": "evaluate scenes --num-scenes 6 --steps 2",
+        "evaluate scenes": "evaluate scenes --num-scenes 6 --steps 2 --utilization-images 100",
     }
     for old, new in replacements.items():
         assert old in text, old

@@ -4,10 +4,11 @@
 
 Flow matching on the VAE's latents: x_t = (1 - t) x_0 + t noise, the transformer predicts noise - x_0. The T5 and CLIP text
 encoders learn with it. Some images come with a text, the others with an image prompt: the patch features of a SigLIP, brought
-to the width of the T5 embeddings by a small adapter, as FLUX.1 Redux does for FLUX.1-dev. FLUX has learnt from billions of images to
-paint what its prompt embeddings say in detail; on a CPU, texts alone do not get that far. A second term, representation
-alignment (REPA), makes the image tokens of an inner block point where the clean image's patch features point. Afterwards
-all of it is frozen, as the pretrained decoder of the paper is; the adapter is thrown away.
+to the width of the T5 embeddings by two linear layers, as FLUX.1 Redux does for FLUX.1-dev; noise on the features makes them say only
+what features say reliably. FLUX has learnt from billions of images to paint what its prompt embeddings say in detail; on a CPU, texts
+alone do not get that far. A second term, representation alignment (REPA), makes the image tokens of an inner block point where the
+clean image's patch features point. Afterwards all of it is frozen, as the pretrained decoder of the paper is. The counterpart of
+Redux is saved as `image_prompts` beside the pipeline; the mapper starts from it.
 """
 
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ class FluxArguments:
     transformer: dict = field(default_factory=dict, metadata={"help": "fields of FluxTransformer2DModel"})
     t5: dict = field(default_factory=dict, metadata={"help": "fields of T5Config"})
     clip: dict = field(default_factory=dict, metadata={"help": "fields of CLIPTextConfig"})
+    image_prompts: dict = field(
+        default_factory=dict,
+        metadata={"help": "fields of the UniCode2ConditionMapper that turns patch features into prompts"},
+    )
     alignment_weight: float = field(default=0.5, metadata={"help": "weight of the alignment to the patch features"})
     image_prompt_share: float = field(default=0.6, metadata={"help": "share of images that are their own prompt"})
     image_prompt_noise: float = field(
@@ -47,6 +52,7 @@ def main(args: FluxArguments, training_args) -> None:
     )
     from transformers.trainer_utils import get_last_checkpoint
 
+    from transformers_unicode2 import UniCode2ConditionMapper
     from transformers_unicode2.training.data import load_images, pixel_collator
     from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss
     from transformers_unicode2.training.optimizer import MuonWithAdamW
@@ -62,7 +68,7 @@ def main(args: FluxArguments, training_args) -> None:
 
     vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()
     encoder = SiglipVisionModel.from_pretrained(args.encoder).requires_grad_(False).eval()
-    width, num_patches = encoder.config.hidden_size, (encoder.config.image_size // encoder.config.patch_size) ** 2
+    width = encoder.config.hidden_size
 
     class FluxWithLoss(torch.nn.Module):
         _keys_to_ignore_on_save = (
@@ -74,15 +80,11 @@ def main(args: FluxArguments, training_args) -> None:
             self.transformer = FluxTransformer2DModel(**args.transformer)
             self.text_encoder = CLIPTextModel(CLIPTextConfig(**shared, bos_token_id=None, **args.clip))
             self.text_encoder_2 = T5EncoderModel(T5Config(**shared, bos_token_id=None, use_cache=False, **args.t5))
-            inner_dim, prompt_dim = self.transformer.inner_dim, args.transformer["joint_attention_dim"]
+            inner_dim = self.transformer.inner_dim
             self.align = torch.nn.Sequential(
                 torch.nn.Linear(inner_dim, 2 * inner_dim), torch.nn.SiLU(), torch.nn.Linear(2 * inner_dim, width)
             )
-            self.image_adapter = torch.nn.Sequential(
-                torch.nn.LayerNorm(width), torch.nn.Linear(width, 3 * prompt_dim), torch.nn.SiLU(),
-                torch.nn.Linear(3 * prompt_dim, prompt_dim),
-            )  # fmt: skip
-            self.image_positions = torch.nn.Parameter(0.02 * torch.randn(num_patches, prompt_dim))
+            self.image_prompts = UniCode2ConditionMapper(**args.image_prompts)
             self.seen = {}
             inner = self.transformer.transformer_blocks[-1]
             inner.register_forward_hook(lambda module, args, output: self.seen.update(hidden=output[1]))
@@ -99,7 +101,7 @@ def main(args: FluxArguments, training_args) -> None:
             pooled_texts = self.text_encoder(input_ids).pooler_output  # (num_texts, pooled_projection_dim)
             shown = features[is_image_prompt]
             noise = args.image_prompt_noise * torch.rand(len(shown), 1, 1) * features.std((0, 1))
-            images = self.image_adapter(shown + noise * torch.randn_like(shown)) + self.image_positions
+            images = self.image_prompts(shown + noise * torch.randn_like(shown)).prompt_embeds
             prompts = images.new_zeros(len(latents), *images.shape[1:])
             prompts[is_image_prompt], prompts[~is_image_prompt] = images, texts.to(images)
             pooled = pooled_texts.new_zeros(len(latents), pooled_texts.shape[-1])  # Redux has none either
@@ -133,7 +135,7 @@ def main(args: FluxArguments, training_args) -> None:
         train_dataset=load_images(args.data),
         data_collator=collate,
         optimizers=(
-            MuonWithAdamW.for_trainer(model, training_args, ("x_embedder", "proj_out", "image_positions")),
+            MuonWithAdamW.for_trainer(model, training_args, ("x_embedder", "proj_out", "image_prompts.pool")),
             None,
         ),
     )
@@ -143,6 +145,7 @@ def main(args: FluxArguments, training_args) -> None:
     FluxPipeline(
         scheduler, vae, model.text_encoder, tokenizer, model.text_encoder_2, tokenizer, model.transformer
     ).save_pretrained(training_args.output_dir)  # fmt: skip
+    model.image_prompts.save_pretrained(f"{training_args.output_dir}/image_prompts")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--guidance", type=float, help="classifier-free guidance of the language model (default: the model's)"
     )
     parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument(
+        "--utilization-images",
+        type=int,
+        default=8000,
+        help="look for codes in use in so many images at most (default: %(default)s)",
+    )
     parser.add_argument("--emoji-dir", help="folder with captions.tsv and the images that it lists")
     parser.add_argument("--clip", help="folder of a CLIPVisionModelWithProjection that judges drawn emoji")
     parser.add_argument("--sheet", metavar="FILE", help="write a sheet of drawings to look at")
@@ -187,18 +193,18 @@ def evaluate_emoji(pipe, args: argparse.Namespace) -> dict:
     return result
 
 
-def measure_utilization(pipe, args: argparse.Namespace, enough: float = 98.0, max_images: int = 8000) -> dict:
+def measure_utilization(pipe, args: argparse.Namespace, enough: float = 98.0) -> dict:
     """Share of the codes that test images use at least once, in percent, and how many images it took to have `enough`.
 
-    Every second image is an emoji on a ground or photograph when there is a folder of them, as in training. Stops at `max_images`.
+    Every second image is an emoji on a ground or photograph when there is a folder of them, as in training.
     """
     from tqdm import tqdm
 
     rng = np.random.default_rng([args.seed, 3])
     size = pipe.vision_language_encoder.config.codebook_config.codebook_size
     used, count = torch.zeros(0, dtype=torch.long), 0
-    with tqdm(total=max_images, unit="image", desc="utilization") as bar:
-        while count < max_images and 100 * len(used) < enough * size:
+    with tqdm(total=args.utilization_images, unit="image", desc="utilization") as bar:
+        while count < args.utilization_images and 100 * len(used) < enough * size:
             images = [draw_scene(sample_scene(rng, "test", SEEN_PAIRS), 64) for _ in range(args.batch_size)]
             if args.emoji_dir:
                 names = [emoji.NAMES[i] for i in rng.integers(len(emoji.NAMES), size=args.batch_size)]

@@ -5,7 +5,9 @@
 Two losses, weighted by the recipe. The contrastive loss is the paper's (Eq. 10): the pooled conditioning of an image against
 the frozen text encoder's pooled embedding of its caption, with the other captions of the batch as negatives. It leaves the
 scale and the single tokens free, so flow matching through the frozen decoder, which the paper does not use, is there to teach
-the tokens what the decoder understands. Neither the decoder nor C2 learns.
+the tokens what the decoder understands. For a decoder that reads image prompts already, as FLUX.1-dev does with FLUX.1 Redux, the mapper
+can start from what makes these out of patch features, and be drawn to its outputs for the same image (`image_prompts`,
+`regression_weight`). Neither the decoder nor C2 learns.
 """
 
 from dataclasses import dataclass, field
@@ -22,6 +24,11 @@ class MapperArguments:
     mapper: dict = field(default_factory=dict, metadata={"help": "fields of UniCode2ConditionMapper"})
     contrastive_weight: float = 1.0
     flow_matching_weight: float = 1.0
+    regression_weight: float = field(default=0.0, metadata={"help": "of the squared distance to the image prompts"})
+    image_prompts: str | None = field(
+        default=None, metadata={"help": "UniCode2ConditionMapper from patch features to prompts of this decoder"}
+    )
+    encoder: str | None = field(default=None, metadata={"help": "vision encoder of these patch features"})
     temperature: float = field(default=0.07, metadata={"help": "tau of Eq. 10"})
 
 
@@ -82,7 +89,7 @@ class MapperWithLosses(torch.nn.Module):
         self.mapper, self.args = mapper, args
         self.frozen = [decoder, visual_embeddings.detach()]  # in a list, so that nothing of it is registered
 
-    def forward(self, codes, latents, input_ids):
+    def forward(self, codes, latents, input_ids, image_prompts=None):
         decoder, visual_embeddings = self.frozen
         condition = self.mapper(visual_embeddings[codes])
         with torch.no_grad():
@@ -90,7 +97,36 @@ class MapperWithLosses(torch.nn.Module):
         contrastive = contrastive_loss(condition.pooled_prompt_embeds, text, self.args.temperature)
         flow = flow_matching_loss(decoder.transformer, latents, condition.prompt_embeds, condition.pooled_prompt_embeds)
         loss = self.args.contrastive_weight * contrastive + self.args.flow_matching_weight * flow
-        return {"loss": loss, "contrastive": contrastive.detach(), "flow": flow.detach()}
+        losses = {"contrastive": contrastive.detach(), "flow": flow.detach()}
+        if image_prompts is not None:
+            distance = (condition.prompt_embeds.float() - image_prompts).square().mean() / image_prompts.var()
+            loss = loss + self.args.regression_weight * distance
+            losses["regression"] = distance.detach()
+        return {"loss": loss, **losses}
+
+
+def load_image_prompts(args: MapperArguments):
+    """The encoder and the mapper from its patch features to prompts, both frozen, or `None`.
+
+    Raises `ValueError` when only one of them is given.
+    """
+    from transformers import SiglipVisionModel
+
+    from transformers_unicode2 import UniCode2ConditionMapper
+
+    if (args.image_prompts is None) != (args.encoder is None):
+        raise ValueError("`image_prompts` and `encoder` belong together: give both or neither.")
+    if args.image_prompts is None:
+        return None
+    encoder = SiglipVisionModel.from_pretrained(args.encoder).requires_grad_(False).eval()
+    return encoder, UniCode2ConditionMapper.from_pretrained(args.image_prompts).requires_grad_(False).eval()
+
+
+def start_from(mapper: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Copies the weights of `other` that make `prompt_embeds`, as far as `mapper` has them in the same shape."""
+    own = mapper.state_dict()
+    fitting = {k: v for k, v in other.state_dict().items() if k in own and v.shape == own[k].shape}
+    mapper.load_state_dict({**own, **{k: v for k, v in fitting.items() if not k.startswith("pool")}})
 
 
 def main(args: MapperArguments, training_args) -> None:
@@ -114,6 +150,9 @@ def main(args: MapperArguments, training_args) -> None:
         "pooled_scale": sample[1].square().mean().sqrt().item(),
     }
     mapper = UniCode2ConditionMapper(**{**scales, **args.mapper})
+    prompts = load_image_prompts(args)
+    if prompts:
+        start_from(mapper, prompts[1])
 
     def collate(batch):
         captions = [row["caption"] for row in batch]
@@ -124,12 +163,17 @@ def main(args: MapperArguments, training_args) -> None:
             max_length=decoder.tokenizer_max_length,
             return_tensors="pt",
         )
-        latents = encode_latents(decoder.vae, pixel_collator(batch)["pixel_values"])
-        return {
+        pixel_values = pixel_collator(batch)["pixel_values"]
+        inputs = {
             "codes": torch.tensor([row["codes"] for row in batch]),
-            "latents": latents,
+            "latents": encode_latents(decoder.vae, pixel_values),
             "input_ids": tokens["input_ids"],
         }
+        if prompts:
+            encoder, adapter = prompts
+            with torch.no_grad():
+                inputs["image_prompts"] = adapter(encoder(pixel_values).last_hidden_state).prompt_embeds
+        return inputs
 
     model = MapperWithLosses(mapper, decoder, visual_embeddings, args)
     trainer = Trainer(model, training_args, train_dataset=rows, data_collator=collate)
