@@ -1,7 +1,8 @@
 """The nearest-code search of `search_unicode2.py` as a C kernel, compiled on first use; without a C compiler there is none.
 
-The kernel travels as text with remote code. It is compiled once per processor type into `$UNICODE2_CACHE` (by default
-`~/.cache/unicode2`); `UNICODE2_KERNEL=0` leaves the search to torch. Both find the same codes.
+The kernel travels as text with remote code. It is compiled once for a processor type into `$UNICODE2_CACHE`, by default
+`~/.cache/unicode2`, or, where that cannot be written to, for each process. `UNICODE2_KERNEL=0` leaves the search to torch. Both find
+the same codes.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -21,7 +23,7 @@ SOURCE = r"""
 #define WIDE 1
 #endif
 
-enum { LANES = 16, TILE = 6, VECTORS = 4, CHUNK = 2048, CODES = VECTORS * LANES, SEEDS = 4 };
+enum { LANES = 16, TILE = 6, VECTORS = 4, CHUNK = 2048, CODES = VECTORS * LANES, SEEDS = 4, SEED_CODES = 1024 };
 
 typedef struct {
     const uint8_t *prefix;    /* (blocks, prefix_size / 4, LANES, 4), unsigned by an offset of 128 */
@@ -40,10 +42,9 @@ typedef struct {
     const int8_t *rest;     /* (count, rest_size) */
     const float *features;  /* (count, dim) */
     const double *squared;  /* (count): |feature - mean|^2 */
-    const double *margin;   /* (count): bound of all rounding errors, in units of the score */
     const float *weights;   /* (count, 2): of the slack of a code */
     const int64_t *cells;   /* (count, num_probes, 2): first and last code of the cells to look at first */
-    int64_t num_probes, num_seed_probes;
+    int64_t num_probes;
     double *distance;       /* out (count) */
     int64_t *found;         /* out (count) */
 } Queries;
@@ -156,32 +157,32 @@ static float squared_distance(const float *a, const float *b, int64_t dim) {
     return result;
 }
 
+/* In the order of `exact_distance` in search_unicode2.py, so with the same bits: halves are added until one number is left. */
 static double exact_distance(const float *a, const float *b, int64_t dim) {
-    double parts[16] = {0};
-    int64_t i = 0;
-    for (; i + 16 <= dim; i += 16)
-        for (int j = 0; j < 16; j++) {
-            double difference = (double)a[i + j] - (double)b[i + j];
-            parts[j] += difference * difference;
-        }
-    for (int j = 0; i < dim; i++, j++) parts[j] += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
-    double result = 0;
-    for (int j = 0; j < 16; j++) result += parts[j];
-    return result;
+    double parts[dim];
+    int64_t half = 1;
+    for (int64_t i = 0; i < dim; i++) {
+        double difference = (double)a[i] - (double)b[i];
+        parts[i] = difference * difference;
+    }
+    while (2 * half < dim) half *= 2;
+    for (; dim > 1; dim = half, half /= 2)
+        for (int64_t i = 0; i < dim - half; i++) parts[i] += parts[half + i];
+    return parts[0];
 }
 
 /* From a new best distance to what a code must reach to be as near. */
 static void tighten(const Tables *t, const Queries *q, int64_t row, State *state) {
-    double score = (q->squared[row] - state->distance) / 2 - q->margin[row];
-    double units = score / t->unit + state->offset - 1;
-    state->floor = (float)(score - 1e-6 * (score < 0 ? -score : score));
-    state->threshold = units < -(1 << 30) ? -(1 << 30) : units > (1 << 30) ? (1 << 30) : (int32_t)units - 1;
+    double squared = q->squared[row], score = (squared - state->distance) / 2 - 1e-9 * (squared + state->distance);
+    double units = score / t->unit + state->offset - 2;
+    state->floor = (float)(score - 1e-6 * (score < 0 ? -score : score) - 1e-37);
+    state->threshold = units < -(1 << 30) ? -(1 << 30) : units > (1 << 30) ? (1 << 30) : (int32_t)units;
 }
 
 static void consider(const Tables *t, const Queries *q, int64_t row, State *state, int64_t code) {
     const float *feature = q->features + row * t->dim, *candidate = t->codes + code * t->dim;
     float rough = squared_distance(feature, candidate, t->dim);
-    if (rough > state->distance * 1.0001) return;
+    if (rough > state->distance * 1.0001 + 1e-30) return;
     double distance = exact_distance(feature, candidate, t->dim);
     if (distance < state->distance || (distance == state->distance && code < state->found)) {
         state->distance = distance;
@@ -193,8 +194,7 @@ static void consider(const Tables *t, const Queries *q, int64_t row, State *stat
 /* Second product on codes that passed the first one, distances of those that pass both. Returns the number of distances. */
 static int64_t refine(const Tables *t, const Queries *q, int64_t row, State *state,
                       const int32_t *kept, const int32_t *values, int64_t count) {
-    int64_t groups = t->prefix_size / 4, tail = t->prefix_size - t->tail_columns - t->slack_columns;
-    int64_t slack = t->prefix_size - t->slack_columns, distances = 0;
+    int64_t slack = t->prefix_size - t->slack_columns, tail = slack - t->tail_columns, distances = 0;
     const int8_t *query = q->rest + row * t->rest_size;
     int32_t passed[CODES];
     int64_t waiting = 0;
@@ -221,15 +221,15 @@ static int64_t refine(const Tables *t, const Queries *q, int64_t row, State *sta
             waiting = 0;
         }
     }
-    (void)groups;
     return distances;
 }
 
-/* The best of a cell's codes by the first product: good candidates to begin with. */
+/* The best of a cell's first codes by the first product: good candidates to begin with. */
 static void seed(const Tables *t, const Queries *q, int64_t row, State *state, int64_t first, int64_t last) {
     int32_t sums[CODES], top[SEEDS];
     int64_t codes[SEEDS];
     for (int s = 0; s < SEEDS; s++) top[s] = INT32_MIN, codes[s] = -1;
+    if (last > first + SEED_CODES) last = first + SEED_CODES;
     for (int64_t start = first / CODES * CODES; start < last; start += CODES) {
         multiply(t, q->prefix + row * t->prefix_size, 1, start / LANES, sums);
         for (int i = 0; i < CODES; i++) {
@@ -243,43 +243,55 @@ static void seed(const Tables *t, const Queries *q, int64_t row, State *state, i
     for (int s = 0; s < SEEDS && codes[s] >= 0; s++) consider(t, q, row, state, codes[s]);
 }
 
+static void reset(const Tables *t, const Queries *q, int64_t row, State *state) {
+    const int8_t *prefix = q->prefix + row * t->prefix_size, *rest = q->rest + row * t->rest_size;
+    int64_t slack = t->prefix_size - t->slack_columns, tail = slack - t->tail_columns;
+    memset(state, 0, sizeof *state);
+    for (int64_t i = 0; i < tail; i++) state->offset += 128 * prefix[i];
+    for (int64_t i = tail; i < slack; i++) state->tail_weight += prefix[i];
+    for (int64_t i = slack; i < t->prefix_size; i++) state->slack_weight += prefix[i];
+    for (int64_t i = 0; i < t->rest_size; i++) state->rest_offset += 128 * rest[i];
+    state->distance = 1.0 / 0.0;
+    state->found = t->size;
+    state->threshold = -(1 << 30);
+    state->floor = -1.0f / 0.0f;
+}
+
+/* All codes of one query's cells. */
+static void probe(const Tables *t, const Queries *q, int64_t row, State *state, int32_t *kept, int32_t *values) {
+    const int64_t *cells = q->cells + row * q->num_probes * 2;
+    int32_t sums[CODES];
+    for (int64_t p = 0; p < q->num_probes; p++)
+        for (int64_t start = cells[2 * p]; start < cells[2 * p + 1]; start = (start / CODES + 1) * CODES) {
+            multiply(t, q->prefix + row * t->prefix_size, 1, start / CODES * VECTORS, sums);
+            for (int64_t i = 0; i < CODES; i++) {
+                int64_t code = start / CODES * CODES + i;
+                if (code < cells[2 * p] || code >= cells[2 * p + 1]) sums[i] = INT32_MIN;
+            }
+            int64_t count = collect(sums, state->threshold, start / CODES * CODES, kept, values);
+            refine(t, q, row, state, kept, values, count);
+        }
+}
+
 /*
- * Nearest codes of queries `begin` to `end`: among all codes, or, if `probe_only`, in the given cells. Returns 0, or 1 as soon as it
- * has cost more than `budget`, with nothing found.
+ * Nearest codes of queries `begin` to `end`: among all codes, or, if `probe_only`, in the given cells. Returns 0, or 1 with nothing
+ * found as soon as it is clear that it costs more than `budget`.
  */
 int search(const Tables *t, const Queries *q, int64_t begin, int64_t end, int probe_only, double budget, void *workspace) {
     State *states = workspace;
     int32_t *kept = (int32_t *)(states + (end - begin)), *values = kept + TILE * (CHUNK + CODES);
     int32_t sums[TILE * CODES];
-    int64_t blocks = (t->size + CODES - 1) / CODES * VECTORS, tail = t->prefix_size - t->tail_columns - t->slack_columns;
+    int64_t codes = (t->size + CODES - 1) / CODES * CODES;
     double cost = 0;
     for (int64_t row = begin; row < end; row++) {
-        State *state = states + (row - begin);
-        memset(state, 0, sizeof *state);
-        const int8_t *prefix = q->prefix + row * t->prefix_size, *rest = q->rest + row * t->rest_size;
-        for (int64_t i = 0; i < tail; i++) state->offset += 128 * prefix[i];
-        for (int64_t i = 0; i < t->tail_columns; i++) state->tail_weight += prefix[tail + i];
-        for (int64_t i = 0; i < t->slack_columns; i++) state->slack_weight += prefix[tail + t->tail_columns + i];
-        for (int64_t i = 0; i < t->rest_size; i++) state->rest_offset += 128 * rest[i];
-        state->distance = 1.0 / 0.0;
-        state->found = INT64_MAX;
-        state->threshold = -(1 << 30);
-        state->floor = -1.0f / 0.0f;
         const int64_t *cells = q->cells + row * q->num_probes * 2;
-        for (int64_t p = 0; p < q->num_probes && (p < q->num_seed_probes || state->found == INT64_MAX); p++)
-            seed(t, q, row, state, cells[2 * p], cells[2 * p + 1]);
-        if (!probe_only) continue;
-        for (int64_t p = 0; p < q->num_probes; p++) {
-            int64_t first = cells[2 * p], last = cells[2 * p + 1];
-            for (int64_t start = first / CODES * CODES; start < last; start += CODES) {
-                multiply(t, prefix, 1, start / LANES, sums);
-                int64_t count = collect(sums, state->threshold, start, kept, values);
-                refine(t, q, row, state, kept, values, count);
-            }
-        }
+        State *state = states + (row - begin);
+        reset(t, q, row, state);
+        for (int64_t p = 0; p < q->num_probes && p < 2; p++) seed(t, q, row, state, cells[2 * p], cells[2 * p + 1]);
+        if (probe_only) probe(t, q, row, state, kept, values);
     }
-    for (int64_t chunk = 0; !probe_only && chunk < blocks * LANES; chunk += CHUNK) {
-        int64_t stop = chunk + CHUNK < blocks * LANES ? chunk + CHUNK : blocks * LANES;
+    for (int64_t chunk = 0; !probe_only && chunk < codes; chunk += CHUNK) {
+        int64_t stop = chunk + CHUNK < codes ? chunk + CHUNK : codes;
         for (int64_t tile = begin; tile < end; tile += TILE) {
             int rows = end - tile < TILE ? (int)(end - tile) : TILE;
             int64_t counts[TILE] = {0};
@@ -299,7 +311,7 @@ int search(const Tables *t, const Queries *q, int64_t begin, int64_t end, int pr
                 int64_t distances = refine(t, q, tile + r, state + r, kept + place, values + place, counts[r]);
                 cost += t->costs[1] * counts[r] + t->costs[2] * distances;
             }
-            if (cost > budget) return 1;
+            if (cost > budget * (0.1 + 0.9 * stop / codes)) return 1;
         }
     }
     for (int64_t row = begin; row < end; row++) {
@@ -313,6 +325,13 @@ int64_t workspace_size(int64_t count) { return count * sizeof(State) + 2 * TILE 
 """
 
 BLOCK = 64  # codes that the kernel looks at together: the tables are padded to a multiple of it
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-shared",
+    "-fPIC",
+)  # no contraction: the same distances as torch has
 
 
 class Tables(ctypes.Structure):
@@ -322,30 +341,28 @@ class Tables(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("size", "dim", "prefix_size", "rest_size", "tail_columns", "slack_columns")
         ),
-        ("unit", ctypes.c_float),
-        ("rest_unit", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("unit", "rest_unit")),
         ("costs", ctypes.c_float * 3),
     ]
 
 
 class Queries(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("prefix", "rest", "features", "squared", "margin", "weights", "cells")),
+        *((name, ctypes.c_void_p) for name in ("prefix", "rest", "features", "squared", "weights", "cells")),
         ("num_probes", ctypes.c_int64),
-        ("num_seed_probes", ctypes.c_int64),
-        ("distance", ctypes.c_void_p),
-        ("found", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("distance", "found")),
     ]
 
 
 @functools.cache
 def load_kernel():
-    """The compiled library, or `None` where there is no C compiler, or it is not wanted."""
+    """The compiled library, or `None` where it cannot be compiled or is not wanted."""
     if os.environ.get("UNICODE2_KERNEL") == "0":
         return None
+    library = load_cached()
     try:
-        library = ctypes.CDLL(str(compile_kernel()))
-    except (OSError, subprocess.SubprocessError):
+        library = library or load_private()
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
     library.search.argtypes = (
         ctypes.POINTER(Tables), ctypes.POINTER(Queries), ctypes.c_int64, ctypes.c_int64, ctypes.c_int,
@@ -355,37 +372,53 @@ def load_kernel():
     return library
 
 
-def compile_kernel() -> Path:
-    """Compiles the kernel unless it is in the cache already, and returns the library's path."""
-    compiler = os.environ.get("CC", "cc")
+def load_cached() -> ctypes.CDLL | None:
+    """The library from the cache, compiled if it is not there or damaged; `None` without a folder that only this user writes to."""
     try:
-        processor = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
-        ]
+        folder = Path(os.environ.get("UNICODE2_CACHE") or Path.home() / ".cache" / "unicode2")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        target = folder / f"search-{fingerprint()}.so"
+        if not is_private(folder):
+            return None
+        if target.exists() and is_private(target):
+            try:
+                return ctypes.CDLL(str(target))
+            except OSError:  # damaged
+                target.unlink()
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            os.replace(compile_kernel(Path(work)), target)  # whole, whoever else compiles at the same time
+        return ctypes.CDLL(str(target))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def load_private() -> ctypes.CDLL:
+    """The library, compiled in a folder of its own that is gone afterwards."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        return ctypes.CDLL(str(compile_kernel(Path(work))))
+
+
+def is_private(path: Path) -> bool:
+    """Whether nobody but this user, or root, can write to a file or folder."""
+    status = path.stat()
+    return os.name != "posix" or (status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022)
+
+
+def fingerprint() -> str:
+    """Of the source, the compiler and the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        processor = []
-    key = repr((SOURCE, compiler, platform.machine(), platform.system(), processor[:1]))
-    folder = Path(os.environ.get("UNICODE2_CACHE", "~/.cache/unicode2")).expanduser()
-    target = folder / f"search-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if target.is_file():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        source, built = Path(work) / "search.c", Path(work) / "search.so"
-        source.write_text(SOURCE)
-        flags = [
-            "-O3",
-            "-march=native",
-            "-ffp-contract=fast",
-            "-fassociative-math",
-            "-fno-signed-zeros",
-            "-fno-trapping-math",
-        ]
-        subprocess.run(
-            [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(source)],
-            check=True,
-            capture_output=True,
-            timeout=300,
-        )
-        os.replace(built, target)  # two processes that compile at the same time end with one whole file
-    return target
+        lines = []
+    processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    key = repr((SOURCE, FLAGS, os.environ.get("CC"), platform.platform(), processor))
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def compile_kernel(work: Path) -> Path:
+    """Compiles the kernel in a folder and returns the library's path."""
+    source, built = work / "search.c", work / "search.so"
+    source.write_text(SOURCE)
+    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, "-o", str(built), str(source)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return built
