@@ -10,9 +10,10 @@ from transformers_unicode2 import UniCode2ForConditionalGeneration
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "hub_configs/unicode2-tiny"
+TRAVELS = ["configuration", "generation", "kernel", "modeling", "processing", "quantization", "screen", "search"]
 
 
-@pytest.mark.parametrize("name", ["configuration", "generation", "modeling", "processing", "quantization"])
+@pytest.mark.parametrize("name", TRAVELS)
 def test_code_that_travels_is_the_code_of_the_package(name):
     source = ROOT / f"src/transformers_unicode2/{name}_unicode2.py"
     assert (TINY / source.name).read_text() == source.read_text()

@@ -21,7 +21,7 @@ def test_encode_agrees_with_brute_force_in_float64(seed, size, dim):
     codebook = make_codebook(torch.randn(size, dim, generator=generator).bfloat16().float())
     features = torch.randn(50, dim, generator=generator)
     distance = torch.cdist(features.double(), codebook.codes.double())
-    chosen = distance.gather(1, codebook.encode(features, chunk_size=64)[:, None])[:, 0]
+    chosen = distance.gather(1, codebook.encode(features, workspace=2**16)[:, None])[:, 0]
     assert (chosen - distance.amin(1)).max() < 1e-5
 
 
@@ -36,7 +36,7 @@ def test_every_code_is_its_own_nearest_code(model):
 def test_ties_go_to_the_lowest_code():
     codes = torch.randn(10, 4)
     codes[7] = codes[3]
-    assert make_codebook(codes).encode(codes[7:8], chunk_size=5).item() == 3
+    assert make_codebook(codes).encode(codes[7:8], workspace=1).item() == 3
 
 
 def test_bad_features_are_refused_by_position_and_width(model):
@@ -57,14 +57,14 @@ def test_quantizer_loads_alone_and_stays_frozen(model, pixel_values, tmp_path):
     assert not quantizer.training
 
 
-@pytest.mark.parametrize("index", ["flat", "ivf"])
+@pytest.mark.parametrize("index", ["flat", "ivf", "foreign"])
 def test_faiss_finds_the_same_codes(model, pixel_values, index):
     import faiss
 
     quantizer = model.get_quantizer()
     expected = quantizer.encode_images(pixel_values)
-    own = None
-    if index == "ivf":
+    own = index
+    if index == "foreign":
         codes = quantizer.codebook.codes.numpy()
         own = faiss.index_factory(codes.shape[1], "IVF4,Flat")
         own.train(codes)

@@ -1,17 +1,8 @@
 """The search beside brute force in float64, by every way that it can go."""
 
-import copy
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from transformers_unicode2 import kernel_unicode2
 from transformers_unicode2.kernel_unicode2 import load_kernel
 from transformers_unicode2.screen_unicode2 import Screen
 from transformers_unicode2.search_unicode2 import Cells, NearestCodeSearch, exact_distance

@@ -63,6 +63,8 @@ class UniCode2CodebookConfig(PreTrainedConfig):
             Number of coarse clusters, K1, by which the codes are sorted.
         preview_size (`int`, *optional*, defaults to 0):
             Side in pixels of the mean thumbnail that each code carries; 0 for none.
+        probe_recall (`dict[str, float]`, *optional*):
+            Share of features whose nearest code lies in so many nearest cells, as measured when the codebook was built.
     """
 
     model_type = "unicode2_codebook"
@@ -72,6 +74,7 @@ class UniCode2CodebookConfig(PreTrainedConfig):
     codebook_dim: int = 1152
     num_cells: int = 1000
     preview_size: int = 0
+    probe_recall: dict[str, float] | None = None
 
 
 @strict

@@ -66,6 +66,7 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
             codebook_dim=stored.codes.shape[1],
             num_cells=len(stored.cell_centroids),
             preview_size=0 if stored.previews is None else stored.previews.shape[1],
+            probe_recall=stored.probe_recall,
         ),
         image_token_id=processor.image_token_id,
         boi_token_id=processor.boi_token_id,

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
+from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch, exact_distance
 
+TABLES_LOCK = threading.Lock()  # tables are derived once, whichever thread is first
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -40,7 +43,8 @@ class UniCode2Codebook(nn.Module):
     Codebook C1: frozen codes, sorted by coarse cell, which only index (Eq. 5 of the paper).
 
     All state is in buffers, so nothing here is ever trained. The codes are rounded to bfloat16 when they are built and kept
-    in float32, so that the dtype of a model does not change its codes.
+    in float32, so that the dtype of a model does not change its codes. The tables of the search are derived from the codes when they are
+    first needed, and again when the codes have changed or moved; they are never saved.
 
     Buffers:
         codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes, sorted by cell.
@@ -56,37 +60,69 @@ class UniCode2Codebook(nn.Module):
         self.cell_centroids = nn.Buffer(torch.zeros(config.num_cells, config.codebook_dim))
         self.cell_offsets = nn.Buffer(equal_cells(size, config.num_cells))
         self.previews = nn.Buffer(torch.zeros(size, side, side, 3, dtype=torch.uint8)) if side else None
+        self.probe_recall, self.search = config.probe_recall, None
 
-    def forward(self, inputs: torch.Tensor, task: str = "encode") -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, task: str = "encode", **options) -> torch.Tensor:
         """`encode`, `decode` or `preview`: by way of a forward, so that a codebook that was offloaded is brought back."""
-        return getattr(self, task)(inputs)
+        return getattr(self, task)(inputs, **options)
 
+    def __getstate__(self) -> dict:
+        """Copies and pickles are without the tables of the search."""
+        return {**super().__getstate__(), "search": None}
+
+    def _apply(self, function, recurse: bool = True):
+        super()._apply(function, recurse)
+        if self.search and self.search.mean.device != self.codes.device:
+            self.search = None
+        return self
+
+    @torch.compiler.disable
     @torch.no_grad()
-    def encode(self, features: torch.Tensor, chunk_size: int = 16384) -> torch.LongTensor:
+    def encode(
+        self, features: torch.Tensor, num_probes: int | None = None, workspace: int = WORKSPACE
+    ) -> torch.LongTensor:
         r"""
-        Nearest code of each feature in Euclidean distance, Eq. 5; ties go to the lowest code.
+        Nearest code of each feature in Euclidean distance, Eq. 5: the smallest distance in float64 on the values as given, ties to the
+        lowest code. The codes are the same on every device, for every split of a batch, and for a feature in bfloat16 or in float32.
 
         Args:
-            features (`torch.Tensor` of shape `(..., codebook_dim)`): float features; the search runs in float32.
-            chunk_size (`int`, *optional*, defaults to 16384): codes compared at a time; bounds the memory.
+            features (`torch.Tensor` of shape `(..., codebook_dim)`): bfloat16, float16 or float32; float64 is rounded to float32.
+            num_probes (`int`, *optional*): looks only into the cells with so many nearest centroids, which is faster and finds
+                the nearest code in the share of the cases that `num_probes_for` knows. All cells by default.
+            workspace (`int`, *optional*, defaults to 256 MiB): bytes that the search may use beside its tables.
 
         Returns:
             `torch.LongTensor` of shape `(...)`.
 
         Raises:
-            `ValueError`: on another width, or on features that are not finite.
+            `ValueError`: on another width, on features that are not finite, or when `num_probes` is not positive.
         """
         check_features(features, self.codes.shape[1])
-        query = features.reshape(-1, features.shape[-1]).float()  # (num_queries, codebook_dim)
-        with torch.autocast(query.device.type, enabled=False):
-            best, found = torch.full_like(query[:, 0], torch.inf), torch.zeros_like(query[:, 0], dtype=torch.long)
-            for start in range(0, len(self.codes), chunk_size):
-                codes = self.codes[start : start + chunk_size].float()  # (chunk_size, codebook_dim)
-                distance = codes.square().sum(-1) - 2 * query @ codes.T  # (num_queries, chunk_size), less |query|²
-                nearest, index = distance.min(-1)
-                found = torch.where(nearest < best, index + start, found)
-                best = torch.minimum(nearest, best)
-        return found.reshape(features.shape[:-1])
+        if num_probes is not None and num_probes < 1:
+            raise ValueError(f"`num_probes` is {num_probes}; at least one cell has to be looked into.")
+        place = torch.device("cpu") if self.codes.device.type == "mps" else self.codes.device  # MPS has no float64
+        codes, centroids, offsets = (x.to(place) for x in (self.codes, self.cell_centroids, self.cell_offsets))
+        query = features.reshape(-1, features.shape[-1]).to(place, torch.float32)  # (num_queries, codebook_dim)
+        with TABLES_LOCK:
+            if self.search is None or not self.search.fits(codes):
+                self.search = NearestCodeSearch(codes)
+            search = self.search
+        found = search(query, codes, Cells(centroids, offsets), num_probes, workspace)
+        return found.reshape(features.shape[:-1]).to(features.device)
+
+    def num_probes_for(self, recall: float) -> int:
+        """Cells that `encode` has to look into to find the nearest code of a share of `recall` features, as measured by the build.
+
+        Raises `ValueError` when nothing was measured, or no number of cells reached it.
+        """
+        if not self.probe_recall:
+            raise ValueError("The recall of this codebook was not measured; `unicode2 codebook build` does.")
+        enough = [int(count) for count, share in self.probe_recall.items() if share >= recall]
+        if not enough:
+            raise ValueError(
+                f"A recall of {recall:g} was not reached, {max(self.probe_recall.values()):.5f} was; search all codes."
+            )
+        return min(enough)
 
     def decode(self, codes: torch.LongTensor) -> torch.Tensor:
         """Codes of shape `(...)` to their vectors, `(..., codebook_dim)`, Eq. 4. On a CPU, raises `ValueError` on unknown codes."""
@@ -209,33 +245,59 @@ class UniCode2Quantizer(PreTrainedModel):
         with torch.autocast(pixel_values.device.type, enabled=False):
             return self.vision_model(pixel_values.to(self.vision_model.dtype), **kwargs)
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+    def encode_images(self, pixel_values: torch.Tensor, num_probes: int | None = None) -> torch.LongTensor:
         """Images to codes, `(batch_size, 3, height, width)` to `(batch_size, num_image_tokens)`."""
-        return self.encode_features(self.get_image_features(pixel_values).last_hidden_state)
+        return self.encode_features(self.get_image_features(pixel_values).last_hidden_state, num_probes)
 
-    def encode_features(self, features: torch.Tensor) -> torch.LongTensor:
-        """Features `(..., codebook_dim)` to codes `(...)`, Eq. 5; searched with FAISS after `use_faiss`."""
-        return self.codebook(features) if self.index is None else self.search_index(features)
+    def encode_features(self, features: torch.Tensor, num_probes: int | None = None) -> torch.LongTensor:
+        """Features `(..., codebook_dim)` to codes `(...)`, Eq. 5, as `UniCode2Codebook.encode`; searched with FAISS after `use_faiss`."""
+        if self.index is None:
+            return self.codebook(features, num_probes=num_probes)
+        return self.search_index(features)
 
-    def use_faiss(self, index=None) -> "UniCode2Quantizer":
-        """Searches with FAISS on the CPU from now on; the codes stay the same.
+    def make_faiss_index(self, kind: str = "flat", num_probes: int | None = None):
+        """A FAISS index of the codes in their order, to search or to write to disk.
 
         Args:
-            index (`faiss.Index`, *optional*): holds the codes in their order; an exact `IndexFlatL2` by default.
+            kind (`str`, *optional*, defaults to `"flat"`): `"flat"` for an `IndexFlatL2`, `"ivf"` for an `IndexIVFFlat` whose lists
+                are the cells of the codebook.
+            num_probes (`int`, *optional*): lists that `"ivf"` looks into; all of them, which is exact, by default.
+
+        Raises:
+            `ImportError`: without FAISS. `ValueError`: on another kind.
+        """
+        faiss = import_faiss()
+        size, width = self.config.codebook_config.codebook_size, self.config.codebook_config.codebook_dim
+        codes = self.codebook(torch.arange(size), task="decode").cpu().numpy()
+        flat = faiss.IndexFlatL2(width)
+        if kind == "flat":
+            flat.add(codes)
+            return flat
+        if kind != "ivf":
+            raise ValueError(f"The index is {kind!r}; it must be 'flat', 'ivf' or an index of FAISS.")
+        centroids, sizes = self.codebook.cell_centroids.cpu(), self.codebook.cell_offsets.cpu().diff()
+        flat.add(centroids.numpy())
+        index = faiss.IndexIVFFlat(flat, width, len(centroids), faiss.METRIC_L2)
+        index.is_trained = True
+        lists = torch.arange(len(centroids)).repeat_interleave(sizes).numpy()
+        index.add_core(size, faiss.swig_ptr(codes), None, faiss.swig_ptr(lists))
+        index.nprobe = num_probes or len(centroids)
+        return index
+
+    def use_faiss(self, index="flat", num_probes: int | None = None) -> "UniCode2Quantizer":
+        """Searches with FAISS on the CPU from now on. The codes stay the same unless the index looks into a part of its lists only.
+
+        Args:
+            index (`str` or `faiss.Index`, *optional*, defaults to `"flat"`): a kind of `make_faiss_index`, or an index that holds the
+                codes in their order.
+            num_probes (`int`, *optional*): of `make_faiss_index`.
 
         Raises:
             `ImportError`: without FAISS. `ValueError`: when the index is not of this codebook's size and width.
         """
-        try:
-            faiss = importlib.import_module("faiss")
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "Searching with FAISS needs faiss-cpu; install transformers_unicode2[codebook]."
-            ) from error
+        import_faiss()
         size, width = self.config.codebook_config.codebook_size, self.config.codebook_config.codebook_dim
-        if index is None:
-            index = faiss.IndexFlatL2(width)
-            index.add(self.codebook(torch.arange(size), task="decode").cpu().numpy())
+        index = self.make_faiss_index(index, num_probes) if isinstance(index, str) else index
         if (index.ntotal, index.d) != (size, width):
             raise ValueError(
                 f"The index holds {index.ntotal} vectors of width {index.d}, the codebook {size} of width {width}."
@@ -244,18 +306,26 @@ class UniCode2Quantizer(PreTrainedModel):
         return self
 
     def search_index(self, features: torch.Tensor, num_candidates: int = 4) -> torch.LongTensor:
-        """Nearest code of features `(..., codebook_dim)` among the candidates of the FAISS index; ties go to the lowest code."""
-        check_features(features, self.config.codebook_config.codebook_dim)
-        query = features.reshape(-1, features.shape[-1]).float().cpu()  # (num_queries, codebook_dim)
-        _, candidates = self.index.search(query.numpy(), min(num_candidates, self.index.ntotal))
-        candidates = (
-            torch.from_numpy(candidates).sort(-1).values
-        )  # (num_queries, num_candidates), -1 where too few were found
+        """Nearest code of features `(..., codebook_dim)` among the candidates of the FAISS index; ties go to the lowest code.
+
+        Where the index's own rounding may have left out a nearer code, the codebook is searched.
+        """
+        width = self.config.codebook_config.codebook_dim
+        check_features(features, width)
+        query = features.reshape(-1, width).float().cpu()  # (num_queries, codebook_dim)
+        num_candidates = min(num_candidates, self.index.ntotal)
+        reached, candidates = (torch.from_numpy(x) for x in self.index.search(query.numpy(), num_candidates))
+        candidates = candidates.sort(-1).values  # (num_queries, num_candidates), -1 where too few were found
         if (candidates[:, -1] < 0).any():
             raise ValueError("The index found no code for a feature; let it probe more of its lists.")
-        codes = self.codebook(candidates.clamp(min=0).to(self.codebook.codes.device), task="decode").cpu().double()
-        distance = (codes - query[:, None].double()).square().sum(-1).masked_fill(candidates < 0, torch.inf)
-        found = candidates.gather(-1, distance.argmin(-1, keepdim=True))[:, 0]
+        codes = self.codebook(candidates.clamp(min=0).to(self.codebook.codes.device), task="decode").cpu()
+        distance = exact_distance(codes.flatten(0, 1), query.repeat_interleave(num_candidates, 0)).view_as(candidates)
+        nearest, place = distance.masked_fill(candidates < 0, torch.inf).min(-1)
+        found = candidates.gather(-1, place[:, None])[:, 0]
+        largest = 2 * query.double().norm(dim=-1) + nearest.sqrt()  # of the norms of the feature and a code as near
+        unsure = reached.amax(-1) - nearest < width * 2**-23 * largest.square()
+        if unsure.any() and num_candidates < self.index.ntotal:
+            found[unsure] = self.codebook(query[unsure].to(self.codebook.codes.device)).cpu()
         return found.reshape(features.shape[:-1]).to(features.device)
 
     @can_return_tuple
@@ -287,6 +357,14 @@ def read_quantizer(name, options: dict) -> dict[str, torch.Tensor] | None:
         with safe_open(cached_file(name, place, **options), framework="pt") as tensors:
             state |= {key: tensors.get_tensor(key) for key in wanted if wanted[key] == place}
     return state or None
+
+
+def import_faiss():
+    """The module; raises `ImportError` where it is missing."""
+    try:
+        return importlib.import_module("faiss")
+    except ModuleNotFoundError as error:
+        raise ImportError("Searching with FAISS needs faiss-cpu; install transformers_unicode2[codebook].") from error
 
 
 def check_features(features: torch.Tensor, width: int) -> None:

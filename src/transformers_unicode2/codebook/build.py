@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .clustering import allocate, hash_rows, make_backend, round_to_bfloat16
+from .clustering import allocate, hash_rows, make_backend, move_codebook, round_to_bfloat16
 from .features import (
     Encoder,
     check_unreadable,
@@ -31,13 +31,24 @@ from .features import (
     write_file,
 )
 from .images import ImageSource
-from .phases import CellReader, assign_shard, average_rows, count_distinct, settle, sort_shard, train_cell, train_cells
-from .statistics import compute_statistics
+from .phases import (
+    CellReader,
+    assign_shard,
+    average_rows,
+    count_distinct,
+    sample_features,
+    settle,
+    sort_shard,
+    train_cell,
+    train_cells,
+)
+from .statistics import compute_probe_recall, compute_statistics
 from .storage import codebook_from_arrays, save_codebook
 
 NOT_RECORDED = ("output", "keep_work")
 NOT_COMPARED = ("images", "encoder", "max_unreadable")  # their hashes are; a build may go on with another share
 GIB = 2**30
+NUM_MEASURED = 4096  # features that tell the recall of an approximate search
 LEAST = {
     "codebook_size": 1,
     "num_cells": 1,
@@ -364,7 +375,8 @@ class Build:
 
         if not self.args.polish:
             return
-        codes = self.all_codes()
+        codes, centroids = self.all_codes(), self.read(self.work / "cells.safetensors", "centroids")
+        offsets = np.concatenate([[0], np.cumsum(self.shares)])
         block = max(1, self.memory // 4 // (8 * self.dim))
         starts = range(0, len(codes), block)
         self.distortions = []
@@ -374,9 +386,10 @@ class Build:
             assigned = [folder / f"assigned-{shard:05d}.safetensors" for shard in range(self.num_shards)]
             moved = [folder / f"moved-{start:08d}.safetensors" for start in starts]
             total = folder / "distortion.safetensors"
+            codebook = move_codebook(codebook_from_arrays(codes, centroids, offsets), self.state.device)
             for shard in tqdm(self.share(self.num_shards), unit="shard", desc=f"polish {step}: nearest codes"):
                 if not assigned[shard].exists() and not total.exists():
-                    assign_shard(self.reader.paths[shard], codes, self.backend, assigned[shard])
+                    assign_shard(self.reader.paths[shard], codebook, assigned[shard])
             self.state.wait_for_everyone()
             if step < self.args.polish:
                 for index in tqdm(self.share(len(starts)), unit="block", desc=f"polish {step}: means"):
@@ -404,8 +417,7 @@ class Build:
 
     def save(self) -> dict:
         names, side = range(self.args.num_cells), self.args.preview_size
-        with open_shard(self.work / "cells.safetensors") as file:
-            centroids = file.get_tensor("centroids")
+        centroids = self.read(self.work / "cells.safetensors", "centroids")
         provenance = {"command": self.record, "num_images": self.num_images, "backend": self.backend.describe()}
         previews = None
         if self.args.polish:
@@ -428,7 +440,11 @@ class Build:
         scope = "nearest code of all" if self.args.polish else "nearest code of the feature's cell"
         provenance["statistics_of"] = scope
         offsets = np.concatenate([[0], np.cumsum(self.shares)])
-        save_codebook(codebook_from_arrays(codes, centroids, offsets, previews), self.output, provenance)
+        codebook = codebook_from_arrays(codes, centroids, offsets, previews)
+        sample = sample_features(self.reader.paths, NUM_MEASURED, self.args.seed + 1)
+        codebook.probe_recall = compute_probe_recall(codebook, sample)
+        provenance["probe_recall_of"] = f"{len(sample)} of the features that it was built from"
+        save_codebook(codebook, self.output, provenance)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in statistics.items())
         self.say(f"{self.output}: {len(codes)} codes; by the {scope}: {figures}")
         return statistics

@@ -1,5 +1,6 @@
 """K-means on points in memory: two backends behind one protocol, and what turns centroids into codes (Algorithm 1)."""
 
+import copy
 from typing import Protocol
 
 import numpy as np
@@ -157,6 +158,23 @@ class TorchBackend:
 def make_backend(name: str, device: str = "cpu") -> Backend:
     """`"faiss"` or `"torch"`."""
     return FaissBackend() if name == "faiss" else TorchBackend(device)
+
+
+def move_codebook(codebook, device):
+    """A copy on another device, or the codebook itself if it is there."""
+    return codebook if codebook.codes.device == device else copy.deepcopy(codebook).to(device)
+
+
+def find_codes(codebook, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The codebook's own search: nearest code of each of the points `(num_points, dim)` among all, int64, and float32 squared distances."""
+    import torch
+
+    indices, distances = [], []
+    for part in torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)).split(8192):
+        part = part.to(codebook.codes.device)
+        indices.append(codebook(part))
+        distances.append((part - codebook(indices[-1], task="decode")).square().sum(-1))
+    return torch.cat(indices).cpu().numpy(), torch.cat(distances).cpu().numpy()
 
 
 def add_groups(sums: np.ndarray, points: np.ndarray, indices: np.ndarray) -> None:

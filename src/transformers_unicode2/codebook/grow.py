@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from .build import GIB, make_folders
-from .clustering import Backend, add_groups, hash_rows, keep_distinct, make_backend, round_to_bfloat16
+from .clustering import Backend, add_groups, find_codes, hash_rows, keep_distinct, make_backend, round_to_bfloat16
 from .features import Encoder, patch_thumbnails, read_batches
 from .images import ImageSource
-from .statistics import compute_statistics
+from .statistics import compute_probe_recall, compute_statistics
 from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
 
 
@@ -51,9 +51,11 @@ def main(args: argparse.Namespace) -> dict:
     new, parents = split_codes(fit["features"], codes, args.add, backend, args.seed)
     grown, order = append_codes(codebook, new, parents, mean_previews(fit, codes, new, backend) if side else None)
     report = {"added": len(new), "images": args.images, "num_images": len(source)}
-    for name, table in (("before", codes), ("after", grown.codes.numpy())):
-        indices, distances = backend.assign(backend.put(held_out["features"]), table)
-        report[name] = compute_statistics(np.bincount(indices, minlength=len(table)), float(distances.sum()))
+    for name, table in (("before", codebook), ("after", grown)):
+        indices, distances = find_codes(table, held_out["features"])
+        report[name] = compute_statistics(np.bincount(indices, minlength=len(table.codes)), float(distances.sum()))
+    grown.probe_recall = compute_probe_recall(grown, held_out["features"])
+    provenance["probe_recall_of"] = f"{len(held_out['features'])} features that it was not grown on"
     if args.model:
         grow_checkpoint(args.model, args.model_output, codebook, grown, parents[order])
     save_codebook(grown, args.output, {**provenance, "grown": [*provenance.get("grown", []), report]})
@@ -295,7 +297,11 @@ def grow_checkpoint(model: str, output: str, before, after, parents: np.ndarray)
                 width = len(state[name]) - first_cell
                 state[name] = torch.cat([state[name], state[name][width + cells]])
         save_file(state, target / file.name, metadata={"format": "pt"})
-    config["codebook_config"] |= {"codebook_size": len(after.codes), "num_cells": len(after.cell_centroids)}
+    config["codebook_config"] |= {
+        "codebook_size": len(after.codes),
+        "num_cells": len(after.cell_centroids),
+        "probe_recall": after.probe_recall,
+    }
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if (source / "model.safetensors.index.json").exists():
         index = json.loads((source / "model.safetensors.index.json").read_text())

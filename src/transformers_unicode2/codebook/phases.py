@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .clustering import Backend, add_groups, cluster_cell, hash_rows, keep_distinct, round_to_bfloat16
+from .clustering import Backend, add_groups, cluster_cell, find_codes, hash_rows, keep_distinct, round_to_bfloat16
 from .features import count_columns, count_rows, open_shard, read_rows, shard_path, write_arrays
 
 ROWS = 65536  # rows of a shard held in float32 at a time
@@ -14,11 +14,19 @@ def train_cells(
     folder: Path, num_shards: int, num_cells: int, num_sampled: int, backend: Backend, seed: int, output: Path
 ) -> None:
     """Coarse k-means on a seeded sample of the features: `centroids`, float32 `(num_cells, dim)`, in `output`."""
-    counts = np.array([count_rows(shard_path(folder, shard)) for shard in range(num_shards)])
-    total = counts.sum()
+    paths = [shard_path(folder, shard) for shard in range(num_shards)]
+    total = sum(count_rows(path) for path in paths)
     if total < num_cells:
         raise ValueError(f"{total} features are too few for {num_cells} cells; add images or ask for fewer cells.")
-    chosen = np.sort(np.random.default_rng(seed).choice(total, min(total, num_sampled), replace=False))
+    points = sample_features(paths, num_sampled, seed)
+    centroids = backend.kmeans(backend.put(points.astype(np.float32)), num_cells, seed)
+    write_arrays(output, {"centroids": np.float32(centroids)})
+
+
+def sample_features(paths: list[Path], num_sampled: int, seed: int) -> np.ndarray:
+    """A seeded sample of the features of all shards, float16 `(num_sampled, dim)`, in their order; all where there are fewer."""
+    counts = np.array([count_rows(path) for path in paths])
+    chosen = np.sort(np.random.default_rng(seed).choice(counts.sum(), min(counts.sum(), num_sampled), replace=False))
     ends = np.cumsum(counts)
     parts = []
     for shard, rows in enumerate(np.split(chosen, np.searchsorted(chosen, ends[:-1]))):
@@ -26,11 +34,8 @@ def train_cells(
         for start in range(0, counts[shard], ROWS):
             inside = rows[(rows >= start) & (rows < start + ROWS)] - start
             if len(inside):
-                parts.append(read_rows(shard_path(folder, shard), "features", start, start + ROWS)[inside])
-    points = np.concatenate(parts)
-    del parts
-    centroids = backend.kmeans(backend.put(points.astype(np.float32)), num_cells, seed)
-    write_arrays(output, {"centroids": np.float32(centroids)})
+                parts.append(read_rows(paths[shard], "features", start, start + ROWS)[inside])
+    return np.concatenate(parts)
 
 
 def sort_shard(features: Path, output: Path, centroids: np.ndarray, backend: Backend) -> None:
@@ -145,12 +150,12 @@ def empty_cell(reader: CellReader) -> dict[str, np.ndarray]:
     )
 
 
-def assign_shard(sorted_shard: Path, codes: np.ndarray, backend: Backend, output: Path) -> None:
+def assign_shard(sorted_shard: Path, codebook, output: Path) -> None:
     """Nearest code of every row of a shard among all of the codebook: int32 `codes` `(num_rows,)` and their `distortion` `(1,)`."""
     found, distortion = [np.zeros(0, np.int32)], 0.0
     for start in range(0, count_rows(sorted_shard), ROWS):
         points = read_rows(sorted_shard, "features", start, start + ROWS).astype(np.float32)
-        indices, distances = backend.assign(backend.put(points), codes)
+        indices, distances = find_codes(codebook, points)
         found.append(indices.astype(np.int32))
         distortion += float(distances.sum(dtype=np.float64))
     write_arrays(output, {"codes": np.concatenate(found), "distortion": np.array([distortion])})

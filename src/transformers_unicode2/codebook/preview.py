@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .build import make_folders
-from .clustering import add_groups, make_backend
+from .clustering import add_groups, find_codes, move_codebook
 from .features import Encoder, encode_all, patch_thumbnails, write_file
 from .images import ImageSource
 from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
@@ -44,7 +44,8 @@ def main(args: argparse.Namespace) -> None:
         source = ImageSource(args.images, args.num_images)
         previews, counts = compute_previews(source, encoder, codebook, args.preview_size)
         arrays = (codebook.codes, codebook.cell_centroids, codebook.cell_offsets, previews)
-        codebook = codebook_from_arrays(*arrays)
+        recall, codebook = codebook.probe_recall, codebook_from_arrays(*arrays)
+        codebook.probe_recall = recall
         save_codebook(
             codebook, args.codebook, {**provenance, "previews": {"images": args.images, "num_images": len(source)}}
         )
@@ -61,14 +62,13 @@ def main(args: argparse.Namespace) -> None:
 
 def compute_previews(source: ImageSource, encoder: Encoder, codebook, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean thumbnails, uint8 `(codebook_size, side, side, 3)`, black where a code does not occur, and how often each does."""
-    backend = make_backend("torch", str(encoder.model.device))
-    codes = codebook.codes.numpy()
-    sums, counts = np.zeros((len(codes), side * side * 3)), np.zeros(len(codes), np.int64)
+    codebook, size = move_codebook(codebook, encoder.model.device), len(codebook.codes)
+    sums, counts = np.zeros((size, side * side * 3)), np.zeros(size, np.int64)
     for _, features, pixels in encode_all(source, encoder):
-        indices = backend.assign(backend.put(features.reshape(-1, encoder.dim)), codes)[0]
+        indices = find_codes(codebook, features.reshape(-1, encoder.dim))[0]
         tiles = patch_thumbnails(pixels, encoder.patch_size, side)
         add_groups(sums, tiles.reshape(len(indices), -1), indices)
-        counts += np.bincount(indices, minlength=len(codes))
+        counts += np.bincount(indices, minlength=size)
     means = np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8)
     return means.reshape(-1, side, side, 3), counts
 

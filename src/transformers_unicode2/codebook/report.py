@@ -13,7 +13,7 @@ from string import Template
 import numpy as np
 
 from .build import make_folders
-from .clustering import make_backend
+from .clustering import find_codes, make_backend, move_codebook
 from .features import Encoder, encode_all, write_file
 from .images import ImageSource
 from .statistics import (
@@ -56,9 +56,7 @@ def main(args: argparse.Namespace) -> dict:
     make_folders(output)
     backend = make_backend("torch", str(encoder.model.device))
     source = ImageSource(args.images, args.num_images)
-    codes, images, error, sample, gallery = read_images(
-        source, encoder, codebook, backend, args.gallery_images, args.seed
-    )
+    codes, images, error, sample, gallery = read_images(source, encoder, codebook, args.gallery_images, args.seed)
     report = compute_report(codebook, codes, images, error, sample, backend, args.beta, args.seed)
     report["codebook"], report["images"] = str(args.codebook), args.images
     for name, figure in draw_curves(report).items():
@@ -74,19 +72,19 @@ def main(args: argparse.Namespace) -> dict:
     return report
 
 
-def read_images(source: ImageSource, encoder: Encoder, codebook, backend, gallery_images: int, seed: int):
+def read_images(source: ImageSource, encoder: Encoder, codebook, gallery_images: int, seed: int):
     """Codes of all images.
 
     Returns int32 `codes` and `images` `(num_features,)`, the sum of squared distances, a seeded sample of features float32
     `(num_sampled, dim)` and WebP thumbnails of the first `gallery_images` images. Images that cannot be read are left out.
     """
-    table = codebook.codes.numpy()
+    codebook = move_codebook(codebook, encoder.model.device)
     codes, sample, gallery, error = [], [], [], 0.0
     total = len(source) * encoder.num_patches
     chosen = np.sort(np.random.default_rng(seed).choice(total, min(total, NUM_SAMPLED), replace=False))
     for positions, features, pixels in encode_all(source, encoder):
         features = features.reshape(-1, encoder.dim)
-        indices, distances = backend.assign(backend.put(features), table)
+        indices, distances = find_codes(codebook, features)
         codes.append(indices.astype(np.int32))
         error += float(distances.sum(dtype=np.float64))
         rows = (np.array(positions)[:, None] * encoder.num_patches + np.arange(encoder.num_patches)).ravel()

@@ -1,6 +1,8 @@
-"""Numbers about how a codebook is used (sections 3.1 and 4 of the paper). Everything here is NumPy; nothing reads files."""
+"""Numbers about how a codebook is used (sections 3.1 and 4 of the paper). Nothing here reads files."""
 
 import numpy as np
+
+from .clustering import find_codes
 
 
 def compute_statistics(counts: np.ndarray, squared_error: float) -> dict[str, float]:
@@ -96,3 +98,27 @@ def fit_rate_distortion(sizes: np.ndarray, distortions: np.ndarray) -> dict[str,
     """Exponent of Eq. 17, D = C K^(-2/d): the slope of log D over log K, and the dimension d that it stands for."""
     slope, intercept = np.polyfit(np.log(sizes), np.log(distortions), 1)
     return {"exponent": float(slope), "constant": float(np.exp(intercept)), "dimension": float(-2 / slope)}
+
+
+def compute_probe_recall(codebook, features: np.ndarray) -> dict[str, float]:
+    """Share of features `(num_features, dim)` whose nearest code of all lies in the 1, 2, 4 ... cells with the nearest centroids.
+
+    The keys are text, as JSON has them; the last one is all cells.
+    """
+    import torch
+
+    codes = torch.from_numpy(find_codes(codebook, features)[0])
+    offsets, centroids = codebook.cell_offsets.cpu(), codebook.cell_centroids.cpu().double()
+    home = (
+        torch.searchsorted(offsets, codes, right=True) - 1
+    )  # the last of the cells that begin there: the one with codes
+    filled = offsets.diff() > 0
+    ranks = []
+    for part, cell in zip(torch.from_numpy(features).double().split(1024), home.split(1024)):
+        distance = torch.cdist(part, centroids).masked_fill(~filled, torch.inf)  # (num_rows, num_cells)
+        ranks.append((distance < distance.gather(1, cell[:, None])).sum(-1))
+    ranks, count = torch.cat(ranks), len(centroids)
+    return {
+        str(n): (ranks < n).double().mean().item()
+        for n in [2**i for i in range(count.bit_length()) if 2**i < count] + [count]
+    }

@@ -28,6 +28,7 @@ def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: di
         "codebook_dim": codebook.codes.shape[1],
         "num_cells": len(codebook.cell_centroids),
         "preview_size": 0 if codebook.previews is None else codebook.previews.shape[1],
+        "probe_recall": codebook.probe_recall,
     }
     weights, description = folder / "codebook.safetensors", folder / "codebook.json"
     new_weights, new_description = (file.with_name(f".{file.name}.tmp") for file in (weights, description))
