@@ -1,11 +1,22 @@
 """The search beside brute force in float64, by every way that it can go."""
 
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from transformers_unicode2 import UniCode2Codebook, UniCode2CodebookConfig
+from transformers_unicode2.codebook.statistics import compute_probe_recall
 from transformers_unicode2.kernel_unicode2 import load_kernel
 from transformers_unicode2.screen_unicode2 import Screen
-from transformers_unicode2.search_unicode2 import Cells, NearestCodeSearch, exact_distance
+from transformers_unicode2.search_unicode2 import MIN_SIZE, Cells, NearestCodeSearch, exact_distance
 
 WAYS = ("kernel", "torch", "scan")
 DIM = 160
@@ -92,3 +103,187 @@ def test_adversarial_codes_are_found_exactly(name, way):
     codes, features = adversarial(name)
     found = make_search(codes, way)(features, codes, equal_cells(codes.nan_to_num(0, 0, 0), 5))
     assert torch.equal(found, brute_force(features, codes.where(codes.isfinite().all(-1, keepdim=True), 3e38)))
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(1, 700),
+    dim=st.integers(60, 200),
+    num_cells=st.integers(1, 40),
+    far=st.sampled_from([0.0, 1.0, 30.0]),
+    way=st.sampled_from(WAYS),
+    workspace=st.sampled_from([2**16, 2**28]),
+)
+def test_drawn_codes_are_found_exactly(seed, size, dim, num_cells, far, way, workspace):
+    codes, features = draw_clusters(seed, size, 20, dim, far)
+    search = make_search(codes, way)
+    assert torch.equal(
+        search(features, codes, equal_cells(codes, num_cells), None, workspace), brute_force(features, codes)
+    )
+
+
+@pytest.mark.parametrize("way", ["kernel", "torch"])
+def test_the_bounds_leave_nothing_to_a_scan(way, monkeypatch):
+    codes, features = draw_clusters(0, 3000, 60, 512)
+    search = make_search(codes, way)
+    expected = search.scan(features, codes, 2**28)
+    monkeypatch.setattr(NearestCodeSearch, "scan", lambda *args: pytest.fail("scanned"))
+    assert torch.equal(search(features, codes, equal_cells(codes, 10)), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_code_finds_itself_or_the_first_of_its_equals(way):
+    codes, _ = draw_clusters(1, 3000)
+    codes[2000:2500] = codes[:500]
+    expected = torch.arange(3000)
+    expected[2000:2500] = torch.arange(500)
+    assert torch.equal(make_search(codes, way)(codes, codes, equal_cells(codes, 7)), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_probing_finds_the_nearest_code_of_the_nearest_cells(way):
+    codes, features = draw_clusters(2, 3000, 60)
+    cells, search = equal_cells(codes, 12), make_search(codes, way)
+    nearest = torch.cdist(features, cells.centroids).argsort(-1)[:, :3]
+    for row, found in enumerate(search(features, codes, cells, 3)):
+        inside = (
+            torch.cat([torch.arange(cells.offsets[cell], cells.offsets[cell + 1]) for cell in nearest[row]])
+            .sort()
+            .values
+        )
+        assert found == inside[brute_force(features[row : row + 1], codes[inside])[0]]
+    assert torch.equal(search(features, codes, cells, 12), brute_force(features, codes))
+    assert torch.equal(search(features, codes, cells, 99), brute_force(features, codes))
+
+
+@pytest.fixture(scope="module")
+def codebook() -> UniCode2Codebook:
+    """A codebook large enough for the bounds, with cells without codes."""
+    codes, _ = draw_clusters(4, MIN_SIZE + 13, 1)
+    cells = equal_cells(codes, 30)
+    offsets = torch.cat([cells.offsets[:3], cells.offsets[2:3], cells.offsets[3:]])
+    config = UniCode2CodebookConfig(codebook_size=len(codes), codebook_dim=DIM, num_cells=31)
+    made = UniCode2Codebook(config)
+    made.codes.copy_(codes)
+    made.cell_centroids.copy_(torch.cat([cells.centroids[:2], cells.centroids[:1], cells.centroids[2:]]))
+    made.cell_offsets.copy_(offsets)
+    return made
+
+
+@pytest.fixture(scope="module")
+def features():
+    return draw_clusters(4, MIN_SIZE + 13, 48)[1]
+
+
+def test_ids_do_not_depend_on_batch_dtype_layout_workspace_or_precision(codebook, features):
+    expected = brute_force(features, codebook.codes)
+    assert torch.equal(codebook.encode(features), expected)
+    assert torch.equal(codebook.encode(features.flip(0)).flip(0), expected)
+    assert torch.equal(torch.cat([codebook.encode(part) for part in features.split([1, 40, 7])]), expected)
+    assert torch.equal(codebook.encode(features.T.contiguous().T), expected)
+    assert torch.equal(codebook.encode(features.view(4, 12, DIM)), expected.view(4, 12))
+    assert torch.equal(codebook.encode(features, workspace=2**18), expected)
+    assert codebook.encode(features[:0]).shape == (0,)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = features.to(dtype)
+        assert torch.equal(codebook.encode(narrow), brute_force(narrow.float(), codebook.codes))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        fresh = copy.deepcopy(codebook)
+        assert torch.equal(fresh.encode(features), expected)
+        assert torch.equal(fresh.search.scan(features, fresh.codes, 2**28), expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_bad_features_are_refused_by_position(codebook):
+    features = torch.zeros(2, 3, DIM)
+    features[1, 1, 5] = torch.inf
+    with pytest.raises(ValueError, match="1 of 6 features are not finite; the first is number 4"):
+        codebook.encode(features)
+    with pytest.raises(ValueError, match="`num_probes` is 0"):
+        codebook.encode(features[:1], num_probes=0)
+
+
+def test_tables_take_a_tenth_and_are_no_state(codebook, features):
+    expected = codebook.encode(features)
+    assert codebook.search.auxiliary_bytes() <= 0.1 * codebook.codes.nbytes
+    assert set(codebook.state_dict()) == {"codes", "cell_centroids", "cell_offsets"}
+    for twin in (copy.deepcopy(codebook), pickle.loads(pickle.dumps(codebook))):
+        assert twin.search is None
+        assert torch.equal(twin.encode(features), expected)
+    assert torch.equal(copy.deepcopy(codebook).bfloat16().encode(features), expected)
+    with ThreadPoolExecutor(4) as pool:
+        twin = copy.deepcopy(codebook)
+        assert all(torch.equal(found, expected) for found in pool.map(lambda _: twin.encode(features), range(8)))
+
+
+def test_tables_follow_the_codes(codebook, features):
+    other = codebook.codes.flip(0).contiguous()
+    expected = len(other) - 1 - codebook.encode(features)  # no two are equal
+    changes = {
+        "in place": lambda twin: twin.codes.copy_(other),
+        "around the count of versions": lambda twin: twin.codes.data.copy_(other),
+        "load_state_dict": lambda twin: twin.load_state_dict({**twin.state_dict(), "codes": other}),
+        "assign": lambda twin: twin.load_state_dict({**twin.state_dict(), "codes": other}, assign=True),
+    }
+    for name, change in changes.items():
+        twin = copy.deepcopy(codebook)
+        twin.encode(features)
+        change(twin)
+        assert torch.equal(twin.encode(features), expected), name
+    moved = copy.deepcopy(codebook)
+    moved.encode(features)
+    kept, moved.codes = moved.search, moved.codes.clone()  # as offloading does
+    assert torch.equal(moved.encode(features), codebook.encode(features)) and moved.search is kept
+    assert moved.to("meta").search is None
+
+
+def test_recall_is_that_of_probing(codebook, features):
+    recall = compute_probe_recall(codebook, features.numpy())
+    exact = codebook.encode(features)
+    assert list(recall) == ["1", "2", "4", "8", "16", "31"] and recall["31"] == 1
+    for count, share in recall.items():
+        assert (codebook.encode(features, num_probes=int(count)) == exact).double().mean().item() == pytest.approx(
+            share
+        )
+    with pytest.raises(ValueError, match="was not measured"):
+        codebook.num_probes_for(0.9)
+    twin = copy.deepcopy(codebook)
+    twin.probe_recall = {"1": 0.7, "2": 0.9, "4": 0.99}
+    assert [twin.num_probes_for(wanted) for wanted in (0.5, 0.8, 0.9, 0.95)] == [1, 2, 2, 4]
+    with pytest.raises(ValueError, match="A recall of 0.999 was not reached, 0.99000 was"):
+        twin.num_probes_for(0.999)
+
+
+def test_kernel_is_left_out_on_request_or_without_a_compiler(monkeypatch, tmp_path):
+    load = load_kernel.__wrapped__
+    monkeypatch.setenv("UNICODE2_KERNEL", "0")
+    assert load() is None
+    monkeypatch.delenv("UNICODE2_KERNEL")
+    monkeypatch.setenv("UNICODE2_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
+    assert load() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not load_kernel(), reason="no C compiler")
+def test_cache_of_the_kernel(monkeypatch, tmp_path):
+    """Compiled by two processes at once; made again when damaged; not used where it cannot be or where others can write."""
+    load = load_kernel.__wrapped__
+    environment = {**os.environ, "UNICODE2_CACHE": str(tmp_path / "cache")}
+    source = os.path.join(os.path.dirname(sys.modules[load.__module__].__file__), "kernel_unicode2.py")
+    code = f"import runpy; assert runpy.run_path({source!r})['load_kernel']()"
+    runs = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    (library,) = (tmp_path / "cache").iterdir()
+    monkeypatch.setenv("UNICODE2_CACHE", str(tmp_path / "cache"))
+    library.write_bytes(library.read_bytes()[:1000])
+    assert load() and library.stat().st_size > 1000
+    library.write_bytes(b"planted")
+    os.chmod(tmp_path / "cache", 0o777)
+    assert load() and library.read_bytes() == b"planted"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("UNICODE2_CACHE", str(tmp_path / "file" / "cache"))
+    assert load()

@@ -1,0 +1,343 @@
+"""What does the nearest code cost, exactly and approximately, beside FAISS, and are the ids right?
+
+    python benchmarks/nearest_code.py --images images --encoder clip-vit-b16 --cache outputs/features
+    python benchmarks/nearest_code.py --quick  # synthetic data only, small
+
+Peers in the same run, with the same threads: `faiss.IndexFlatL2`, and `faiss.IndexIVFFlat` over the same cells with as many probes as the
+approximate search. Real codes are a seeded sample of the features that `real_features.py` keeps, rounded to bfloat16, the queries
+features of other images. Synthetic ones are clusters whose spectrum falls as that of real features does. Cells come from k-means.
+The approximate search looks into as few cells as hold the nearest code of 99.9 % of other queries than those that are timed. Ids are
+compared with brute force in float64; a tie counts as equal. The limit is the time of the flat search's products alone at the rate of
+a large float32 matrix product, measured in the same run. On a GPU the peer is the flat product in bfloat16.
+"""
+
+import argparse
+import platform
+import subprocess
+import sys
+import threading
+import time
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from transformers_unicode2 import UniCode2Codebook
+from transformers_unicode2.codebook.clustering import FaissBackend
+from transformers_unicode2.codebook.statistics import compute_probe_recall
+from transformers_unicode2.codebook.storage import codebook_from_arrays
+
+NUM_CHECKED = 196  # queries whose ids are compared with brute force
+NUM_CALIBRATED = 4096  # queries that tell the number of probes
+
+
+def draw_synthetic(size: int, num_queries: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Points of clusters in clusters, with standard deviations that fall as i ** -0.5 over rotated directions."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, dim + 1) ** -0.5
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    centres = torch.randn(256, dim, generator=generator) * spectrum
+    smaller = centres[torch.randint(256, (8192,), generator=generator)]
+    smaller = smaller + 0.6 * torch.randn(8192, dim, generator=generator) * spectrum
+    points = torch.empty(size + num_queries, dim)
+    for part in points.split(16384):
+        chosen = torch.randint(8192, (len(part),), generator=generator)
+        torch.mm(smaller[chosen] + 0.5 * torch.randn(len(part), dim, generator=generator) * spectrum, turn, out=part)
+    return points[:size].numpy(), points[size:].numpy()
+
+
+def draw_adversarial(name: str, size: int, num_queries: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points without structure (`sphere`), all the same (`equal rows`), or each eight times (`duplicates`), and queries on a sphere."""
+    points = torch.randn(size + num_queries, dim, generator=torch.Generator().manual_seed(0))
+    points = torch.nn.functional.normalize(points, dim=-1)
+    codes, queries = points[:size], points[size:]
+    if name == "equal rows":
+        codes = codes[:1].expand(size, dim).clone()
+    elif name == "duplicates":
+        codes = codes[torch.arange(size) // 8]
+    return codes.numpy(), queries.numpy()
+
+
+def make_codebook(points: np.ndarray) -> UniCode2Codebook:
+    """Points as codes, rounded to bfloat16, sorted by cell; a cell has 500 codes on average."""
+    backend, count = FaissBackend(max_points_per_centroid=64), max(16, len(points) // 500)
+    sample = points[np.random.default_rng(0).permutation(len(points))[: 64 * count]]
+    centroids = backend.kmeans(np.ascontiguousarray(sample), count, 0, 8)
+    codes = torch.from_numpy(points).bfloat16().float()
+    cells = np.concatenate([backend.assign(part.numpy(), centroids)[0] for part in codes.split(65536)])
+    order = np.argsort(cells, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=count))])
+    return codebook_from_arrays(codes[torch.from_numpy(order)], np.float32(centroids), offsets)
+
+
+class Memory:
+    """Inside, notes the most resident memory above what there was before, in MiB."""
+
+    def __enter__(self) -> "Memory":
+        self.before, self.most, self.done = self.resident(), 0.0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        while not self.done.wait(0.002):
+            self.most = max(self.most, self.resident() - self.before)
+
+    def resident(self) -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def measure(function, repeats: int):
+    """Result of a call, and the least seconds of `repeats` calls after a first one that is not counted."""
+    result, seconds = function(), []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return result, min(seconds)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure_rate(dtype: torch.dtype, device: str, size: int) -> float:
+    """Operations a second of a large matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / measure(lambda: a @ b, 5)[1]
+
+
+def share_equal(queries: torch.Tensor, codes: torch.Tensor, found: torch.Tensor) -> float:
+    """Share of queries whose code is as near as the nearest in float64, by products of all with all."""
+    queries, found = queries[:NUM_CHECKED].double(), found[:NUM_CHECKED]
+    best, nearest = torch.full_like(queries[:, 0], torch.inf), torch.zeros_like(found)
+    for start in range(0, len(codes), 16384):
+        part = codes[start : start + 16384].double()
+        distance, index = (part.square().sum(-1) - 2 * queries @ part.T).min(-1)
+        nearest = nearest.where(distance >= best, index + start)
+        best = torch.minimum(best, distance)
+    reference, ours = ((queries - codes[ids].double()).square().sum(-1) for ids in (nearest, found))
+    return (ours <= reference).double().mean().item()
+
+
+def make_ivf(codebook: UniCode2Codebook):
+    import faiss
+
+    centroids, codes = codebook.cell_centroids.numpy(), codebook.codes.numpy()
+    coarse = faiss.IndexFlatL2(codes.shape[1])
+    coarse.add(centroids)
+    index = faiss.IndexIVFFlat(coarse, codes.shape[1], len(centroids), faiss.METRIC_L2)
+    index.is_trained, index.coarse = True, coarse  # the second keeps it alive
+    lists = np.repeat(np.arange(len(centroids)), np.diff(codebook.cell_offsets.numpy()))
+    index.add_core(len(codes), faiss.swig_ptr(codes), None, faiss.swig_ptr(lists))
+    return index
+
+
+def compare(
+    name: str, points: np.ndarray, queries: np.ndarray, sizes: list[int], rate: float, approximate: bool = True
+):
+    """Rows of the table for one codebook: how long each search takes for each number of queries."""
+    import faiss
+
+    codebook = make_codebook(points)
+    codes, size, dim = codebook.codes, len(points), points.shape[1]
+    start = time.perf_counter()
+    codebook.encode(torch.from_numpy(queries[:1]))
+    built, tables = time.perf_counter() - start, codebook.search.auxiliary_bytes() / codes.nbytes
+    searches = {}
+    if approximate:
+        codebook.probe_recall = compute_probe_recall(codebook, queries[-NUM_CALIBRATED:])
+        probes = codebook.num_probes_for(0.999)
+        index = make_ivf(codebook)
+        index.nprobe = probes
+        searches[f"ours, {probes} probes"] = lambda x: codebook.encode(x, num_probes=probes)
+        searches[f"FAISS IVF, {probes} probes"] = lambda x: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0])
+    flat = faiss.IndexFlatL2(dim)
+    flat.add(codes.numpy())
+    searches = {
+        "FAISS flat": lambda x: torch.from_numpy(flat.search(x.numpy(), 1)[1][:, 0]),
+        "ours, exact": codebook.encode,
+        **searches,
+    }
+    for count in sizes:
+        batch, baseline = torch.from_numpy(queries[:count]), None
+        for method, search in searches.items():
+            with Memory() as memory:
+                found, seconds = measure(partial(search, batch), 3 if count * size < 2e8 else 1)
+            baseline = baseline or seconds
+            equal = share_equal(batch, codes, found)
+            limit = 2 * count * size * dim / rate
+            yield name, size, count, method, seconds, baseline / seconds, limit, equal, memory.most, built, tables
+
+
+def print_table(rows: list[tuple]) -> None:
+    print("| data | codes | queries | search | ms | times flat | limit of flat, ms | equal ids, % | memory, MiB |")
+    print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, size, count, method, seconds, ratio, limit, equal, memory, *_ in rows:
+        figures = f"{1e3 * seconds:.2f} | {ratio:.1f} | {1e3 * limit:.1f} | {100 * equal:.2f} | {memory:.0f}"
+        print(f"| {name} | {size:,} | {count} | {method} | {figures} |")
+    print()
+    for name in dict.fromkeys(row[0] for row in rows):
+        mine = {(row[1], row[3].startswith("FAISS")): row for row in rows if row[0] == name and "probes" not in row[3]}
+        sizes = sorted({size for size, _ in mine})
+        for size in sizes:
+            print(
+                f"- {name}, {size:,} codes: tables {100 * mine[size, False][10]:.1f} % of the codes, made in {mine[size, False][9]:.1f} s"
+            )
+        if len(sizes) > 1:
+            slopes = [
+                np.polyfit(np.log(sizes), [np.log(mine[size, peer][4] / mine[size, peer][2]) for size in sizes], 1)[0]
+                for peer in (False, True)
+            ]
+            print(f"- {name}: time grows as K^{slopes[0]:.2f}, FAISS flat as K^{slopes[1]:.2f}")
+    print()
+
+
+@torch.no_grad()
+def compare_encoders(args: argparse.Namespace, codebook: UniCode2Codebook, num_images: int) -> None:
+    """Ids of the same images by dtype and device of the encoder, beside those of float32 on the CPU."""
+    from transformers_unicode2.codebook.features import Encoder, read_batches
+    from transformers_unicode2.codebook.images import ImageSource
+
+    source = ImageSource(args.images)
+    ways = [("cpu", "float32"), ("cpu", "bfloat16")]
+    ways += [("cuda", "float32"), ("cuda", "bfloat16")] * torch.cuda.is_available()
+    pixels, features, rows = None, None, []
+    for device, dtype in ways:
+        encoder = Encoder(args.encoder, dtype, device)
+        if pixels is None:
+            pixels = next(read_batches(source, encoder, 0, num_images))[1]
+        output = torch.from_numpy(encoder(pixels)[0]).flatten(0, 1)
+        home = codebook.to(device)
+        codes = home.encode(output.to(device)).cpu()
+        if features is None:
+            features, expected = output.double(), codes
+        codebook.to("cpu")
+        own, other = ((features - codebook.codes[ids].double()).norm(dim=-1) for ids in (expected, codes))
+        differs = codes != expected
+        farther = (other / own - 1)[differs]
+        figures = farther.quantile(torch.tensor([0.5, 0.99]).double()).tolist() if differs.any() else (0.0, 0.0)
+        rows.append((f"{device} {dtype}", 100 * (~differs).double().mean().item(), *(100 * value for value in figures)))
+    print(f"Encoder of {len(pixels)} images and {len(codebook.codes):,} codes, beside float32 on the CPU:\n")
+    print("| encoder | equal ids, % | where not: farther by, %, median | 99th percentile |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, equal, median, most in rows:
+        print(f"| {name} | {equal:.2f} | {median:.3f} | {most:.3f} |")
+    print()
+
+
+@torch.no_grad()
+def compare_on_gpu(name: str, points: np.ndarray, queries: np.ndarray, count: int, encoder_seconds: float) -> None:
+    """One line each for the flat bfloat16 product, the exact and the approximate search."""
+    codebook = make_codebook(points)
+    codebook.probe_recall = compute_probe_recall(codebook, queries[-NUM_CALIBRATED:])
+    probes = codebook.num_probes_for(0.999)
+    codebook.to("cuda")
+    batch, codes = torch.from_numpy(queries[:count]).cuda(), codebook.codes.bfloat16()
+    narrow, parts = batch.bfloat16(), codes.split(max(1, 2**28 // count))
+
+    def product():
+        for part in parts:
+            narrow @ part.T
+
+    baseline = measure(product, 10)[1]
+    searches = {"bfloat16 product": product, "exact": lambda: codebook.encode(batch)}
+    searches[f"{probes} probes"] = lambda: codebook.encode(batch, num_probes=probes)
+    for method, search in searches.items():
+        search()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found, seconds = measure(search, 10)
+        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+        equal = "" if found is None else f"{100 * share_equal(batch, codebook.codes, found):.2f}"
+        share = f"{100 * seconds / encoder_seconds:.1f}"
+        figures = f"{1e3 * seconds:.2f} | {baseline / seconds:.2f} | {share} | {equal} | {memory:.0f}"
+        print(f"| {name} | {len(points):,} | {count} | {method} | {figures} |")
+
+
+@torch.no_grad()
+def time_encoder() -> float:
+    """Seconds of a so400m-384 forward for one image, random weights in bfloat16."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    from transformers_unicode2.configuration_unicode2 import SIGLIP_SO400M_384
+
+    config = SiglipVisionConfig(**{k: v for k, v in SIGLIP_SO400M_384.items() if k != "model_type"})
+    model = SiglipVisionModel(config).to("cuda", torch.bfloat16).eval()
+    pixels = torch.randn(1, 3, 384, 384, device="cuda", dtype=torch.bfloat16)
+    return measure(lambda: model(pixels), 10)[1]
+
+
+def describe_hardware() -> str:
+    models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads{gpu}"
+
+
+def read_real(args: argparse.Namespace, size: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """A seeded sample of the features to fit as codes, and one of the held-out ones as queries."""
+    from real_features import load_features
+
+    rng = np.random.default_rng(0)
+    parts = zip(load_features(args), (size, num_queries))
+    return tuple(np.float32(rows[np.sort(rng.choice(len(rows), count, replace=False))]) for rows, count in parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--images", help="folder of images, for real features and the table of encoders")
+    parser.add_argument("--encoder", help="CLIP or SigLIP vision encoder")
+    parser.add_argument("--cache", default="outputs/features", help="folder of real_features.py")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[31_000, 125_000, 500_000], help="numbers of codes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check the script")
+    args = parser.parse_args()
+    import faiss
+
+    torch.set_num_threads(args.threads)
+    faiss.omp_set_num_threads(args.threads)
+    images = (1, 2) if args.quick else (1, 16)
+    sizes, adversarial_size = ([9_000, 18_000], 9_000) if args.quick else (args.sizes, 31_000)
+    rate = measure_rate(torch.float32, "cpu", 512 if args.quick else 2048)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(
+        f"{date.today()}, {describe_hardware()}, commit {commit}, torch {torch.__version__}, faiss {faiss.__version__},"
+    )
+    print(f"float32 products {rate / 1e9:.0f} GFLOP/s, `{' '.join(sys.argv)}`\n", flush=True)
+    rows, others = [], NUM_CALIBRATED
+    for size in sizes:
+        if args.images:
+            data = read_real(args, size, 16 * 196 + others)
+            rows += compare("real, 768", *data, [196 * count for count in images], rate)
+        data = draw_synthetic(size, 16 * 729 + others, 256 if args.quick else 1152)
+        rows += compare("synthetic", *data, [(196 if args.quick else 729) * count for count in images], rate)
+    for name in ("sphere", "equal rows", "duplicates"):
+        data = draw_adversarial(name, adversarial_size, 196, 256 if args.quick else 768)
+        rows += compare(name, *data, [196], rate, approximate=False)
+    print_table(rows)
+    if torch.cuda.is_available():
+        encoder_seconds = time_encoder()
+        print(
+            "| data | codes | queries | on the GPU | ms | times the product | of so400m-384, % | equal ids, % | memory, MiB |"
+        )
+        print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+        for size in sizes:
+            if args.images:
+                compare_on_gpu("real, 768", *read_real(args, size, 196 + others), 196, encoder_seconds)
+            compare_on_gpu("synthetic, 1152", *draw_synthetic(size, 729 + others, 1152), 729, encoder_seconds)
+        print()
+    if args.images:
+        compare_encoders(args, make_codebook(read_real(args, sizes[-1], 1)[0]), 4 if args.quick else 32)
+
+
+if __name__ == "__main__":
+    main()
