@@ -28,6 +28,7 @@ from transformers_unicode2 import UniCode2Codebook
 from transformers_unicode2.codebook.clustering import FaissBackend
 from transformers_unicode2.codebook.statistics import compute_probe_recall
 from transformers_unicode2.codebook.storage import codebook_from_arrays
+from transformers_unicode2.faiss_unicode2 import make_index
 
 NUM_CHECKED = 196  # queries whose ids are compared with brute force
 NUM_CALIBRATED = 4096  # queries that tell the number of probes
@@ -129,25 +130,10 @@ def share_equal(queries: torch.Tensor, codes: torch.Tensor, found: torch.Tensor)
     return (ours <= reference).double().mean().item()
 
 
-def make_ivf(codebook: UniCode2Codebook):
-    import faiss
-
-    centroids, codes = codebook.cell_centroids.numpy(), codebook.codes.numpy()
-    coarse = faiss.IndexFlatL2(codes.shape[1])
-    coarse.add(centroids)
-    index = faiss.IndexIVFFlat(coarse, codes.shape[1], len(centroids), faiss.METRIC_L2)
-    index.is_trained, index.coarse = True, coarse  # the second keeps it alive
-    lists = np.repeat(np.arange(len(centroids)), np.diff(codebook.cell_offsets.numpy()))
-    index.add_core(len(codes), faiss.swig_ptr(codes), None, faiss.swig_ptr(lists))
-    return index
-
-
 def compare(
     name: str, points: np.ndarray, queries: np.ndarray, sizes: list[int], rate: float, approximate: bool = True
 ):
     """Rows of the table for one codebook: how long each search takes for each number of queries."""
-    import faiss
-
     codebook = make_codebook(points)
     codes, size, dim = codebook.codes, len(points), points.shape[1]
     start = time.perf_counter()
@@ -157,12 +143,10 @@ def compare(
     if approximate:
         codebook.probe_recall = compute_probe_recall(codebook, queries[-NUM_CALIBRATED:])
         probes = codebook.num_probes_for(0.999)
-        index = make_ivf(codebook)
-        index.nprobe = probes
+        index = make_index(codebook, "ivf", probes)
         searches[f"ours, {probes} probes"] = lambda x: codebook.encode(x, num_probes=probes)
         searches[f"FAISS IVF, {probes} probes"] = lambda x: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0])
-    flat = faiss.IndexFlatL2(dim)
-    flat.add(codes.numpy())
+    flat = make_index(codebook)
     searches = {
         "FAISS flat": lambda x: torch.from_numpy(flat.search(x.numpy(), 1)[1][:, 0]),
         "ours, exact": codebook.encode,

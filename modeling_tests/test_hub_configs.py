@@ -10,7 +10,17 @@ from transformers_unicode2 import UniCode2ForConditionalGeneration
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "hub_configs/unicode2-tiny"
-TRAVELS = ["configuration", "generation", "kernel", "modeling", "processing", "quantization", "screen", "search"]
+TRAVELS = [
+    "configuration",
+    "faiss",
+    "generation",
+    "kernel",
+    "modeling",
+    "processing",
+    "quantization",
+    "screen",
+    "search",
+]
 
 
 @pytest.mark.parametrize("name", TRAVELS)

@@ -45,7 +45,6 @@ typedef struct {
     const float *weights;   /* (count, 2): of the slack of a code */
     const int64_t *cells;   /* (count, num_probes, 2): first and last code of the cells to look at first */
     int64_t num_probes;
-    double *distance;       /* out (count) */
     int64_t *found;         /* out (count) */
 } Queries;
 
@@ -57,10 +56,8 @@ typedef struct {
 } State;
 
 static inline float widen(uint16_t value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, 4);
-    return result;
+    union { uint32_t bits; float number; } both = {(uint32_t)value << 16};
+    return both.number;
 }
 
 /* Products of `rows` queries with CODES codes plus the constants, (rows, CODES). */
@@ -126,9 +123,9 @@ static inline int64_t collect(const int32_t *sums, int32_t threshold, int64_t fi
 }
 
 static inline int32_t dot(const uint8_t *codes, const int8_t *query, int64_t size) {
-    int64_t i = 0;
     int32_t result = 0;
 #ifdef WIDE
+    int64_t i = 0;
     __m512i sum = _mm512_setzero_si512();
     for (; i + 64 <= size; i += 64)
         sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(codes + i), _mm512_loadu_si512(query + i));
@@ -138,7 +135,7 @@ static inline int32_t dot(const uint8_t *codes, const int8_t *query, int64_t siz
     }
     result = _mm512_reduce_add_epi32(sum);
 #else
-    for (; i < size; i++) result += (int32_t)codes[i] * query[i];
+    for (int64_t i = 0; i < size; i++) result += (int32_t)codes[i] * query[i];
 #endif
     return result;
 }
@@ -314,10 +311,7 @@ int search(const Tables *t, const Queries *q, int64_t begin, int64_t end, int pr
             if (cost > budget * (0.1 + 0.9 * stop / codes)) return 1;
         }
     }
-    for (int64_t row = begin; row < end; row++) {
-        q->distance[row] = states[row - begin].distance;
-        q->found[row] = states[row - begin].found;
-    }
+    for (int64_t row = begin; row < end; row++) q->found[row] = states[row - begin].found;
     return 0;
 }
 
@@ -325,22 +319,15 @@ int64_t workspace_size(int64_t count) { return count * sizeof(State) + 2 * TILE 
 """
 
 BLOCK = 64  # codes that the kernel looks at together: the tables are padded to a multiple of it
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-ffp-contract=off",
-    "-shared",
-    "-fPIC",
-)  # no contraction: the same distances as torch has
+FLAGS = "-O3 -march=native -ffp-contract=off -shared -fPIC".split()  # no contraction: the same distances as torch has
+POINTERS = ("prefix", "constant", "rest", "half_norm", "slack", "codes")
+SIZES = ("size", "dim", "prefix_size", "rest_size", "tail_columns", "slack_columns")
 
 
 class Tables(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("prefix", "constant", "rest", "half_norm", "slack", "codes")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("size", "dim", "prefix_size", "rest_size", "tail_columns", "slack_columns")
-        ),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in SIZES),
         *((name, ctypes.c_float) for name in ("unit", "rest_unit")),
         ("costs", ctypes.c_float * 3),
     ]
@@ -350,7 +337,7 @@ class Queries(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("prefix", "rest", "features", "squared", "weights", "cells")),
         ("num_probes", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("distance", "found")),
+        ("found", ctypes.c_void_p),
     ]
 
 
@@ -364,10 +351,11 @@ def load_kernel():
         library = library or load_private()
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    library.search.argtypes = (
-        ctypes.POINTER(Tables), ctypes.POINTER(Queries), ctypes.c_int64, ctypes.c_int64, ctypes.c_int,
-        ctypes.c_double, ctypes.c_void_p,
-    )  # fmt: skip
+    structures, numbers = (
+        (ctypes.POINTER(Tables), ctypes.POINTER(Queries)),
+        (ctypes.c_int64, ctypes.c_int64, ctypes.c_int),
+    )
+    library.search.argtypes = (*structures, *numbers, ctypes.c_double, ctypes.c_void_p)
     library.workspace_size.argtypes, library.workspace_size.restype = (ctypes.c_int64,), ctypes.c_int64
     return library
 
@@ -386,7 +374,9 @@ def load_cached() -> ctypes.CDLL | None:
             except OSError:  # damaged
                 target.unlink()
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            os.replace(compile_kernel(Path(work)), target)  # whole, whoever else compiles at the same time
+            built = compile_kernel(Path(work))
+            built.chmod(0o700)
+            os.replace(built, target)  # whole, whoever else compiles at the same time
         return ctypes.CDLL(str(target))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
         return None

@@ -1,6 +1,5 @@
 """The frozen half of UniCode²: codebook C1 with nearest-code search, and the encoder in front of it (section 3.2)."""
 
-import importlib
 import json
 import re
 import threading
@@ -16,7 +15,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
-from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch, exact_distance
+from .faiss_unicode2 import make_index, search_index
+from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch
 
 TABLES_LOCK = threading.Lock()  # tables are derived once, whichever thread is first
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -133,6 +133,14 @@ class UniCode2Codebook(nn.Module):
                     f"The codes run from {low.item()} to {high.item()}; there are 0 to {len(self.codes) - 1}."
                 )
         return self.codes[codes]
+
+    def locate(self, codes: torch.LongTensor) -> torch.LongTensor:
+        """The cell of each code, `(...)` to `(...)`."""
+        return torch.searchsorted(self.cell_offsets, codes, right=True) - 1
+
+    def decode_cells(self, cells: torch.LongTensor) -> torch.Tensor:
+        """Cells of shape `(...)` to their centroids, `(..., codebook_dim)`."""
+        return self.cell_centroids[cells]
 
     def preview(self, codes: torch.LongTensor) -> torch.Tensor:
         """Codes of shape `(..., rows, columns)` to a mosaic of thumbnails, uint8 `(..., 3, rows * side, columns * side)`.
@@ -256,48 +264,22 @@ class UniCode2Quantizer(PreTrainedModel):
         return self.search_index(features)
 
     def make_faiss_index(self, kind: str = "flat", num_probes: int | None = None):
-        """A FAISS index of the codes in their order, to search or to write to disk.
-
-        Args:
-            kind (`str`, *optional*, defaults to `"flat"`): `"flat"` for an `IndexFlatL2`, `"ivf"` for an `IndexIVFFlat` whose lists
-                are the cells of the codebook.
-            num_probes (`int`, *optional*): lists that `"ivf"` looks into; all of them, which is exact, by default.
-
-        Raises:
-            `ImportError`: without FAISS. `ValueError`: on another kind.
-        """
-        faiss = import_faiss()
-        size, width = self.config.codebook_config.codebook_size, self.config.codebook_config.codebook_dim
-        codes = self.codebook(torch.arange(size), task="decode").cpu().numpy()
-        flat = faiss.IndexFlatL2(width)
-        if kind == "flat":
-            flat.add(codes)
-            return flat
-        if kind != "ivf":
-            raise ValueError(f"The index is {kind!r}; it must be 'flat', 'ivf' or an index of FAISS.")
-        centroids, sizes = self.codebook.cell_centroids.cpu(), self.codebook.cell_offsets.cpu().diff()
-        flat.add(centroids.numpy())
-        index = faiss.IndexIVFFlat(flat, width, len(centroids), faiss.METRIC_L2)
-        index.is_trained = True
-        lists = torch.arange(len(centroids)).repeat_interleave(sizes).numpy()
-        index.add_core(size, faiss.swig_ptr(codes), None, faiss.swig_ptr(lists))
-        index.nprobe = num_probes or len(centroids)
-        return index
+        """A FAISS index of the codes in their order, to search or to write to disk; see `make_index` of `faiss_unicode2.py`."""
+        return make_index(self.codebook, kind, num_probes)
 
     def use_faiss(self, index="flat", num_probes: int | None = None) -> "UniCode2Quantizer":
         """Searches with FAISS on the CPU from now on. The codes stay the same unless the index looks into a part of its lists only.
 
         Args:
-            index (`str` or `faiss.Index`, *optional*, defaults to `"flat"`): a kind of `make_faiss_index`, or an index that holds the
-                codes in their order.
-            num_probes (`int`, *optional*): of `make_faiss_index`.
+            index (`str` or `faiss.Index`, *optional*, defaults to `"flat"`): `"flat"`, `"ivf"`, whose lists are the cells of the
+                codebook, or an index that holds the codes in their order.
+            num_probes (`int`, *optional*): lists that `"ivf"` looks into; all of them, which is exact, by default.
 
         Raises:
-            `ImportError`: without FAISS. `ValueError`: when the index is not of this codebook's size and width.
+            `ImportError`: without FAISS. `ValueError`: on another kind, or when the index is not of this codebook's size and width.
         """
-        import_faiss()
-        size, width = self.config.codebook_config.codebook_size, self.config.codebook_config.codebook_dim
         index = self.make_faiss_index(index, num_probes) if isinstance(index, str) else index
+        size, width = self.codebook.codes.shape
         if (index.ntotal, index.d) != (size, width):
             raise ValueError(
                 f"The index holds {index.ntotal} vectors of width {index.d}, the codebook {size} of width {width}."
@@ -305,28 +287,11 @@ class UniCode2Quantizer(PreTrainedModel):
         self.index = index
         return self
 
-    def search_index(self, features: torch.Tensor, num_candidates: int = 4) -> torch.LongTensor:
-        """Nearest code of features `(..., codebook_dim)` among the candidates of the FAISS index; ties go to the lowest code.
-
-        Where the index's own rounding may have left out a nearer code, the codebook is searched.
-        """
-        width = self.config.codebook_config.codebook_dim
-        check_features(features, width)
-        query = features.reshape(-1, width).float().cpu()  # (num_queries, codebook_dim)
-        num_candidates = min(num_candidates, self.index.ntotal)
-        reached, candidates = (torch.from_numpy(x) for x in self.index.search(query.numpy(), num_candidates))
-        candidates = candidates.sort(-1).values  # (num_queries, num_candidates), -1 where too few were found
-        if (candidates[:, -1] < 0).any():
-            raise ValueError("The index found no code for a feature; let it probe more of its lists.")
-        codes = self.codebook(candidates.clamp(min=0).to(self.codebook.codes.device), task="decode").cpu()
-        distance = exact_distance(codes.flatten(0, 1), query.repeat_interleave(num_candidates, 0)).view_as(candidates)
-        nearest, place = distance.masked_fill(candidates < 0, torch.inf).min(-1)
-        found = candidates.gather(-1, place[:, None])[:, 0]
-        largest = 2 * query.double().norm(dim=-1) + nearest.sqrt()  # of the norms of the feature and a code as near
-        unsure = reached.amax(-1) - nearest < width * 2**-23 * largest.square()
-        if unsure.any() and num_candidates < self.index.ntotal:
-            found[unsure] = self.codebook(query[unsure].to(self.codebook.codes.device)).cpu()
-        return found.reshape(features.shape[:-1]).to(features.device)
+    def search_index(self, features: torch.Tensor) -> torch.LongTensor:
+        """Nearest code of features `(..., codebook_dim)` by the FAISS index, compared in float64; ties go to the lowest code."""
+        check_features(features, self.codebook.codes.shape[1])
+        query = features.reshape(-1, features.shape[-1]).float().cpu()  # (num_queries, codebook_dim)
+        return search_index(self.index, self.codebook, query).reshape(features.shape[:-1]).to(features.device)
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> UniCode2QuantizerOutput:
@@ -357,14 +322,6 @@ def read_quantizer(name, options: dict) -> dict[str, torch.Tensor] | None:
         with safe_open(cached_file(name, place, **options), framework="pt") as tensors:
             state |= {key: tensors.get_tensor(key) for key in wanted if wanted[key] == place}
     return state or None
-
-
-def import_faiss():
-    """The module; raises `ImportError` where it is missing."""
-    try:
-        return importlib.import_module("faiss")
-    except ModuleNotFoundError as error:
-        raise ImportError("Searching with FAISS needs faiss-cpu; install transformers_unicode2[codebook].") from error
 
 
 def check_features(features: torch.Tensor, width: int) -> None:

@@ -132,8 +132,7 @@ class NearestCodeSearch:
         names = ("prefix", "rest", "squared", "weights")
         kept = [query[name].contiguous() for name in names]
         kept = [*kept[:2], features, *kept[2:], spans.contiguous()]
-        outputs = (best.distance.data_ptr(), best.found.data_ptr())
-        queries = Queries(*(x.data_ptr() for x in kept), spans.shape[1], *outputs)
+        queries = Queries(*(x.data_ptr() for x in kept), spans.shape[1], best.found.data_ptr())
 
         def run(begin: int) -> None:
             end = min(begin + group, count)

@@ -108,17 +108,11 @@ def compute_probe_recall(codebook, features: np.ndarray) -> dict[str, float]:
     import torch
 
     codes = torch.from_numpy(find_codes(codebook, features)[0])
-    offsets, centroids = codebook.cell_offsets.cpu(), codebook.cell_centroids.cpu().double()
-    home = (
-        torch.searchsorted(offsets, codes, right=True) - 1
-    )  # the last of the cells that begin there: the one with codes
-    filled = offsets.diff() > 0
-    ranks = []
+    home, centroids = codebook.locate(codes), codebook.cell_centroids.double()
+    filled, ranks = codebook.cell_offsets.diff() > 0, []
     for part, cell in zip(torch.from_numpy(features).double().split(1024), home.split(1024)):
         distance = torch.cdist(part, centroids).masked_fill(~filled, torch.inf)  # (num_rows, num_cells)
         ranks.append((distance < distance.gather(1, cell[:, None])).sum(-1))
-    ranks, count = torch.cat(ranks), len(centroids)
-    return {
-        str(n): (ranks < n).double().mean().item()
-        for n in [2**i for i in range(count.bit_length()) if 2**i < count] + [count]
-    }
+    ranks, most = torch.cat(ranks), len(centroids)
+    counts = [2**power for power in range(most.bit_length()) if 2**power < most]
+    return {str(count): (ranks < count).double().mean().item() for count in [*counts, most]}
