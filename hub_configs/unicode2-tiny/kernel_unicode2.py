@@ -38,8 +38,7 @@ typedef struct {
 } Tables;
 
 typedef struct {
-    const int8_t *prefix;   /* (count, prefix_size) */
-    const int8_t *rest;     /* (count, rest_size) */
+    const int8_t *prefix, *rest;  /* (count, prefix_size) and (count, rest_size) */
     const float *features;  /* (count, dim) */
     const double *squared;  /* (count): |feature - mean|^2 */
     const float *weights;   /* (count, 2): of the slack of a code */
@@ -66,15 +65,11 @@ static inline __attribute__((always_inline)) void multiply(
     int64_t groups = t->prefix_size / 4;
     const uint8_t *codes = t->prefix + block * LANES * t->prefix_size;
 #ifdef WIDE
-    __m512i sums[TILE][VECTORS];
-    for (int v = 0; v < VECTORS; v++) {
-        __m512i start = _mm512_loadu_si512(t->constant + (block + v) * LANES);
-        for (int r = 0; r < rows; r++) sums[r][v] = start;
-    }
+    __m512i sums[TILE][VECTORS], part[VECTORS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_loadu_si512(t->constant + (block + v) * LANES);
     for (int64_t g = 0; g < groups; g++) {
-        __m512i part[VECTORS];
-        for (int v = 0; v < VECTORS; v++)
-            part[v] = _mm512_loadu_si512(codes + (v * groups + g) * 64);
+        for (int v = 0; v < VECTORS; v++) part[v] = _mm512_loadu_si512(codes + (v * groups + g) * 64);
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, queries + r * t->prefix_size + g * 4, 4);
@@ -148,10 +143,9 @@ static float squared_distance(const float *a, const float *b, int64_t dim) {
             float difference = a[i + j] - b[i + j];
             parts[j] += difference * difference;
         }
-    for (int j = 0; i < dim; i++, j++) parts[j] += (a[i] - b[i]) * (a[i] - b[i]);
-    float result = 0;
-    for (int j = 0; j < 64; j++) result += parts[j];
-    return result;
+    for (; i < dim; i++) parts[0] += (a[i] - b[i]) * (a[i] - b[i]);
+    for (int j = 1; j < 64; j++) parts[0] += parts[j];
+    return parts[0];
 }
 
 /* In the order of `exact_distance` in search_unicode2.py, so with the same bits: halves are added until one number is left. */
@@ -182,8 +176,7 @@ static void consider(const Tables *t, const Queries *q, int64_t row, State *stat
     if (rough > state->distance * 1.0001 + 1e-30) return;
     double distance = exact_distance(feature, candidate, t->dim);
     if (distance < state->distance || (distance == state->distance && code < state->found)) {
-        state->distance = distance;
-        state->found = code;
+        state->distance = distance, state->found = code;
         tighten(t, q, row, state);
     }
 }
@@ -191,10 +184,9 @@ static void consider(const Tables *t, const Queries *q, int64_t row, State *stat
 /* Second product on codes that passed the first one, distances of those that pass both. Returns the number of distances. */
 static int64_t refine(const Tables *t, const Queries *q, int64_t row, State *state,
                       const int32_t *kept, const int32_t *values, int64_t count) {
-    int64_t slack = t->prefix_size - t->slack_columns, tail = slack - t->tail_columns, distances = 0;
+    int64_t slack = t->prefix_size - t->slack_columns, tail = slack - t->tail_columns, distances = 0, waiting = 0;
     const int8_t *query = q->rest + row * t->rest_size;
     int32_t passed[CODES];
-    int64_t waiting = 0;
     for (int64_t i = 0; i < count; i++) {
         int64_t code = kept[i];
         if (code < t->size) {
@@ -208,15 +200,11 @@ static int64_t refine(const Tables *t, const Queries *q, int64_t row, State *sta
                 + widen(t->slack[2 * code]) * q->weights[2 * row] + widen(t->slack[2 * code + 1]) * q->weights[2 * row + 1];
             if (score >= state->floor) {
                 passed[waiting++] = (int32_t)code;
-                const char *place = (const char *)(t->codes + code * t->dim);
-                for (int line = 0; line < 8; line++) __builtin_prefetch(place + 64 * line);
+                for (int line = 0; line < 8; line++) __builtin_prefetch(t->codes + code * t->dim + 16 * line);
             }
         }
-        if (waiting == CODES || i + 1 == count) {
-            for (int64_t j = 0; j < waiting; j++) consider(t, q, row, state, passed[j]);
-            distances += waiting;
-            waiting = 0;
-        }
+        if (waiting == CODES || i + 1 == count)
+            for (distances += waiting; waiting > 0;) consider(t, q, row, state, passed[--waiting]);
     }
     return distances;
 }
@@ -224,9 +212,9 @@ static int64_t refine(const Tables *t, const Queries *q, int64_t row, State *sta
 /* The best of a cell's first codes by the first product: good candidates to begin with. */
 static void seed(const Tables *t, const Queries *q, int64_t row, State *state, int64_t first, int64_t last) {
     int32_t sums[CODES], top[SEEDS];
-    int64_t codes[SEEDS];
+    int64_t codes[SEEDS], limit = first + SEED_CODES;
     for (int s = 0; s < SEEDS; s++) top[s] = INT32_MIN, codes[s] = -1;
-    if (last > first + SEED_CODES) last = first + SEED_CODES;
+    last = last < limit ? last : limit;
     for (int64_t start = first / CODES * CODES; start < last; start += CODES) {
         multiply(t, q->prefix + row * t->prefix_size, 1, start / LANES, sums);
         for (int i = 0; i < CODES; i++) {
@@ -248,10 +236,8 @@ static void reset(const Tables *t, const Queries *q, int64_t row, State *state) 
     for (int64_t i = tail; i < slack; i++) state->tail_weight += prefix[i];
     for (int64_t i = slack; i < t->prefix_size; i++) state->slack_weight += prefix[i];
     for (int64_t i = 0; i < t->rest_size; i++) state->rest_offset += 128 * rest[i];
-    state->distance = 1.0 / 0.0;
-    state->found = t->size;
-    state->threshold = -(1 << 30);
-    state->floor = -1.0f / 0.0f;
+    state->distance = 1.0 / 0.0, state->found = t->size;
+    state->threshold = -(1 << 30), state->floor = -1.0f / 0.0f;
 }
 
 /* All codes of one query's cells. */
