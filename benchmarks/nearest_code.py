@@ -94,16 +94,16 @@ class Memory:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
-def measure(function, repeats: int):
-    """Result of a call, and the least seconds of `repeats` calls after a first one that is not counted."""
-    result, seconds = function(), []
+def measure(function, repeats: int) -> float:
+    """Least seconds of calls that come after a first one."""
+    seconds = []
     for _ in range(repeats):
         synchronize()
         start = time.perf_counter()
         function()
         synchronize()
         seconds.append(time.perf_counter() - start)
-    return result, min(seconds)
+    return min(seconds)
 
 
 def synchronize() -> None:
@@ -114,7 +114,7 @@ def synchronize() -> None:
 def measure_rate(dtype: torch.dtype, device: str, size: int) -> float:
     """Operations a second of a large matrix product."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / measure(lambda: a @ b, 5)[1]
+    return 2 * size**3 / measure(lambda: a @ b, 5)
 
 
 def share_equal(queries: torch.Tensor, codes: torch.Tensor, found: torch.Tensor) -> float:
@@ -156,7 +156,8 @@ def compare(
         batch, baseline = torch.from_numpy(queries[:count]), None
         for method, search in searches.items():
             with Memory() as memory:
-                found, seconds = measure(partial(search, batch), 3 if count * size < 2e8 else 1)
+                found = search(batch)
+            seconds = measure(partial(search, batch), 3 if count * size < 2e8 else 1)
             baseline = baseline or seconds
             equal = share_equal(batch, codes, found)
             limit = 2 * count * size * dim / rate
@@ -182,7 +183,7 @@ def print_table(rows: list[tuple]) -> None:
                 np.polyfit(np.log(sizes), [np.log(mine[size, peer][4] / mine[size, peer][2]) for size in sizes], 1)[0]
                 for peer in (False, True)
             ]
-            print(f"- {name}: time grows as K^{slopes[0]:.2f}, FAISS flat as K^{slopes[1]:.2f}")
+            print(f"- {name}, largest batch: time grows as K^{slopes[0]:.2f}, FAISS flat as K^{slopes[1]:.2f}")
     print()
 
 
@@ -233,14 +234,15 @@ def compare_on_gpu(name: str, points: np.ndarray, queries: np.ndarray, count: in
         for part in parts:
             narrow @ part.T
 
-    baseline = measure(product, 10)[1]
+    product()
+    baseline = measure(product, 10)
     searches = {"bfloat16 product": product, "exact": lambda: codebook.encode(batch)}
     searches[f"{probes} probes"] = lambda: codebook.encode(batch, num_probes=probes)
     for method, search in searches.items():
         search()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        found, seconds = measure(search, 10)
+        found, seconds = search(), measure(search, 10)
         memory = (torch.cuda.max_memory_allocated() - before) / 2**20
         equal = "" if found is None else f"{100 * share_equal(batch, codebook.codes, found):.2f}"
         share = f"{100 * seconds / encoder_seconds:.1f}"
@@ -258,7 +260,8 @@ def time_encoder() -> float:
     config = SiglipVisionConfig(**{k: v for k, v in SIGLIP_SO400M_384.items() if k != "model_type"})
     model = SiglipVisionModel(config).to("cuda", torch.bfloat16).eval()
     pixels = torch.randn(1, 3, 384, 384, device="cuda", dtype=torch.bfloat16)
-    return measure(lambda: model(pixels), 10)[1]
+    model(pixels)
+    return measure(lambda: model(pixels), 10)
 
 
 def describe_hardware() -> str:

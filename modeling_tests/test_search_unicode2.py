@@ -105,7 +105,7 @@ def test_adversarial_codes_are_found_exactly(name, way):
     assert torch.equal(found, brute_force(features, codes.where(codes.isfinite().all(-1, keepdim=True), 3e38)))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=12)
 @given(
     seed=st.integers(0, 2**31),
     size=st.integers(1, 700),
@@ -116,7 +116,7 @@ def test_adversarial_codes_are_found_exactly(name, way):
     workspace=st.sampled_from([2**16, 2**28]),
 )
 def test_drawn_codes_are_found_exactly(seed, size, dim, num_cells, far, way, workspace):
-    codes, features = draw_clusters(seed, size, 20, dim, far)
+    codes, features = draw_clusters(seed, size, 10, dim, far)
     search = make_search(codes, way)
     assert torch.equal(
         search(features, codes, equal_cells(codes, num_cells), None, workspace), brute_force(features, codes)

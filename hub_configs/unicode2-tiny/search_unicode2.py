@@ -99,6 +99,8 @@ class NearestCodeSearch:
         Returns:
             `torch.LongTensor` of shape `(num_features,)`.
         """
+        if not len(features):
+            return torch.zeros(0, dtype=torch.long, device=features.device)
         rows = max(1, min(4096, workspace // (64 * self.dim), workspace // (16 * len(cells.centroids))))
         with torch.autocast(features.device.type, enabled=False):
             parts = [self.search(part, codes, cells, num_probes, workspace) for part in features.split(rows)]
