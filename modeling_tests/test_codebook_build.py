@@ -241,6 +241,10 @@ def test_source_streams_a_data_set_from_any_position(place, tmp_path):
     assert [content for _, content in source.read(24, 27)] == [file.read_bytes() for file in files[24:27]]
     with pytest.raises(ValueError, match="--num-images"):
         ImageSource(str(tmp_path), streaming=True)
+    before = source.fingerprint()
+    assert ImageSource(str(tmp_path), limit=40, streaming=True).fingerprint() == before
+    write_parquet(tmp_path, files[::-1])
+    assert ImageSource(str(tmp_path), limit=40, streaming=True).fingerprint() != before
 
 
 def test_source_refuses_what_it_cannot_read(tmp_path):
