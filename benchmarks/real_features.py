@@ -3,7 +3,7 @@
     python benchmarks/real_features.py --images emoji clipart --encoder clip-vit-b16 --num-patches 1000000
     python benchmarks/real_features.py --synthetic 4000000 --dim 768 --features outputs/synthetic  # where images are too few
 
-The images come in a random order. Every fifth is held out; the others are for fitting, first as they are, then, if these are too few,
+The images come in a random order. Every 20th is held out; the others are for fitting, first as they are, then, if these are too few,
 mirrored. Killed, the same command goes on; with a larger --num-patches it adds to what there is.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-HELD_OUT = 5  # every so many-th image
+HELD_OUT = 20  # every so many-th image
 BATCH = 32  # images that are encoded, and then counted as done, together
 BLOCK = 50_000  # synthetic features that are drawn at a time
 
@@ -24,10 +24,10 @@ def load_features(folder: str, num_features: int | None = None) -> tuple[np.ndar
     place = Path(folder)
     if not (place / "features.json").exists():
         raise SystemExit(f"{folder} holds no features; make them by benchmarks/real_features.py.")
-    state = json.loads((place / "features.json").read_text())
+    dim = json.loads((place / "features.json").read_text())["dim"]
     fit, held_out = (
-        np.memmap(place / name, np.float16, "r", shape=(state[name] // (2 * state["dim"]), state["dim"]))
-        for name in ("fit.float16", "held_out.float16")
+        np.memmap(file, np.float16, "r", shape=(file.stat().st_size // (2 * dim), dim))
+        for file in (place / "fit.float16", place / "held_out.float16")
     )
     return fit[:num_features], held_out
 
