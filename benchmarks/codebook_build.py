@@ -1,63 +1,88 @@
 """How good, how fast and how large is the two-stage builder beside FAISS? On the same features and the same cores.
 
-    python benchmarks/codebook_build.py --images images --encoder clip-vit-b16 --num-features 1000000 --codebook-size 4096
+    python benchmarks/codebook_build.py --features outputs/features --num-features 1000000 --codebook-size 4096
 
-Peers: flat `faiss.Kmeans` and `faiss.contrib.clustering.two_level_clustering` with their default of 25 iterations; the builder has 20. Distortion is the mean squared distance of all features to their nearest code, exact, by the same function for all.
-Each method runs in a process of its own, whose peak resident memory is told; the builder's time has all of its phases after the
-features, with its reading and writing. The limit is the time of the products of the k-means alone, at the rate of a large product
-measured in the same run.
+Peers: flat `faiss.Kmeans` and `faiss.contrib.clustering.two_level_clustering` with their defaults, 25 iterations of all features. The builder
+comes plain (20 iterations, on all features in the cells), and with fewer iterations in the cells and Lloyd passes across their borders.
+
+Each method runs in a process of its own, whose peak resident memory is told. The peers' seconds are those of their call alone, on
+float32 features in memory; the builder's are those of all its phases after the features, from shards of float16 on disk to the
+codebook on disk. Distortion is the mean squared distance of an even sample of the features to the nearest of all codes, exact, by the
+same function for all. Finished rows are kept: the same command goes on.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from real_features import add_arguments, load_features
+from real_features import load_features, read_float32
+from rows import Rows, describe_run
 
-METHODS = ("flat", "two_level", "ours faiss", "ours torch", "ours torch, polished")
+METHODS = {  # of the builder: backend, iterations and Lloyd passes across the borders
+    "ours, faiss": ("faiss", 20, 0),
+    "ours, torch": ("torch", 20, 0),
+    "ours, torch, 8 iterations, polish 1": ("torch", 8, 1),
+    "ours, torch, 8 iterations, polish 8": ("torch", 8, 8),
+}
+SHARD = 50_000  # features
+
+
+def write_shards(folder: str, num_features: int) -> None:
+    """The features as the first phase of a build leaves them: of these files each build gets links."""
+    from transformers_unicode2.codebook.features import shard_path, write_arrays
+
+    shards = Path(folder) / "shards"
+    shards.mkdir(exist_ok=True)
+    features = load_features(folder, num_features)[0]
+    for shard, start in enumerate(range(0, len(features), SHARD)):
+        path = shard_path(shards, shard)
+        rows = features[start : start + SHARD]
+        if not path.exists() or path.stat().st_size < rows.nbytes:
+            write_arrays(path, {"features": np.array(rows)})
 
 
 def build_ours(
-    features: np.ndarray, args: argparse.Namespace, backend: str, polish: int, phases: list | None = None
+    folder: str, num_features: int, codebook_size: int, num_cells: int, method: tuple, memory: float, said: list
 ) -> np.ndarray:
-    """All phases of `unicode2 codebook build` after the features, on shards as the first phase writes them.
-
-    What the build says of its phases is added to `phases`.
-    """
+    """All phases of `unicode2 codebook build` after the features; what the build says of its phases is added to `said`."""
     from transformers_unicode2.codebook.build import Build, make_parser
-    from transformers_unicode2.codebook.features import shard_path, write_arrays, write_file
+    from transformers_unicode2.codebook.features import read_rows, shard_path, write_arrays, write_file
     from transformers_unicode2.codebook.storage import load_codebook
 
     class FeatureBuild(Build):
         def prepare(self):
-            self.source, self.encoder, self.record = None, None, {}
-            self.dim, self.shard_bytes, self.images_per_shard = features.shape[1], 2 * features.shape[1], 65536
-            self.num_images = self.num_rows = len(features)
-            self.num_shards = -(-len(features) // self.images_per_shard)
+            self.source, self.encoder = SimpleNamespace(listing=list), None
+            self.record, self.num_images = {}, num_features
+            self.num_rows, self.dim = num_features, dim
+            self.shard_bytes, self.images_per_shard = 2 * dim, SHARD
+            self.num_shards = -(-num_features // SHARD)
 
         def extract(self):
             for shard in range(self.num_shards):
-                rows = np.asarray(features[shard * self.images_per_shard : (shard + 1) * self.images_per_shard])
+                source, target = shard_path(Path(folder) / "shards", shard), shard_path(self.features, shard)
                 write_file(self.features / f"{shard:05d}.skipped.txt", b"")
-                write_arrays(shard_path(self.features, shard), {"features": rows})
+                if (shard + 1) * SHARD <= num_features:
+                    os.link(source, target)
+                else:
+                    write_arrays(target, {"features": read_rows(source, "features", 0, num_features % SHARD)})
 
         def say(self, text):
-            if phases is not None:
-                phases.append(text)
+            said.append(text)
 
-    Path(args.cache).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.cache) as output:
+    dim = load_features(folder)[0].shape[1]
+    backend, iterations, polish = method
+    with tempfile.TemporaryDirectory(dir=folder) as output:
         options = {"images": "-", "encoder": "-", "output": output, "preview-size": 0, "backend": backend}
-        options |= {"codebook-size": args.codebook_size, "num-cells": args.num_cells, "polish": polish}
-        options |= {"allocation": "proportional", "max-memory-gib": args.max_memory_gib}
+        options |= {"codebook-size": codebook_size, "num-cells": num_cells, "iterations": iterations, "polish": polish}
+        options |= {"allocation": "proportional", "max-memory-gib": memory}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         alone = {"process_index": 0, "num_processes": 1, "is_main_process": True, "device": "cpu"}
         state = SimpleNamespace(**alone, wait_for_everyone=lambda: None)
@@ -75,25 +100,39 @@ def run_method(args: argparse.Namespace) -> dict:
 
     faiss.omp_set_num_threads(args.threads)
     torch.set_num_threads(args.threads)
-    features, phases = load_features(args)[0][: args.num_features], []
-    start = time.perf_counter()
-    if args.method == "flat":
-        points = features.astype(np.float32)
-        kmeans = faiss.Kmeans(points.shape[1], args.codebook_size, niter=25, max_points_per_centroid=512, seed=0)
-        kmeans.train(points)
-        codes = kmeans.centroids
-    elif args.method == "two_level":
-        points = features.astype(np.float32)
-        codes = two_level_clustering(points, args.num_cells, args.codebook_size, min_points_per_centroid=1, seed=0)[0]
+    said = []
+    if args.method in METHODS:
+        method, start = METHODS[args.method], time.perf_counter()
+        size = (args.num_features, args.codebook_size, args.num_cells)
+        codes = build_ours(args.features, *size, method, args.max_memory_gib, said)
     else:
-        backend = args.method.split()[1].strip(",")
-        codes = build_ours(features, args, backend, int("polished" in args.method), phases)
+        points = read_float32(args.features, args.num_features)
+        start = time.perf_counter()
+        if args.method == "two_level_clustering":
+            options = {"min_points_per_centroid": 1, "verbose": True, "seed": 0}
+            codes = two_level_clustering(points, args.num_cells, args.codebook_size, **options)[0]
+        else:
+            options = {"niter": 25, "max_points_per_centroid": 512, "verbose": True, "seed": 0}
+            kmeans = faiss.Kmeans(points.shape[1], args.codebook_size, **options)
+            kmeans.train(points)
+            codes = kmeans.centroids
     seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    backend, measured, error = TorchBackend(), features[: args.num_measured], 0.0
-    for row in range(0, len(measured), 65536):
-        error += float(backend.assign(backend.put(measured[row : row + 65536].astype(np.float32)), codes)[1].sum())
-    return {"seconds": seconds, "memory": memory, "distortion": error / max(1, len(measured)), "phases": phases}
+    features, backend, errors = load_features(args.features, args.num_features)[0], TorchBackend(), []
+    chosen = np.unique(np.linspace(0, len(features) - 1, min(len(features), args.num_measured)).astype(int))
+    for rows in np.array_split(chosen, -(-len(chosen) // 65536)) if len(chosen) else ():
+        errors.append(backend.assign(backend.put(features[rows].astype(np.float32)), codes)[1])
+    distortion = float(np.concatenate(errors).mean(dtype=np.float64)) if errors else None
+    return {"seconds": seconds, "memory": memory, "distortion": distortion, "said": said}
+
+
+def run_in_process(method: str, **options) -> dict:
+    """`run_method` in a process of its own; what that prints goes to the standard error."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, str(Path(__file__)), "--method", method, "--row", f"{folder}/row.json"]
+        words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        subprocess.run(words, stdout=sys.stderr, check=True)
+        return json.loads((Path(folder) / "row.json").read_text())
 
 
 def measure_rate(threads: int) -> float:
@@ -109,42 +148,49 @@ def measure_rate(threads: int) -> float:
     return 3 * 2 * 4096 * 4096 * 1024 / (time.perf_counter() - start)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add_arguments(parser)
+    parser.add_argument("--features", default="outputs/features", help="folder that real_features.py wrote")
+    parser.add_argument("--results", help="file for finished rows; default: FEATURES/codebook_build.json")
     parser.add_argument("--num-features", type=int, default=1_000_000)
     parser.add_argument("--codebook-size", type=int, default=4096)
     parser.add_argument("--num-cells", type=int, default=64)
     parser.add_argument("--max-memory-gib", type=float, default=8.0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--num-measured", type=int, help="features to measure the distortion on; default: all of them")
-    parser.add_argument("--method", help="run this method alone and print its figures")
-    args = parser.parse_args()
+    parser.add_argument("--num-measured", type=int, default=250_000, help="features to measure the distortion on")
+    parser.add_argument("--method", help="run this method alone, its figures to --row")
+    parser.add_argument("--row", help="file for the figures of --method")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     if args.method:
-        print(json.dumps(run_method(args)))
+        Path(args.row).write_text(json.dumps(run_method(args)))
         return
-    features = load_features(args)[0]
-    count, dim = min(args.num_features, len(features)), features.shape[1]
-    rows = {}
-    for method in METHODS:
-        output = subprocess.run(
-            [sys.executable, *sys.argv, "--method", method], stdout=subprocess.PIPE, text=True, check=True
-        )
-        rows[method] = json.loads(output.stdout.splitlines()[-1])
-        print(method, rows[method], file=sys.stderr)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    flat_products = 2.0 * min(count, 512 * args.codebook_size) * args.codebook_size * dim * 25
-    print(
-        f"{date.today()}, {args.threads} threads, commit {commit}, {count} features of width {dim}, {args.codebook_size} codes,"
-    )
-    print(
-        f"`{' '.join(sys.argv)}`. The products of flat k-means alone: {flat_products / measure_rate(args.threads):.0f} s.\n"
-    )
-    print("| method | s | of two_level | peak GiB | distortion | of flat |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-    for method, row in rows.items():
+    dim = load_features(args.features)[0].shape[1]
+    count = len(load_features(args.features, args.num_features)[0])
+    write_shards(args.features, count)
+    setting = {name: value for name, value in vars(args).items() if name not in ("results", "method", "row")}
+    setting["num_features"] = count
+    rows = Rows(args.results or f"{args.features}/codebook_build.json", setting)
+    table = {
+        method: rows.measure(method, lambda method=method: run_in_process(method, **setting))
+        for method in ("two_level_clustering", *METHODS, "faiss.Kmeans")
+    }
+    rate = rows.measure("rate", lambda: {"rate": measure_rate(args.threads)})["rate"]
+    products = 2.0 * min(count, 512 * args.codebook_size) * args.codebook_size * dim * 25
+    print(describe_run(args.threads, "faiss-cpu"))
+    print(f"\n{count} features of width {dim}, {args.codebook_size} codes, {args.num_cells} cells; distortion of")
+    print(f"{min(count, args.num_measured)} of them. The products of flat k-means alone: {products / rate:.0f} s.\n")
+    print("| method | s | times as fast as two_level | peak GiB | distortion | of flat | of two_level |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    flat, peer = table["faiss.Kmeans"], table["two_level_clustering"]
+    for method, row in table.items():
         print(
-            f"| {method} | {row['seconds']:.1f} | {row['seconds'] / rows['two_level']['seconds']:.2f} | {row['memory']:.2f} "
-            f"| {row['distortion']:.5g} | {row['distortion'] / rows['flat']['distortion']:.4f} |"
+            f"| {method} | {row['seconds']:.1f} | {peer['seconds'] / row['seconds']:.2f} | {row['memory']:.2f} "
+            f"| {row['distortion']:.5g} | {row['distortion'] / flat['distortion']:.4f} "
+            f"| {row['distortion'] / peer['distortion']:.4f} |"
         )
 
 

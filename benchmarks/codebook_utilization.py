@@ -1,94 +1,109 @@
 """How much of a codebook do held-out images use? Clustered codes beside learnt ones (the paper's Table 3), on real features.
 
-    python benchmarks/codebook_utilization.py --images images --encoder clip-vit-b16 --codebook-sizes 1000 10000 100000
+    python benchmarks/codebook_utilization.py --features outputs/features --codebook-sizes 1000 10000 100000
 
 Ours is the builder of `unicode2 codebook build`. The peer is `VectorQuantize` of vector-quantize-pytorch, from its random start,
-trained on as many features by moving averages, without and with its revival of dead codes. Utilization is the share of codes that the
-features of the held-out images use at least once; distortion is their mean squared distance to the nearest code.
+trained by moving averages on the same features, without and with its revival of dead codes, for --vq-epochs or --vq-minutes, whichever
+ends first; the table says how many features it saw. Utilization is the share of codes that the features of the held-out images use at
+least once; of as many features that use all codes alike, the column "even use" would be in use. Distortion is their mean squared
+distance to the nearest code. Finished rows are kept: the same command goes on.
 """
 
 import argparse
-import subprocess
+import sys
 import time
-from datetime import date
 from functools import partial
 
 import numpy as np
 import torch
-from codebook_build import build_ours
-from real_features import add_arguments, load_features
+from codebook_build import build_ours, write_shards
+from real_features import load_features
+from rows import Rows, describe_run
 from tqdm import tqdm
 
 from transformers_unicode2.codebook.clustering import TorchBackend
 from transformers_unicode2.codebook.statistics import compute_statistics
 
 
-def train_vq(features: np.ndarray, codebook_size: int, args: argparse.Namespace, revive: int) -> np.ndarray:
-    """Codes of a `VectorQuantize` after `args.vq_epochs` passes over the features in random order."""
+def train_ours(count: int, size: int, args: argparse.Namespace) -> tuple[np.ndarray, int]:
+    """Codes of the builder, and how many features it saw."""
+    cells = max(16, round(size**0.5 / 2))
+    return build_ours(args.features, count, size, cells, ("torch", 20, args.polish), args.max_memory_gib, []), count
+
+
+def train_vq(features: np.ndarray, size: int, args: argparse.Namespace, revive: int) -> tuple[np.ndarray, int]:
+    """Codes of a `VectorQuantize`, and how many features it saw, in random order."""
     from vector_quantize_pytorch import VectorQuantize
 
     torch.manual_seed(0)
-    vq = VectorQuantize(
-        features.shape[1], codebook_size=codebook_size, decay=args.vq_decay, threshold_ema_dead_code=revive
-    ).train()
-    rng = np.random.default_rng(0)
+    options = {"codebook_size": size, "decay": args.vq_decay, "threshold_ema_dead_code": revive}
+    vq = VectorQuantize(features.shape[1], **options).train()
+    rng, end, seen = np.random.default_rng(0), time.monotonic() + 60 * args.vq_minutes, 0
     for epoch in range(args.vq_epochs):
         order = rng.permutation(len(features))
-        for start in tqdm(range(0, len(order), args.vq_batch_size), desc=f"VQ of {codebook_size}, epoch {epoch + 1}"):
+        for start in tqdm(range(0, len(order), args.vq_batch_size), desc=f"VQ of {size}, epoch {epoch + 1}"):
+            if time.monotonic() > end:
+                break
             rows = features[np.sort(order[start : start + args.vq_batch_size])]
             with torch.no_grad():
                 vq(torch.from_numpy(rows.astype(np.float32))[None])
-    return vq.codebook.detach().numpy()
+            seen += len(rows)
+    return vq.codebook.detach().numpy(), seen
 
 
-def measure(features: np.ndarray, codes: np.ndarray) -> dict[str, float]:
+def measure(train, held_out: np.ndarray) -> dict[str, float]:
+    """Statistics of the held-out features, seconds and number of features of the training."""
+    start = time.perf_counter()
+    codes, seen = train()
+    seconds = time.perf_counter() - start
     backend, counts, error = TorchBackend(), np.zeros(len(codes), np.int64), 0.0
-    for start in range(0, len(features), 65536):
-        rows = backend.put(features[start : start + 65536].astype(np.float32))
+    for start in tqdm(range(0, len(held_out), 16384), desc="held out"):
+        rows = backend.put(held_out[start : start + 16384].astype(np.float32))
         indices, distances = backend.assign(rows, codes)
         counts += np.bincount(indices, minlength=len(codes))
         error += float(distances.sum(dtype=np.float64))
-    return compute_statistics(counts, error)
+    return {"seconds": seconds, "seen": seen, **compute_statistics(counts, error)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add_arguments(parser)
+    parser.add_argument("--features", default="outputs/features", help="folder that real_features.py wrote")
+    parser.add_argument("--results", help="file for finished rows; default: FEATURES/codebook_utilization.json")
     parser.add_argument("--codebook-sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--num-features", type=int, default=1_000_000)
     parser.add_argument("--max-memory-gib", type=float, default=8.0)
-    parser.add_argument("--vq-epochs", type=int, default=1)
+    parser.add_argument("--polish", type=int, default=1)
+    parser.add_argument("--vq-epochs", type=int, default=2)
+    parser.add_argument("--vq-minutes", type=float, default=2.5)
     parser.add_argument("--vq-batch-size", type=int, default=2048)
     parser.add_argument("--vq-decay", type=float, default=0.8, help="of the moving averages; the library's default")
     parser.add_argument("--vq-revive", type=int, default=2, help="codes used less often, on average, start again")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    fit, held_out = load_features(args)
-    fit = np.asarray(fit[: args.num_features])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(
-        f"{date.today()}, {args.threads} threads, commit {commit}; {len(fit)} features to fit, {len(held_out)} held out,"
-    )
-    print(f"width {fit.shape[1]}; VQ: decay {args.vq_decay}, {args.vq_epochs} epoch, batches of {args.vq_batch_size}\n")
-    print("| codes | patches a code | method | used | perplexity | distortion | s |", flush=True)
-    print("| ---: | ---: | --- | ---: | ---: | ---: | ---: |", flush=True)
+    fit, held_out = load_features(args.features, args.num_features)
+    write_shards(args.features, len(fit))
+    setting = {name: value for name, value in vars(args).items() if name not in ("results", "codebook_sizes")}
+    rows = Rows(args.results or f"{args.features}/codebook_utilization.json", setting | {"num_features": len(fit)})
+    lines = []
     for size in args.codebook_sizes:
-        args.codebook_size, args.num_cells = size, max(16, round(size**0.5 / 2))
-        for name, fit_codes in (
-            ("clustered (ours)", partial(build_ours, fit, args, "torch", 0)),
+        for name, train in (
+            ("clustered (ours)", partial(train_ours, len(fit), size, args)),
             ("VQ, random start", partial(train_vq, fit, size, args, 0)),
             ("VQ, dead codes revived", partial(train_vq, fit, size, args, args.vq_revive)),
         ):
-            start = time.perf_counter()
-            codes = fit_codes()
-            seconds = time.perf_counter() - start
-            row = measure(held_out, codes)
-            print(
-                f"| {size} | {len(fit) / size:.0f} | {name} | {100 * row['utilization']:.1f} % | {row['perplexity']:.0f} "
-                f"| {row['distortion']:.4g} | {seconds:.0f} |",
-                flush=True,
+            row = rows.measure(f"{size}, {name}", partial(measure, train, held_out))
+            lines.append(
+                f"| {size} | {name} | {row['seen'] / size:.0f} | {len(held_out) / size:.1f} "
+                f"| {100 * (1 - (1 - 1 / size) ** len(held_out)):.1f} % | {100 * row['utilization']:.1f} % "
+                f"| {row['perplexity']:.0f} | {row['distortion']:.4g} | {row['seconds']:.0f} |"
             )
+            print(lines[-1], file=sys.stderr, flush=True)
+    print(describe_run(args.threads, "vector-quantize-pytorch"))
+    print(f"\n{len(fit)} features to fit, {len(held_out)} of other images held out, width {fit.shape[1]}.\n")
+    print("| codes | method | seen a code | held out a code | even use | used | perplexity | distortion | s |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What does the nearest code cost, exactly and approximately, beside FAISS, and are the ids right?
 
-    python benchmarks/nearest_code.py --images images --encoder clip-vit-b16 --cache outputs/features
+    python benchmarks/nearest_code.py --features outputs/features --images images --encoder clip-vit-b16
     python benchmarks/nearest_code.py --quick  # synthetic data only, small
 
 Peers in the same run, with the same threads: `faiss.IndexFlatL2`, and `faiss.IndexIVFFlat` over the same cells with as many probes as the
@@ -275,15 +275,15 @@ def read_real(args: argparse.Namespace, size: int, num_queries: int) -> tuple[np
     from real_features import load_features
 
     rng = np.random.default_rng(0)
-    parts = zip(load_features(args), (size, num_queries))
+    parts = zip(load_features(args.features), (size, num_queries))
     return tuple(np.float32(rows[np.sort(rng.choice(len(rows), count, replace=False))]) for rows, count in parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--images", help="folder of images, for real features and the table of encoders")
-    parser.add_argument("--encoder", help="CLIP or SigLIP vision encoder")
-    parser.add_argument("--cache", default="outputs/features", help="folder of real_features.py")
+    parser.add_argument("--images", help="folder of images, for the table of encoders")
+    parser.add_argument("--encoder", help="CLIP or SigLIP vision encoder, for the same")
+    parser.add_argument("--features", help="folder that real_features.py wrote; synthetic features alone without it")
     parser.add_argument("--sizes", type=int, nargs="+", default=[31_000, 125_000, 500_000], help="numbers of codes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="small sizes, to check the script")
@@ -302,7 +302,7 @@ def main() -> None:
     print(f"float32 products {rate / 1e9:.0f} GFLOP/s, `{' '.join(sys.argv)}`\n", flush=True)
     rows, others = [], NUM_CALIBRATED
     for size in sizes:
-        if args.images:
+        if args.features:
             data = read_real(args, size, 16 * 196 + others)
             rows += compare("real, 768", *data, [196 * count for count in images], rate)
         data = draw_synthetic(size, 16 * 729 + others, 256 if args.quick else 1152)
@@ -318,11 +318,11 @@ def main() -> None:
         )
         print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
         for size in sizes:
-            if args.images:
+            if args.features:
                 compare_on_gpu("real, 768", *read_real(args, size, 196 + others), 196, encoder_seconds)
             compare_on_gpu("synthetic, 1152", *draw_synthetic(size, 729 + others, 1152), 729, encoder_seconds)
         print()
-    if args.images:
+    if args.images and args.features:
         compare_encoders(args, make_codebook(read_real(args, sizes[-1], 1)[0]), 4 if args.quick else 32)
 
 

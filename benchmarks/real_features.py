@@ -1,62 +1,159 @@
 """Patch features of real images, read once and kept on disk, for the benchmarks of codebooks.
 
-    python benchmarks/real_features.py --images images --encoder clip-vit-b16 --cache outputs/features
+    python benchmarks/real_features.py --images emoji clipart --encoder clip-vit-b16 --num-patches 1000000
+    python benchmarks/real_features.py --synthetic 4000000 --dim 768 --features outputs/synthetic  # where images are too few
 
-Every 20th image, in a random order, is held out. The others come first as they are, then mirrored.
+The images come in a random order. Every 20th is held out; the others are for fitting, first as they are, then, if these are too few,
+mirrored. Killed, the same command goes on; with a larger --num-patches it adds to what there is.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 
-from transformers_unicode2.codebook.features import Encoder
-from transformers_unicode2.codebook.images import ImageSource, decode_image
+HELD_OUT = 20  # every so many-th image
+BATCH = 32  # images that are encoded, and then counted as done, together
+BLOCK = 50_000  # synthetic features that are drawn at a time
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", required=True, help="folder of images")
-    parser.add_argument("--encoder", required=True, help="SigLIP or CLIP vision encoder")
-    parser.add_argument("--cache", default="outputs/features", help="folder for the features")
-
-
-def load_features(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Features to fit and held-out ones, both float16 `(num_features, dim)`, mapped from files that are written when they lack."""
-    cache = Path(args.cache)
-    if not (cache / "features.json").exists():
-        write_features(args, cache)
-    dim = json.loads((cache / "features.json").read_text())["dim"]
-    return tuple(
-        np.memmap(cache / name, np.float16, "r").reshape(-1, dim) for name in ("fit.float16", "held_out.float16")
+def load_features(folder: str, num_features: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Features to fit and held-out ones, both float16 `(num_features, dim)`, mapped from the files that this script wrote."""
+    place = Path(folder)
+    if not (place / "features.json").exists():
+        raise SystemExit(f"{folder} holds no features; make them by benchmarks/real_features.py.")
+    dim = json.loads((place / "features.json").read_text())["dim"]
+    fit, held_out = (
+        np.memmap(file, np.float16, "r", shape=(file.stat().st_size // (2 * dim), dim))
+        for file in (place / "fit.float16", place / "held_out.float16")
     )
+    return fit[:num_features], held_out
 
 
-def write_features(args: argparse.Namespace, cache: Path) -> None:
-    from PIL import ImageOps
+def read_float32(folder: str, num_features: int) -> np.ndarray:
+    """The first features to fit, float32 in memory, without the pages of the file beside them."""
+    fit = load_features(folder, num_features)[0]
+    points = np.empty(fit.shape, np.float32)
+    with open(Path(folder) / "fit.float16", "rb") as file:
+        for start in range(0, len(points), BLOCK):
+            part = points[start : start + BLOCK]
+            part[:] = np.fromfile(file, np.float16, part.size).reshape(part.shape)
+    return points
+
+
+class Files:
+    """The two files, and how far they are: what a killed run left half-written is cut off."""
+
+    def __init__(self, folder: Path, begun: dict):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "features.json"
+        self.state = json.loads(self.path.read_text()) if self.path.exists() else begun | {"done": 0, "unreadable": 0}
+        changed = [name for name in begun if self.state.get(name) != begun[name]]
+        if changed:
+            raise SystemExit(f"{folder} holds features of another {' and '.join(changed)}; choose another --features.")
+        self.files = {}
+        for name in ("fit.float16", "held_out.float16"):
+            self.files[name] = open(folder / name, "ab")
+            self.files[name].truncate(self.state.setdefault(name, 0))
+
+    def add(self, name: str, features: np.ndarray) -> None:
+        self.files[name].write(features.astype(np.float16).tobytes())
+
+    def finish_batch(self, done: int) -> None:
+        self.state["done"] = done
+        for name, file in self.files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self.state[name] = file.tell()
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.state, indent=2))
+        temporary.rename(self.path)
+
+
+def write_features(images: list[str], encoder_path: str, folder: Path, num_patches: int, max_pixels: int) -> None:
+    from PIL import Image, ImageOps
     from tqdm import tqdm
 
-    cache.mkdir(parents=True, exist_ok=True)
-    encoder, source = Encoder(args.encoder, "bfloat16"), ImageSource(args.images)
-    order, skipped = np.random.default_rng(0).permutation(len(source)), 0
-    with open(cache / "fit.float16", "wb") as fit, open(cache / "held_out.float16", "wb") as held_out:
-        for mirror in (False, True):
-            batches = [order[::20]] * (not mirror) + [order[np.arange(len(order)) % 20 != 0]]
-            for indices, file in zip(batches, (held_out, fit) if not mirror else (fit,)):
-                for start in tqdm(range(0, len(indices), 32), unit="batch", desc=Path(file.name).stem):
-                    images = []
-                    for index in indices[start : start + 32]:
-                        try:
-                            image = decode_image(next(source.read(index, index + 1))[1])
-                            images.append(encoder.preprocess(ImageOps.mirror(image) if mirror else image))
-                        except ValueError:
-                            skipped += 1
-                    file.write(encoder(images)[0].astype(np.float16).tobytes())
-    (cache / "features.json").write_text(json.dumps({"dim": encoder.dim, "images": len(source), "unreadable": skipped}))
+    from transformers_unicode2.codebook.features import Encoder
+    from transformers_unicode2.codebook.images import ImageSource, decode_image
+
+    Image.MAX_IMAGE_PIXELS = max_pixels  # larger ones count as unreadable
+    encoder = Encoder(encoder_path, "bfloat16")
+    sources = [ImageSource(path) for path in images]
+    places = [(source, index) for source in sources for index in range(len(source))]
+    fingerprint = [encoder.fingerprint()[:16], *(source.fingerprint()[:16] for source in sources)]
+    files = Files(folder, {"dim": encoder.dim, "images": len(places), "made from": fingerprint})
+    order = np.random.default_rng(0).permutation(len(places))
+    with tqdm(
+        total=num_patches, unit="patch", desc="features", initial=files.state["fit.float16"] // 2 // encoder.dim
+    ) as bar:
+        for start in range(files.state["done"], 2 * len(order), BATCH):
+            if bar.n >= num_patches:
+                return
+            kept = {"fit.float16": [], "held_out.float16": []}
+            for position in range(start, min(start + BATCH, 2 * len(order))):
+                mirrored, number = divmod(position, len(order))
+                held_out = number % HELD_OUT == 0
+                if held_out and mirrored:
+                    continue
+                source, index = places[order[number]]
+                try:
+                    image = decode_image(next(source.read(index, index + 1))[1])
+                    image = encoder.preprocess(ImageOps.mirror(image) if mirrored else image)
+                    kept["held_out.float16" if held_out else "fit.float16"].append(image)
+                except ValueError:
+                    files.state["unreadable"] += 1
+            for name, batch in kept.items():
+                if batch:
+                    features = encoder(batch)[0].reshape(-1, encoder.dim)
+                    files.add(name, features)
+                    bar.update(len(features) * (name == "fit.float16"))
+            files.finish_batch(start + BATCH)
+    print(f"all images are read, also mirrored: {bar.n} features, fewer than {num_patches}")
+
+
+def write_synthetic(folder: Path, num_patches: int, dim: int) -> None:
+    """Random features with clusters within clusters and variances that fall by a power law, as those of encoders do."""
+    from tqdm import tqdm
+
+    rng = np.random.default_rng(0)
+    scales = np.float32(8) * np.arange(1, dim + 1, dtype=np.float32) ** -0.5
+    coarse = rng.normal(size=(64, dim)).astype(np.float32) * scales
+    centers = coarse[rng.integers(64, size=4096)] + rng.normal(size=(4096, dim)).astype(np.float32) * scales * 0.7
+    shares = rng.dirichlet(np.ones(4096))
+    files = Files(folder, {"dim": dim, "images": 0, "made from": "synthetic"})
+    for block in tqdm(range(files.state["done"], -(-num_patches // BLOCK) + 1), unit="block", desc="features"):
+        rng = np.random.default_rng([1, block])
+        points = rng.standard_normal((BLOCK, dim), np.float32)
+        points *= scales * 0.5
+        points += centers[rng.choice(4096, BLOCK, p=shares)]
+        files.add("fit.float16" if block else "held_out.float16", points)
+        files.finish_batch(block + 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--images", nargs="+", help="folders, files or globs of images")
+    parser.add_argument("--encoder", help="SigLIP or CLIP vision encoder")
+    parser.add_argument("--features", default="outputs/features", help="folder for the features")
+    parser.add_argument("--num-patches", type=int, default=1_000_000, help="features to fit, beside those held out")
+    parser.add_argument("--max-pixels", type=int, default=20_000_000, help="images with more are left out")
+    parser.add_argument("--synthetic", type=int, metavar="N", help="so many random features instead")
+    parser.add_argument("--dim", type=int, default=768, help="width of the random features")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    if args.synthetic:
+        write_synthetic(Path(args.features), args.synthetic, args.dim)
+    else:
+        import torch
+
+        torch.set_num_threads(args.threads)
+        write_features(args.images, args.encoder, Path(args.features), args.num_patches, args.max_pixels)
+    for name, rows in zip(("fit", "held out"), load_features(args.features)):
+        print(f"{name}: {len(rows)} features of width {rows.shape[1]}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add_arguments(parser)
-    for name, rows in zip(("fit", "held out"), load_features(parser.parse_args())):
-        print(f"{name}: {len(rows)} features of width {rows.shape[1]}")
+    main()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -157,7 +158,7 @@ def break_off(place, folder, monkeypatch, count: int) -> None:
             build(patch, *words(place, folder))
 
 
-@pytest.mark.parametrize("count", [17, 41, 60, 82, 100, 128])
+@pytest.mark.parametrize("count", [17, 41, 60, 82, 89, 92, 93, 97])
 def test_build_that_was_broken_off_at_a_write_resumes_to_the_same_bytes(place, reference, tmp_path, monkeypatch, count):
     break_off(place, tmp_path, monkeypatch, count)
     assert not (tmp_path / "codebook.json").exists()
@@ -241,6 +242,10 @@ def test_source_streams_a_data_set_from_any_position(place, tmp_path):
     assert [content for _, content in source.read(24, 27)] == [file.read_bytes() for file in files[24:27]]
     with pytest.raises(ValueError, match="--num-images"):
         ImageSource(str(tmp_path), streaming=True)
+    before = source.fingerprint()
+    assert ImageSource(str(tmp_path), limit=40, streaming=True).fingerprint() == before
+    write_parquet(tmp_path, files[::-1])
+    assert ImageSource(str(tmp_path), limit=40, streaming=True).fingerprint() != before
 
 
 def test_source_refuses_what_it_cannot_read(tmp_path):
@@ -439,6 +444,13 @@ def test_a_disk_that_fills_up_at_the_end_stops_the_build_in_one_sentence(
     assert (tmp_path / "codebook.safetensors").read_bytes() == reference["faiss"]
     modes = [(tmp_path / f"codebook.{suffix}").stat().st_mode for suffix in ("json", "safetensors")]
     assert modes[0] == modes[1]
+
+
+def test_a_disk_without_the_room_is_refused_before_work_starts(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    message = refusal(monkeypatch, capsys, *words(place, tmp_path))
+    assert "The build needs 0.00 GiB more in" in message and "which has 0.00 GiB free; use fewer images" in message
+    assert not list((tmp_path / "work" / "features").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(place, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .clustering import allocate, hash_rows, make_backend, move_codebook, round_to_bfloat16
+from .clustering import allocate, hash_rows, make_backend, round_to_bfloat16
 from .features import (
     Encoder,
     check_unreadable,
@@ -32,15 +32,19 @@ from .features import (
 )
 from .images import ImageSource
 from .phases import (
+    NEAR_CELLS,
     CellReader,
-    assign_shard,
-    average_rows,
+    average_previews,
+    average_sums,
     count_distinct,
+    find_near_codes,
+    pass_over_cell,
     sample_features,
     settle,
     sort_shard,
     train_cell,
     train_cells,
+    use_codes,
 )
 from .statistics import compute_probe_recall, compute_statistics
 from .storage import codebook_from_arrays, save_codebook
@@ -55,6 +59,7 @@ LEAST = {
     "num_images": 1,
     "patches_per_image": 1,
     "preview_size": 0,
+    "iterations": 1,
     "polish": 0,
     "seed": 0,
 }
@@ -77,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--streaming", action="store_true", help="--images is the name of a data set to be streamed")
     add("--patches-per-image", type=int, help="a seeded sample of so many patches per image (default: all)")
     add("--preview-size", type=int, default=8, help="side of each code's mean thumbnail in pixels, 0 for none")
+    add("--iterations", type=int, default=20, help="of k-means, of the cells and in each of them")
     add("--polish", type=int, default=0, help="Lloyd passes over all features, across the borders of the cells")
     add("--backend", choices=("faiss", "torch"), default="faiss", help="library for k-means")
     add(
@@ -227,7 +233,7 @@ class Build:
         needed = self.num_images * self.shard_bytes + 8 * self.num_rows + 3 * self.args.codebook_size * code_bytes
         needed += 2 * self.state.num_processes * self.images_per_shard * self.shard_bytes
         if self.args.polish:
-            needed += 8 * self.num_rows + 4 * self.args.polish * self.args.codebook_size * self.dim
+            needed += 4 * (self.args.polish + min(NEAR_CELLS, self.args.num_cells)) * self.args.codebook_size * self.dim
         needed = max(0, needed - there)
         free = shutil.disk_usage(self.work).free
         self.say(
@@ -266,7 +272,16 @@ class Build:
             return
         self.check_features()
         sampled = min(512 * self.args.num_cells, self.memory // 4 // (16 * self.dim))
-        train_cells(self.features, self.num_shards, self.args.num_cells, sampled, self.backend, self.args.seed, output)
+        train_cells(
+            self.features,
+            self.num_shards,
+            self.args.num_cells,
+            sampled,
+            self.backend,
+            self.args.seed,
+            output,
+            self.args.iterations,
+        )
 
     def check_features(self) -> None:
         """Puts the names of unreadable images into one file; raises `ValueError` when too many images or features were left out."""
@@ -323,18 +338,15 @@ class Build:
     def train_cell(self, cell: int, forbidden: np.ndarray) -> None:
         share = int(self.shares[cell])
         max_points = max(1024, share, min(512 * share, self.memory // 4 // (16 * self.dim)))
-        write_arrays(
-            shard_path(self.fine, cell),
-            train_cell(
-                self.reader,
-                cell,
-                share,
-                max_points,
-                self.backend,
-                self.args.seed + 1 + cell,
-                forbidden,
-            ),
-        )
+        seed, iterations = self.args.seed + 1 + cell, self.args.iterations
+        arrays = train_cell(self.reader, cell, share, max_points, self.backend, seed, forbidden, iterations)
+        if not self.args.polish:  # which finds that out for its own codes
+            thumbnails = "thumbnails" if self.args.preview_size else None
+            use = use_codes(self.reader, cell, arrays["codes"], self.backend, thumbnails)
+            if thumbnails:
+                use["previews"] = average_previews(use.pop("sums"), use["counts"])
+            arrays |= use
+        write_arrays(shard_path(self.fine, cell), arrays)
 
     def part_twins(self) -> None:
         """Codes of two cells that are equal once rounded: the later cell is trained again without them."""
@@ -370,46 +382,53 @@ class Build:
         return codes
 
     def polish(self) -> None:
-        """Lloyd passes over all features, from the nearest of all codes to the means; the last pass only counts."""
-        from tqdm import tqdm
-
+        """Lloyd passes over all features, from the nearest code in the cells around to the means; the last pass only counts."""
         if not self.args.polish:
             return
-        codes, centroids = self.all_codes(), self.read(self.work / "cells.safetensors", "centroids")
-        offsets = np.concatenate([[0], np.cumsum(self.shares)])
-        block = max(1, self.memory // 4 // (8 * self.dim))
-        starts = range(0, len(codes), block)
+        codes = self.all_codes()
+        self.near = find_near_codes(self.read(self.work / "cells.safetensors", "centroids"), self.shares)
+        block = max(1, self.memory // 4 // (16 * self.dim))
         self.distortions = []
         for step in range(self.args.polish + 1):
-            folder = self.work / f"polish-{step}"
-            make_folders(folder)
-            assigned = [folder / f"assigned-{shard:05d}.safetensors" for shard in range(self.num_shards)]
-            moved = [folder / f"moved-{start:08d}.safetensors" for start in starts]
-            total = folder / "distortion.safetensors"
-            codebook = move_codebook(codebook_from_arrays(codes, centroids, offsets), self.state.device)
-            for shard in tqdm(self.share(self.num_shards), unit="shard", desc=f"polish {step}: nearest codes"):
-                if not assigned[shard].exists() and not total.exists():
-                    assign_shard(self.reader.paths[shard], codebook, assigned[shard])
+            last = step == self.args.polish
+            passes = self.pass_over_cells(step, codes, last)
+            folder = passes[0].parent
+            moved = [folder / f"moved-{first:08d}.safetensors" for first in range(0, len(codes), block)]
+            for index in self.share(len(moved)) if not last else ():
+                path, first = moved[index], index * block
+                if not path.exists():
+                    before = codes[first : first + block]
+                    means, counts = average_sums(passes, first, len(before), self.dim)
+                    means = round_to_bfloat16(np.where(counts[:, None] > 0, means, before))
+                    write_arrays(path, {"codes": means})
             self.state.wait_for_everyone()
-            if step < self.args.polish:
-                for index in tqdm(self.share(len(starts)), unit="block", desc=f"polish {step}: means"):
-                    first = starts[index]
-                    if not moved[index].exists():
-                        before = codes[first : first + block]
-                        means, counts = average_rows(self.reader.paths, assigned, "features", first, len(before))
-                        means = round_to_bfloat16(np.where(counts[:, None] > 0, means, before))
-                        write_arrays(moved[index], {"codes": means})
-                self.state.wait_for_everyone()
+            total = folder / "distortion.safetensors"
             if self.state.is_main_process and not total.exists():
-                distortion = sum(float(self.read(path, "distortion")[0]) for path in assigned)
+                distortion = sum(float(self.read(path, "distortions").sum()) for path in passes)
                 write_arrays(total, {"distortion": np.array([distortion])})
             self.state.wait_for_everyone()
             self.distortions.append(float(self.read(total, "distortion")[0]))
-            if step < self.args.polish:
+            if not last:
                 codes = settle(codes, self.gather(moved))
-                for path in assigned if self.state.is_main_process else ():
+                for path in passes if self.state.is_main_process else ():
                     path.unlink(missing_ok=True)
-        self.polished, self.assigned = codes, assigned
+        self.polished, self.passes = codes, passes
+
+    def pass_over_cells(self, step: int, codes: np.ndarray, last: bool) -> list[Path]:
+        """This process's cells in one Lloyd pass; the files of all cells."""
+        from tqdm import tqdm
+
+        folder = self.work / f"polish-{step}"
+        make_folders(folder)
+        passes = [shard_path(folder, cell) for cell in range(self.args.num_cells)]
+        if not (folder / "distortion.safetensors").exists():
+            for cell in tqdm(self.share(len(passes)), unit="cell", desc=f"polish {step}"):
+                if not passes[cell].exists():
+                    side = self.args.preview_size
+                    use = pass_over_cell(self.reader, cell, codes, self.near[cell], self.backend, last, side)
+                    write_arrays(passes[cell], use)
+        self.state.wait_for_everyone()
+        return passes
 
     def read(self, path: Path, name: str) -> np.ndarray:
         with open_shard(path) as file:
@@ -422,7 +441,9 @@ class Build:
         previews = None
         if self.args.polish:
             codes, distortion = self.polished, self.distortions[-1]
-            counts = sum(np.bincount(self.read(path, "codes"), minlength=len(codes)) for path in self.assigned)
+            counts = np.zeros(len(codes), np.int64)
+            for path in self.passes:
+                counts[self.read(path, "ids")] += self.read(path, "counts")
             provenance["polish_distortions"] = [value / counts.sum() for value in self.distortions]
             before, after = provenance["polish_distortions"][0], provenance["polish_distortions"][-1]
             self.say(f"polish: distortion {before:.5g} to {after:.5g}")
@@ -437,7 +458,8 @@ class Build:
         previews = previews.reshape(-1, side, side, 3) if side else None
         statistics = compute_statistics(counts, distortion)
         provenance["statistics"] = statistics
-        scope = "nearest code of all" if self.args.polish else "nearest code of the feature's cell"
+        cells = min(NEAR_CELLS, self.args.num_cells)
+        scope = f"nearest code of {cells} cells" if self.args.polish else "nearest code of the feature's cell"
         provenance["statistics_of"] = scope
         offsets = np.concatenate([[0], np.cumsum(self.shares)])
         codebook = codebook_from_arrays(codes, centroids, offsets, previews)
@@ -452,12 +474,11 @@ class Build:
     def average_thumbnails(self) -> np.ndarray:
         """Mean thumbnails of the rows of each polished code, uint8 `(codebook_size, side * side * 3)`."""
         width = 3 * self.args.preview_size**2
-        block = max(1, self.memory // 4 // (8 * width))
+        block = max(1, self.memory // 4 // (16 * width))
         means = np.zeros((len(self.polished), width), np.uint8)
         for first in range(0, len(means), block):
-            count = min(block, len(means) - first)
-            rows = average_rows(self.reader.paths, self.assigned, "thumbnails", first, count)[0]
-            means[first : first + count] = np.round(rows)
+            averages = average_sums(self.passes, first, min(block, len(means) - first), width)[0]
+            means[first : first + block] = average_previews(averages, np.ones(len(averages)))
         return means
 
     def say(self, text: str) -> None:

@@ -1,6 +1,7 @@
 """K-means on points in memory: two backends behind one protocol, and what turns centroids into codes (Algorithm 1)."""
 
 import copy
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -12,11 +13,16 @@ class Backend(Protocol):
     def put(self, points: np.ndarray):
         """Points as the backend holds them, on its device."""
 
-    def kmeans(self, points, num_centroids: int, seed: int, num_iterations: int) -> np.ndarray:
-        """Lloyd's algorithm from a seeded random start."""
+    def kmeans(
+        self, points, num_centroids: int, seed: int, num_iterations: int, progress: Callable = iter
+    ) -> np.ndarray:
+        """Lloyd's algorithm from a seeded random start; `progress` goes around the range of its iterations, as `tqdm` does."""
 
-    def assign(self, points, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest centroid of each point, ties to the lowest: int64 indices and float32 squared distances, both `(num_points,)`."""
+    def assign(self, points, centroids: np.ndarray, exact: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest centroid of each point, ties to the lowest: int64 indices and float32 squared distances, both `(num_points,)`.
+
+        A backend that has faster products may use them where `exact` is false; a few points then get a centroid next to the nearest.
+        """
 
     def describe(self) -> str:
         """Library, version and device, for the provenance of a codebook."""
@@ -34,20 +40,27 @@ class FaissBackend:
     def put(self, points: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(points, dtype=np.float32)
 
-    def kmeans(self, points: np.ndarray, num_centroids: int, seed: int, num_iterations: int = 20) -> np.ndarray:
-        clustering = self.faiss.Kmeans(
-            points.shape[1],
-            num_centroids,
-            niter=num_iterations,
-            seed=seed,
-            min_points_per_centroid=1,
-            max_points_per_centroid=self.max_points,
-            gpu=self.gpu,
-        )
-        clustering.train(points)
-        return clustering.centroids
+    def kmeans(
+        self, points: np.ndarray, num_centroids: int, seed: int, num_iterations: int = 20, progress: Callable = iter
+    ) -> np.ndarray:
+        order = np.random.default_rng(seed).permutation(len(points))[: num_centroids * self.max_points]
+        points = points[order]  # (num_sampled, dim), in random order
+        centroids = points[:num_centroids]
+        for _ in progress(range(num_iterations)):
+            step = self.faiss.Kmeans(
+                points.shape[1],
+                num_centroids,
+                niter=1,
+                seed=seed,
+                min_points_per_centroid=1,
+                max_points_per_centroid=len(points),
+                gpu=self.gpu,
+            )
+            step.train(points, init_centroids=centroids)
+            centroids = step.centroids
+        return centroids
 
-    def assign(self, points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def assign(self, points: np.ndarray, centroids: np.ndarray, exact: bool = True) -> tuple[np.ndarray, np.ndarray]:
         index = self.faiss.IndexFlatL2(points.shape[1])
         if self.gpu:
             index = self.faiss.index_cpu_to_all_gpus(index)
@@ -64,7 +77,7 @@ class TorchBackend:
     K-means on any device of torch, without a matrix of all points by all centroids.
 
     Lloyd's iterations find the nearest centroid by bfloat16 products of centred points where the device is fast at them, their
-    last two and `assign` by float32 products.
+    last two and `assign`, unless it need not be exact, by float32 products.
 
     Args:
         device (`str`, *optional*, defaults to `"cpu"`): where the points live.
@@ -73,86 +86,89 @@ class TorchBackend:
     """
 
     def __init__(self, device: str = "cpu", max_points_per_centroid: int = 512, max_scores: int = 2**24):
-        self.device, self.max_points, self.max_scores = device, max_points_per_centroid, max_scores
+        import torch
+
+        self.device, self.max_points, self.max_scores = torch.device(device), max_points_per_centroid, max_scores
+        able = torch.cpu.get_capabilities()  # bfloat16 without instructions for it is slower than float32
+        fast = able.get("avx512_bf16") or able.get("amx_bf16") or self.device.type != "cpu"
+        self.fast_dtype = torch.bfloat16 if fast else torch.float32
 
     def put(self, points: np.ndarray):
         import torch
 
         return torch.as_tensor(points, dtype=torch.float32, device=self.device)
 
-    def kmeans(self, points, num_centroids: int, seed: int, num_iterations: int = 20) -> np.ndarray:
+    def kmeans(
+        self, points, num_centroids: int, seed: int, num_iterations: int = 20, progress: Callable = iter
+    ) -> np.ndarray:
         import torch
 
         rng = np.random.default_rng(seed)
         order = torch.from_numpy(rng.permutation(len(points))[: num_centroids * self.max_points])
         points = points[order.to(self.device)]  # (num_sampled, dim), in random order
         mean = points.mean(0)
-        points = points - mean
+        points -= mean
+        norms = points.square().sum(1)
         centroids = points[:num_centroids].clone()
-        coarse = points.bfloat16()
-        for iteration in range(num_iterations):
+        coarse = points.to(self.fast_dtype)
+        for iteration in progress(range(num_iterations)):
             screened = iteration < num_iterations - 2
-            indices, distances = self._nearest(coarse if screened else points, centroids, points)
-            centroids = self._means(points, indices, distances, centroids)
+            indices, scores = self._nearest(coarse if screened else points, centroids)
+            centroids = self._means(points, indices, (norms - 2 * scores).clamp(min=0), centroids)
         return (centroids + mean).cpu().numpy()
 
-    def _nearest(self, queries, centroids, points):
-        """Indices and squared distances of the nearest centroids; `queries` are `points` in the dtype of the products."""
+    def _nearest(self, queries, centroids):
+        """Indices of the nearest centroids, and the products with them less half of their squared length, both `(num_queries,)`."""
         import torch
 
         half_norms = centroids.square().sum(1) / 2
         weights = centroids.to(queries.dtype).T
         rows = max(1, self.max_scores // len(centroids))
-        parts = []
-        for start in range(0, len(queries), rows):
-            scores = (queries[start : start + rows] @ weights).float() - half_norms  # (rows, num_centroids)
-            parts.append(scores.argmax(1))
-        indices = torch.cat(parts)
-        distances = torch.cat(
-            [
-                (points[i : i + 65536] - centroids[indices[i : i + 65536]]).square().sum(1)
-                for i in range(0, len(points), 65536)
-            ]
-        )
-        return indices, distances
+        best = [
+            ((queries[start : start + rows] @ weights).float() - half_norms).max(1)  # of (rows, num_centroids)
+            for start in range(0, len(queries), rows)
+        ]
+        return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
 
     def _means(self, points, indices, distances, centroids):
         """Means of the points at each centroid; one without points moves to the farthest point of the cluster that is worst off."""
         import torch
 
         counts = torch.bincount(indices, minlength=len(centroids))
-        sums = torch.zeros_like(centroids).index_add_(0, indices, points)
+        order = torch.argsort(indices, stable=True)
+        sums = torch.nn.functional.embedding_bag(order, points, counts.cumsum(0) - counts, mode="sum")
         means = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centroids)
         dead = (counts == 0).nonzero()[:, 0]
         if len(dead):
             means[dead[: len(points)]] = points[farthest_points(indices, distances, len(centroids), len(dead))]
         return means
 
-    def assign(self, points, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def assign(self, points, centroids: np.ndarray, exact: bool = True) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
         centroids = self.put(centroids)
         mean = centroids.mean(0)  # differences of large numbers are inexact
-        best = torch.full((len(points),), torch.inf, device=self.device)
+        dtype = torch.float32 if exact else self.fast_dtype
+        best = torch.full((len(points),), -torch.inf, device=self.device)
+        norms = torch.zeros(len(points), device=self.device)
         indices = torch.zeros(len(points), dtype=torch.long, device=self.device)
         columns = min(len(centroids), 16384)
-        rows = max(1, self.max_scores // columns)
-        for start in range(0, len(centroids), columns):
-            block = centroids[start : start + columns] - mean
-            norms = block.square().sum(1)
-            for row in range(0, len(points), rows):
-                query = points[row : row + rows] - mean
-                distance, index = torch.addmm(norms, query, block.T, alpha=-2).min(1)
-                distance += query.square().sum(1)
-                nearer = distance < best[row : row + rows]
+        rows = max(1, min(8192 if self.device.type == "cpu" else 65536, self.max_scores // columns))
+        for row in range(0, len(points), rows):
+            query = points[row : row + rows] - mean
+            norms[row : row + rows] = query.square().sum(1)
+            query = query.to(dtype)
+            for start in range(0, len(centroids), columns):
+                index, scores = self._nearest(query, centroids[start : start + columns] - mean)
+                nearer = scores > best[row : row + rows]
                 indices[row : row + rows][nearer] = index[nearer] + start
-                best[row : row + rows][nearer] = distance[nearer]
-        return indices.cpu().numpy(), best.clamp(min=0).cpu().numpy()
+                best[row : row + rows][nearer] = scores[nearer]
+        return indices.cpu().numpy(), (norms - 2 * best).clamp(min=0).cpu().numpy()
 
     def describe(self) -> str:
         import torch
 
-        return f"torch {torch.__version__} on {self.device}"
+        return f"torch {torch.__version__} on {self.device.type}"
 
 
 def make_backend(name: str, device: str = "cpu") -> Backend:
@@ -177,12 +193,16 @@ def find_codes(codebook, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return torch.cat(indices).cpu().numpy(), torch.cat(distances).cpu().numpy()
 
 
-def add_groups(sums: np.ndarray, points: np.ndarray, indices: np.ndarray) -> None:
-    """Adds each point to the row of float64 `sums` `(num_groups, dim)` at its index, in the order of the points."""
-    order = np.argsort(indices, kind="stable")
-    used, starts = np.unique(indices[order], return_index=True)
-    if len(used):
-        sums[used] += np.add.reduceat(points[order].astype(np.float64), starts)
+def add_groups(sums: np.ndarray, points: np.ndarray, indices: np.ndarray, block: int = 65536) -> None:
+    """Adds each point to the row of float64 `sums` `(num_groups, dim)` at its index: in float32 within a block of points, in their order."""
+    import torch
+
+    for start in range(0, len(points), block):
+        rows = torch.from_numpy(np.asarray(points[start : start + block], np.float32))
+        order = np.argsort(indices[start : start + block], kind="stable")
+        used, starts = np.unique(indices[start : start + block][order], return_index=True)
+        bags = torch.nn.functional.embedding_bag(torch.from_numpy(order), rows, torch.from_numpy(starts), mode="sum")
+        sums[used] += bags.numpy()
 
 
 def farthest_points(indices, distances, num_centroids: int, count: int):
@@ -272,11 +292,18 @@ def round_to_bfloat16(points: np.ndarray) -> np.ndarray:
 
 
 def hash_rows(points: np.ndarray, block: int = 4096) -> np.ndarray:
-    """64-bit hashes of the rows of a float32 array, uint64 `(num_rows,)`: odd random multiples of their bits, summed."""
-    multipliers = np.random.default_rng(0).integers(2**63, size=points.shape[1], dtype=np.uint64) * 2 + 1
-    bits = np.ascontiguousarray(points, dtype=np.float32).view(np.uint32)
-    parts = [
-        (bits[start : start + block].astype(np.uint64) * multipliers).sum(1, dtype=np.uint64)
-        for start in range(0, len(bits), block)
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+    """64-bit hashes of rows of values that bfloat16 holds, uint64 `(num_rows,)`: odd random multiples of four values each, summed."""
+    import torch
+
+    width = -(-points.shape[1] // 4)
+    multipliers = np.random.default_rng(0).integers(2**63, size=width, dtype=np.uint64) * 2 + 1
+    rows = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32))
+    hashes = np.zeros(len(points), np.uint64)
+    for start in range(0, len(points), block):
+        bits = torch.nn.functional.pad(rows[start : start + block].bfloat16(), (0, 4 * width - points.shape[1]))
+        bits = bits.view(torch.int16).numpy().view(np.uint64)  # (block, width)
+        bits = bits ^ (
+            bits >> np.uint64(32)
+        )  # the high bits of a sum of products hang on all bits, the low ones on the low
+        hashes[start : start + block] = (bits * multipliers).sum(1, dtype=np.uint64)
+    return hashes

@@ -46,9 +46,16 @@ class ImageSource:
         return self.length
 
     def listing(self) -> list[str]:
-        """Path, size in bytes and time of change in nanoseconds of every file, and the number of images; of a stream its name."""
+        """Path, size in bytes and time of change in nanoseconds of every file, and the number of images.
+
+        Of a stream its name, and its files with what tells their versions: a commit of the Hub, an ETag or a time of change.
+        """
         if self.streaming:
-            return [self.path, str(len(self))]
+            from datasets import load_dataset_builder
+
+            files = load_dataset_builder(self.path).config.data_files["train"]
+            versions = ["\t".join(map(str, version)) for version in files.origin_metadata]
+            return [self.path, *map(str, files), *versions, str(len(self))]
         stats = [(file, file.stat()) for file in self.files]
         return [f"{file.resolve()}\t{stat.st_size}\t{stat.st_mtime_ns}" for file, stat in stats] + [str(len(self))]
 

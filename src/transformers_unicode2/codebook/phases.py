@@ -1,25 +1,37 @@
 """The phases between features and codes: each writes files that are whole or absent, so that a killed build goes on where it was."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from .clustering import Backend, add_groups, cluster_cell, find_codes, hash_rows, keep_distinct, round_to_bfloat16
+from .clustering import Backend, add_groups, cluster_cell, hash_rows, keep_distinct, round_to_bfloat16
 from .features import count_columns, count_rows, open_shard, read_rows, shard_path, write_arrays
 
 ROWS = 65536  # rows of a shard held in float32 at a time
+NEAR_CELLS = 4  # whose codes a Lloyd pass across the borders of the cells looks at; 8 gave the same distortion
 
 
 def train_cells(
-    folder: Path, num_shards: int, num_cells: int, num_sampled: int, backend: Backend, seed: int, output: Path
+    folder: Path,
+    num_shards: int,
+    num_cells: int,
+    num_sampled: int,
+    backend: Backend,
+    seed: int,
+    output: Path,
+    num_iterations: int,
 ) -> None:
     """Coarse k-means on a seeded sample of the features: `centroids`, float32 `(num_cells, dim)`, in `output`."""
+    from tqdm import tqdm
+
     paths = [shard_path(folder, shard) for shard in range(num_shards)]
     total = sum(count_rows(path) for path in paths)
     if total < num_cells:
         raise ValueError(f"{total} features are too few for {num_cells} cells; add images or ask for fewer cells.")
     points = sample_features(paths, num_sampled, seed)
-    centroids = backend.kmeans(backend.put(points.astype(np.float32)), num_cells, seed)
+    progress = partial(tqdm, unit="iteration", desc="k-means of the cells")
+    centroids = backend.kmeans(backend.put(points.astype(np.float32)), num_cells, seed, num_iterations, progress)
     write_arrays(output, {"centroids": np.float32(centroids)})
 
 
@@ -106,77 +118,112 @@ def count_distinct(reader: CellReader, cell: int) -> int:
 
 
 def train_cell(
-    reader: CellReader, cell: int, num_codes: int, max_points: int, backend: Backend, seed: int, forbidden: np.ndarray
+    reader: CellReader,
+    cell: int,
+    num_codes: int,
+    max_points: int,
+    backend: Backend,
+    seed: int,
+    forbidden: np.ndarray,
+    num_iterations: int = 20,
 ) -> dict[str, np.ndarray]:
-    """Fine k-means inside one cell (Algorithm 1), and how its rows use its codes.
+    """Fine k-means inside one cell (Algorithm 1): float32 `codes` `(num_codes, dim)`.
 
-    `forbidden` are hashes of codes that it may not have. Returns float32 `codes` `(num_codes, dim)`, int64 `counts` and float64
-    `distortions` (sums of squared distances), both `(num_codes,)`, and with thumbnails their means, uint8 `previews`
-    `(num_codes, side * side * 3)`. There are fewer codes when the cell has fewer distinct features.
+    `forbidden` are hashes of codes that it may not have. There are fewer codes when the cell has fewer distinct features.
     """
     if num_codes == 0:
-        return empty_cell(reader)
-    codes = cluster_cell(reader.sample(cell, max_points, seed), num_codes, backend, seed, forbidden)
+        return {"codes": np.zeros((0, reader.width("features")), np.float32)}
+    codes = cluster_cell(reader.sample(cell, max_points, seed), num_codes, backend, seed, forbidden, num_iterations)
     for block in reader.read(cell, "features", ROWS):  # what a sample may lack, the whole cell may have
         if len(codes) == num_codes:
             break
         codes = keep_distinct(np.concatenate([codes, round_to_bfloat16(block)]), forbidden)[:num_codes]
-    counts, distortions = np.zeros(len(codes), np.int64), np.zeros(len(codes))
-    thumbnails = reader.read(cell, "thumbnails", ROWS) if "thumbnails" in reader.names else None
-    colors = None
+    return {"codes": codes}
+
+
+def use_codes(
+    reader: CellReader, cell: int, codes: np.ndarray, backend: Backend, summed: str | None
+) -> dict[str, np.ndarray]:
+    """How the rows of a cell use codes: float32 `(num_codes, dim)`, each row the nearest.
+
+    Returns int64 `counts` and float64 `distortions` (sums of squared distances), both `(num_codes,)`, and with `summed`, the name of
+    an array of the shards, float64 `sums` of its rows `(num_codes, width)`.
+    """
+    output = {"counts": np.zeros(len(codes), np.int64), "distortions": np.zeros(len(codes))}
+    others = iter(())
+    if summed:
+        output["sums"], others = np.zeros((len(codes), reader.width(summed))), reader.read(cell, summed, ROWS)
     for block in reader.read(cell, "features", ROWS):
         indices, distances = backend.assign(backend.put(block.astype(np.float32)), codes)
-        counts += np.bincount(indices, minlength=len(codes))
-        distortions += np.bincount(indices, distances.astype(np.float64), minlength=len(codes))
-        if thumbnails is not None:
-            tiles = next(thumbnails)
-            colors = np.zeros((len(codes), tiles.shape[1])) if colors is None else colors
-            add_groups(colors, tiles, indices)
-    output = {"codes": codes, "counts": counts, "distortions": distortions}
-    if colors is not None:
-        output["previews"] = np.round(colors / np.maximum(counts, 1)[:, None]).astype(np.uint8)
+        output["counts"] += np.bincount(indices, minlength=len(codes))
+        output["distortions"] += np.bincount(indices, distances.astype(np.float64), minlength=len(codes))
+        if summed:
+            add_groups(output["sums"], next(others), indices)
     return output
 
 
-def empty_cell(reader: CellReader) -> dict[str, np.ndarray]:
-    """What `train_cell` returns of a cell without codes."""
-    output = {
-        "codes": np.zeros((0, reader.width("features")), np.float32),
-        "counts": np.zeros(0, np.int64),
-        "distortions": np.zeros(0),
-    }
-    return output | (
-        {"previews": np.zeros((0, reader.width("thumbnails")), np.uint8)} if "thumbnails" in reader.names else {}
-    )
+def sum_features(reader: CellReader, cell: int, codes: np.ndarray, backend: Backend) -> dict[str, np.ndarray]:
+    """`use_codes` with the `sums` of the features, by the backend's faster products; the distortions are exact for what these find."""
+    center = codes.mean(0)
+    shifted, counts = codes - center, np.zeros(len(codes), np.int64)
+    squares, sums = np.zeros(len(codes)), np.zeros(codes.shape)
+    for block in reader.read(cell, "features", ROWS):
+        points = block.astype(np.float32) - center
+        indices = backend.assign(backend.put(points), shifted, exact=False)[0]
+        counts += np.bincount(indices, minlength=len(codes))
+        squares += np.bincount(indices, np.einsum("ij,ij->i", points, points), minlength=len(codes))
+        add_groups(sums, points, indices)
+    distortions = squares - 2 * (sums * shifted).sum(1) + counts * np.square(shifted, dtype=np.float64).sum(1)
+    return {"counts": counts, "distortions": distortions, "sums": sums + counts[:, None] * center}
 
 
-def assign_shard(sorted_shard: Path, codebook, output: Path) -> None:
-    """Nearest code of every row of a shard among all of the codebook: int32 `codes` `(num_rows,)` and their `distortion` `(1,)`."""
-    found, distortion = [np.zeros(0, np.int32)], 0.0
-    for start in range(0, count_rows(sorted_shard), ROWS):
-        points = read_rows(sorted_shard, "features", start, start + ROWS).astype(np.float32)
-        indices, distances = find_codes(codebook, points)
-        found.append(indices.astype(np.int32))
-        distortion += float(distances.sum(dtype=np.float64))
-    write_arrays(output, {"codes": np.concatenate(found), "distortion": np.array([distortion])})
+def average_previews(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean thumbnails, uint8, from the sums of thumbnails; black for codes without any."""
+    return np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8)
 
 
-def average_rows(
-    sorted_shards: list[Path], assigned: list[Path], name: str, first: int, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the rows, of an array of that name, assigned to the codes from `first` on: float64 `(count, width)`, and how many rows
-    each has, `(count,)`. A code without rows has zeros. The rows are added in the order of the shards, whoever does it.
+def find_near_codes(centroids: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
+    """Of each cell the codes, int64 and ascending, of itself and of the cells nearest to it that have any, `NEAR_CELLS` in all."""
+    points = centroids.astype(np.float64) - centroids.mean(0)
+    distances = np.square(points).sum(1) - 2 * points @ points.T
+    distances[:, shares == 0] = np.inf
+    np.fill_diagonal(distances, -np.inf)
+    near = np.sort(np.argsort(distances, axis=1, kind="stable")[:, :NEAR_CELLS])
+    ends = np.cumsum(shares)
+    return [np.concatenate([np.arange(ends[c] - shares[c], ends[c]) for c in cells]) for cells in near]
+
+
+def pass_over_cell(
+    reader: CellReader, cell: int, codes: np.ndarray, ids: np.ndarray, backend: Backend, last: bool, side: int
+) -> dict[str, np.ndarray]:
+    """What one Lloyd pass learns from the rows of one cell, which may use the codes `ids` of the whole codebook `codes`.
+
+    Returns int64 `ids` of those in use, ascending, and their `counts`, `distortions` and, in float32, `sums`: of the features, in the
+    last pass of the thumbnails, if their `side` is not 0.
     """
-    sums, counts = 0.0, np.zeros(count, np.int64)
-    for shard, ids in zip(sorted_shards, assigned):
-        for start in range(0, count_rows(ids, "codes"), ROWS):
-            indices = read_rows(ids, "codes", start, start + ROWS).astype(np.int64) - first
-            inside = (indices >= 0) & (indices < count)
-            if inside.any():
-                rows = read_rows(shard, name, start, start + ROWS)[inside]
-                sums = np.zeros((count, rows.shape[1])) if np.isscalar(sums) else sums
-                add_groups(sums, rows, indices[inside])
-                counts += np.bincount(indices[inside], minlength=count)
+    if last:
+        output = use_codes(reader, cell, codes[ids], backend, "thumbnails" if side else None)
+    else:
+        output = sum_features(reader, cell, codes[ids], backend)
+    if "sums" in output:
+        output["sums"] = output["sums"].astype(np.float32)
+    used = output["counts"] > 0
+    return {"ids": ids[used], **{name: array[used] for name, array in output.items()}}
+
+
+def average_sums(passes: list[Path], first: int, count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the rows at the codes from `first` on, over the files of one pass: float64 `(count, width)`, and how many rows each has.
+
+    A code without rows has zeros. The files are added in their order, whoever does it.
+    """
+    sums, counts = np.zeros((count, width)), np.zeros(count, np.int64)
+    for path in passes:
+        with open_shard(path) as file:
+            ids = file.get_tensor("ids")
+            low, high = np.searchsorted(ids, [first, first + count])
+            if low < high:
+                sums[ids[low:high] - first] += file.get_slice("sums")[low:high]
+                counts[ids[low:high] - first] += file.get_slice("counts")[low:high]
     return sums / np.maximum(counts, 1)[:, None], counts
 
 
