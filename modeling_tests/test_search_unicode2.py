@@ -284,6 +284,7 @@ def test_cache_of_the_kernel(monkeypatch, tmp_path):
     whole = library.read_bytes()
     library.write_bytes(whole[: len(whole) // 2])
     assert load() and library.read_bytes() == whole
+    library.unlink()  # it is mapped
     library.write_bytes(b"planted")
     os.chmod(tmp_path / "cache", 0o777)
     assert load() and library.read_bytes() == b"planted"
