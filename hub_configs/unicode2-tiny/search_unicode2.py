@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .kernel_unicode2 import Queries, Tables, load_kernel
-from .screen_unicode2 import SLACK_COLUMNS, TAIL_COLUMNS, Screen, products_are_exact
+from .screen_unicode2 import ALWAYS, NEVER, SLACK_COLUMNS, TAIL_COLUMNS, Screen, products_are_exact
 
 WORKSPACE = 256 * 2**20
 MIN_SIZE, MIN_DIM = 8192, 160  # of the codes: below, a plain scan is as fast
@@ -42,8 +42,10 @@ class NearestCodeSearch:
     def __init__(self, codes: torch.Tensor):
         self.size, self.dim = size, dim = codes.shape
         self.dtype, device, rows = codes.dtype, codes.device, max(1, 2**20 // dim)
-        mean = sum((part.float().sum(0).double() for part in codes.split(rows)), torch.zeros(dim, device=device)) / size
-        self.mean = mean.float() if mean.abs().max() < 1e15 else torch.zeros(dim, device=device)  # any will do
+        middle = (
+            codes[:: max(1, size // 1024)].float().median(0).values
+        )  # what to subtract: any will do, a few far codes do not move it
+        self.mean = middle if middle.abs().max() < 1e15 else torch.zeros(dim, device=device)
         parts = [(hash_rows(part), (part.float() - self.mean).norm(dim=-1)) for part in codes.split(rows)]
         hashes, norm = (torch.cat(values) for values in zip(*parts))
         if not norm.isfinite().all():
@@ -194,7 +196,7 @@ class NearestCodeSearch:
     def visit_codes(self, query: dict, best: "Best", row, code, inside, every: bool) -> None:
         """Codes `(num_rows, num_codes)` of features: the best by the first product, and with `every` all that the bounds do not exclude."""
         product = self.screen.first_product(query, row, code).masked_fill(~inside, torch.iinfo(torch.int32).min)
-        top = product.topk(min(NUM_SEEDS, product.shape[1]), dim=-1).indices
+        top = product.where(product < ALWAYS // 2, NEVER).topk(min(NUM_SEEDS, product.shape[1]), dim=-1).indices
         hit, column = inside.gather(1, top).nonzero(as_tuple=True)
         best.improve(row[hit], code[hit, top[hit, column]])
         if every:

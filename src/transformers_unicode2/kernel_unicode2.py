@@ -23,7 +23,8 @@ SOURCE = r"""
 #define WIDE 1
 #endif
 
-enum { LANES = 16, TILE = 6, VECTORS = 4, CHUNK = 2048, CODES = VECTORS * LANES, SEEDS = 4, SEED_CODES = 1024 };
+enum { LANES = 16, TILE = 6, VECTORS = 4, CHUNK = 2048, CODES = VECTORS * LANES, SEEDS = 4, SEED_CODES = 1024,
+       WIDE_CODE = 1 << 28 };  /* sums of codes that the first product cannot bound are larger, thresholds are not */
 
 typedef struct {
     const uint8_t *prefix;    /* (blocks, prefix_size / 4, LANES, 4), unsigned by an offset of 128 */
@@ -99,16 +100,14 @@ static inline __attribute__((always_inline)) void multiply(
 static inline int64_t collect(const int32_t *sums, int32_t threshold, int64_t first, int32_t *kept, int32_t *values) {
     int64_t count = 0;
 #ifdef WIDE
-    __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i sum, lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int v = 0; v < VECTORS; v++) {
-        __m512i sum = _mm512_loadu_si512(sums + v * LANES);
-        __mmask16 mask = _mm512_cmpge_epi32_mask(sum, _mm512_set1_epi32(threshold));
-        if (mask) {
-            __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32((int32_t)(first + v * LANES)));
-            _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi32(mask, ids));
-            _mm512_storeu_si512(values + count, _mm512_maskz_compress_epi32(mask, sum));
-            count += __builtin_popcount(mask);
-        }
+        __mmask16 mask = _mm512_cmpge_epi32_mask(sum = _mm512_loadu_si512(sums + v * LANES), _mm512_set1_epi32(threshold));
+        if (!mask) continue;
+        __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32((int32_t)(first + v * LANES)));
+        _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi32(mask, ids));
+        _mm512_storeu_si512(values + count, _mm512_maskz_compress_epi32(mask, sum));
+        count += __builtin_popcount(mask);
     }
 #else
     for (int i = 0; i < CODES; i++)
@@ -167,7 +166,7 @@ static void tighten(const Tables *t, const Queries *q, int64_t row, State *state
     double squared = q->squared[row], score = (squared - state->distance) / 2 - 1e-9 * (squared + state->distance);
     double units = score / t->unit + state->offset - 2;
     state->floor = (float)(score - 1e-6 * (score < 0 ? -score : score) - 1e-37);
-    state->threshold = units < -(1 << 30) ? -(1 << 30) : units > (1 << 30) ? (1 << 30) : (int32_t)units;
+    state->threshold = units < -(1 << 30) ? -(1 << 30) : units > WIDE_CODE ? WIDE_CODE : (int32_t)units;
 }
 
 static void consider(const Tables *t, const Queries *q, int64_t row, State *state, int64_t code) {
@@ -219,7 +218,7 @@ static void seed(const Tables *t, const Queries *q, int64_t row, State *state, i
         multiply(t, q->prefix + row * t->prefix_size, 1, start / LANES, sums);
         for (int i = 0; i < CODES; i++) {
             int64_t code = start + i;
-            if (sums[i] <= top[SEEDS - 1] || code < first || code >= last || t->half_norm[code] > 3e38f) continue;
+            if (sums[i] <= top[SEEDS - 1] || sums[i] > WIDE_CODE || code < first || code >= last || t->half_norm[code] > 3e38f) continue;
             int s = SEEDS - 1;
             for (; s > 0 && top[s - 1] < sums[i]; s--) top[s] = top[s - 1], codes[s] = codes[s - 1];
             top[s] = sums[i], codes[s] = code;
@@ -351,17 +350,18 @@ def load_cached() -> ctypes.CDLL | None:
     try:
         folder = Path(os.environ.get("UNICODE2_CACHE") or Path.home() / ".cache" / "unicode2")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        target = folder / f"search-{fingerprint()}.so"
+        key = fingerprint()
         if not is_private(folder):
             return None
-        if target.exists() and is_private(target):
-            try:
-                return ctypes.CDLL(str(target))
-            except OSError:  # damaged
-                target.unlink()
+        for file in folder.glob(f"{key}-*.so"):
+            if (
+                is_private(file) and file.stem == f"{key}-{digest(file.read_bytes())}"
+            ):  # a damaged one would end the process
+                return ctypes.CDLL(str(file))
         with tempfile.TemporaryDirectory(dir=folder) as work:
             built = compile_kernel(Path(work))
             built.chmod(0o700)
+            target = folder / f"{key}-{digest(built.read_bytes())}.so"
             os.replace(built, target)  # whole, whoever else compiles at the same time
         return ctypes.CDLL(str(target))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
@@ -382,19 +382,19 @@ def is_private(path: Path) -> bool:
 
 def fingerprint() -> str:
     """Of the source, the compiler and the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    key = repr((SOURCE, FLAGS, os.environ.get("CC"), platform.platform(), processor))
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    processor = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    return digest(repr((SOURCE, FLAGS, os.environ.get("CC"), platform.platform(), processor)).encode())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def compile_kernel(work: Path) -> Path:
     """Compiles the kernel in a folder and returns the library's path."""
-    source, built = work / "search.c", work / "search.so"
-    source.write_text(SOURCE)
-    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, "-o", str(built), str(source)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    built = work / "search.so"
+    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, "-o", str(built), "-x", "c", "-"]
+    subprocess.run(command, input=SOURCE.encode(), check=True, capture_output=True, timeout=300)
     return built

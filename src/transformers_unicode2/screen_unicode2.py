@@ -1,6 +1,6 @@
 """Tables that exclude most codes from a nearest-code search by small integer products, and the bounds behind them.
 
-With x a feature and c a code, both less the mean of the codes, the nearest code has the largest score x·c - |c|²/2. The score is
+With x a feature and c a code, both less a middle of the codes, the nearest code has the largest score x·c - |c|²/2. The score is
 bounded from above by parts, each of them rounded to int8:
 
 1. `prefix`: the products in the leading principal directions, rotated at random so that no direction needs a finer grid than another.
@@ -19,8 +19,9 @@ AUXILIARY_SHARE = 0.1  # of the memory of the codes in float32, for all tables
 BYTES_BESIDE = 18  # a code: constants, norms and slack
 TAIL_COLUMNS, SLACK_COLUMNS = 4, 2
 COLUMNS = TAIL_COLUMNS + SLACK_COLUMNS
-NEVER = -(2**30)
-SAMPLE_SIZE = 16384  # codes to find the directions from
+NEVER, ALWAYS = -(2**30), 2**29  # constants of codes that the first product drops, or keeps, whatever it is
+SAMPLE_SIZE = 8192  # codes to find the directions from
+WIDEST = 4  # tail and slack of a code that the first product bounds, in medians
 QUERY_RANGE = 1.5  # of the int8 range of the features over that of the codes
 TAIL_MARGIN, NORM_MARGIN = 3e-4, 1e-5  # of the squared norm: what float32 may lose, and more than that
 
@@ -50,13 +51,13 @@ class Screen:
         sample = codes[:: max(1, size // SAMPLE_SIZE)].float() - mean
         self.basis = make_basis(sample, self.lead, min(dim, self.lead + self.rest_size))
         self.rest_size = self.basis.shape[1] - self.lead
-        self.steps = [find_step(part) for part in self.project(sample[::4]).split((self.lead, self.rest_size), -1)]
+        self.steps = [find_step(part) for part in self.project(sample[::2]).split((self.lead, self.rest_size), -1)]
         self.unit, self.rest_unit = (QUERY_RANGE * step**2 for step in self.steps)
         self.kernel = kernel
         self.measure(codes, half_norm, unused)
         self.half_norm = (half_norm * (1 - NORM_MARGIN)).float().masked_fill(unused, torch.inf)
         constant = -(half_norm.double() * (1 - NORM_MARGIN) / self.unit).floor().clamp(max=-NEVER)
-        self.constant = constant.int().masked_fill(unused, NEVER)
+        self.constant = constant.int().masked_fill(self.wide, ALWAYS).masked_fill(unused, NEVER)
         if self.kernel:
             self.lay_out()
 
@@ -88,18 +89,17 @@ class Screen:
             errors = error[:, : self.lead].norm(dim=-1), error.norm(dim=-1)
             measured[:, place] = torch.stack([*tails, *norms, *errors])
         tail, whole_tail, norm, whole_norm, error, whole_error = measured.masked_fill_(unused, 0)
-        self.means = [(a.mean().item(), b.mean().item()) for a, b in ((norm, error), (whole_norm, whole_error))]
-        slack, whole_slack = (
-            relative_slack(norm, error, self.means[0]),
-            relative_slack(whole_norm, whole_error, self.means[1]),
-        )
-        self.tail_step, self.slack_step = (part.max().item() / 254 or 1.0 for part in (tail, slack))
+        self.means = [(typical(a), typical(b)) for a, b in ((norm, error), (whole_norm, whole_error))]
+        slack = relative_slack(norm, error, self.means[0])
+        whole_slack = relative_slack(whole_norm, whole_error, self.means[1])
+        limits = [min(part.max().item(), WIDEST * typical(part)) for part in (tail, slack)]
+        self.wide = (tail > limits[0]) | (slack > limits[1])  # these few would make the steps of all others coarse
+        self.tail_step, self.slack_step = (limit / 254 or 1.0 for limit in limits)
         columns = [(tail / self.tail_step)] * TAIL_COLUMNS + [slack / self.slack_step] * SLACK_COLUMNS
         for place, column in enumerate(columns, self.lead):
             self.prefix[:, place] = (column * (1 + 1e-6)).ceil().clamp(0, 255) - 128
-        self.slack = (
-            torch.stack([whole_slack, whole_tail], -1) * (1 + 2**-7)
-        ).bfloat16()  # (size, 2), never rounded below
+        whole = torch.stack([whole_slack, whole_tail], -1)  # (size, 2)
+        self.slack = (whole * (1 + 2**-7)).bfloat16()  # never rounded below
 
     def lay_out(self) -> None:
         """The tables in the order in which the kernel reads them."""
@@ -142,7 +142,7 @@ class Screen:
         """What the first product and the bound of the score must reach for a code to be within squared `distance`."""
         score = (query["squared"] - distance) / 2 - 1e-9 * (query["squared"] + distance)
         offset = 128 * query["prefix"][:, self.lead :].long().sum(-1)  # the columns of the codes are stored less 128
-        units = (score / self.unit - offset - 2).clamp(NEVER, -NEVER).int()
+        units = (score / self.unit - offset - 2).clamp(NEVER, ALWAYS // 2).int()
         return units, (score - 1e-6 * score.abs() - 1e-37).float()
 
     def first_product(self, query: dict, row: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
@@ -187,6 +187,8 @@ def make_basis(sample: torch.Tensor, lead: int, total: int) -> torch.Tensor:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.double, generator=generator).to(sample.device)
 
+    norm = sample.norm(dim=-1, keepdim=True)
+    sample = sample * (WIDEST * typical(norm) / norm.clamp(min=1e-30)).clamp(max=1)  # far codes do not decide alone
     covariance = (sample.T @ sample / len(sample)).double()
     directions = draw(len(covariance), total)
     for _ in range(4):  # subspace iteration
@@ -197,9 +199,14 @@ def make_basis(sample: torch.Tensor, lead: int, total: int) -> torch.Tensor:
 
 
 def find_step(values: torch.Tensor) -> float:
-    """Width of a grid of int8 that has room for nearly all values."""
-    values = values.abs().flatten()
-    return values.kthvalue(max(1, round(0.9999 * len(values)))).values.item() / 127 or values.max().item() / 127 or 1.0
+    """Width of a grid of int8 that has room for all values of nearly all rows."""
+    peak = values.abs().amax(-1)
+    return peak.kthvalue(max(1, round(0.98 * len(peak)))).values.item() / 127 or peak.max().item() / 127 or 1.0
+
+
+def typical(values: torch.Tensor) -> float:
+    """The median, which a few large values do not move; the mean where most are zero, so that it is zero if all are."""
+    return values.median().item() or values.mean().item()
 
 
 def spread(weight: torch.Tensor, columns: int) -> torch.Tensor:
