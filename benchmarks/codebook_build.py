@@ -29,7 +29,7 @@ from rows import Rows, describe_run
 METHODS = {  # of the builder: backend, iterations and Lloyd passes across the borders
     "ours, faiss": ("faiss", 20, 0),
     "ours, torch": ("torch", 20, 0),
-    "ours, torch, 8 iterations, polish 1": ("torch", 8, 1),
+    "ours, torch, 8 iterations, polish 3": ("torch", 8, 3),
     "ours, torch, 8 iterations, polish 8": ("torch", 8, 8),
 }
 SHARD = 50_000  # features

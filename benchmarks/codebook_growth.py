@@ -4,14 +4,15 @@
 
 The builder's phases after the features, with the torch backend, on growing numbers of features and codes, each in a process of its
 own. Sizes that there are too few features for, or that would not fit --max-minutes, are left out and named. The last line scales the
-seconds of each phase at the largest size to the paper's by the products that the phase computes; the disk of then is not in it.
+largest size to the paper's: of each phase's seconds those that its products take, at the rate of a large float32 product, by the
+products, and the rest by the numbers that it reads.
 Finished rows are kept: the same command goes on.
 """
 
 import argparse
 import time
 
-from codebook_build import run_in_process, write_shards
+from codebook_build import measure_rate, run_in_process, write_shards
 from real_features import load_features
 from rows import Rows, describe_run
 
@@ -28,6 +29,12 @@ def count_products(num_features: int, codebook_size: int, num_cells: int, dim: i
         "sort": 1.0 * num_features * num_cells * dim,
         "train codes": (20.0 * min(num_features, 512 * codebook_size) + 2 * num_features) * per_cell * dim,
     }
+
+
+def count_numbers(num_features: int, num_cells: int, dim: int) -> dict[str, int]:
+    """Numbers that each phase reads, up to a factor."""
+    sampled = min(num_features, 512 * num_cells)
+    return {"train cells": sampled * dim, "sort": num_features * dim, "train codes": num_features * dim}
 
 
 def read_seconds(row: dict) -> dict[str, float]:
@@ -73,9 +80,15 @@ def main() -> None:
         cells = " | ".join(f"{seconds:.1f}" for seconds in read_seconds(row).values())
         print(f"| {count} | {size} | {cells} | {row['seconds']:.1f} | {row['memory']:.2f} |")
     if done:
-        ours = count_products(*done[-1][:2], args.num_cells, dim)
-        paper = count_products(150_000_000, 500_000, 1000, 1152)
-        scaled = [value * paper[phase] / ours[phase] for phase, value in read_seconds(done[-1][2]).items()]
+        rate = rows.measure("rate", lambda: {"rate": measure_rate(args.threads) / 2})["rate"]
+        count, size, row = done[-1]
+        ours, paper = count_products(count, size, args.num_cells, dim), count_products(150_000_000, 500_000, 1000, 1152)
+        read, to_read = count_numbers(count, args.num_cells, dim), count_numbers(150_000_000, 1000, 1152)
+        scaled = []
+        for phase, seconds in read_seconds(row).items():
+            products = min(seconds, ours[phase] / rate)
+            rest = seconds - products
+            scaled.append(products * paper[phase] / ours[phase] + rest * to_read[phase] / read[phase])
         cells = " | ".join(f"{seconds:.0f}" for seconds in scaled)
         print(f"| 150000000 of 1152 | 500000, 1000 cells | {cells} | {sum(scaled):.0f}, projected | |")
     print("\n".join(["", *notes]))

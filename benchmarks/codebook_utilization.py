@@ -28,7 +28,7 @@ from transformers_unicode2.codebook.statistics import compute_statistics
 def train_ours(count: int, size: int, args: argparse.Namespace) -> tuple[np.ndarray, int]:
     """Codes of the builder, and how many features it saw."""
     cells = max(16, round(size**0.5 / 2))
-    return build_ours(args.features, count, size, cells, ("torch", 20, args.polish), args.max_memory_gib, []), count
+    return build_ours(args.features, count, size, cells, ("torch", 8, args.polish), args.max_memory_gib, []), count
 
 
 def train_vq(features: np.ndarray, size: int, args: argparse.Namespace, revive: int) -> tuple[np.ndarray, int]:
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--codebook-sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--num-features", type=int, default=1_000_000)
     parser.add_argument("--max-memory-gib", type=float, default=8.0)
-    parser.add_argument("--polish", type=int, default=1)
+    parser.add_argument("--polish", type=int, default=3)
     parser.add_argument("--vq-epochs", type=int, default=2)
     parser.add_argument("--vq-minutes", type=float, default=2.5)
     parser.add_argument("--vq-batch-size", type=int, default=2048)

@@ -161,6 +161,7 @@ def compare(
             baseline = baseline or seconds
             equal = share_equal(batch, codes, found)
             limit = 2 * count * size * dim / rate
+            print(f"{name}, {size:,} codes, {count} queries, {method}: {seconds:.3f} s", file=sys.stderr, flush=True)
             yield name, size, count, method, seconds, baseline / seconds, limit, equal, memory.most, built, tables
 
 

@@ -198,7 +198,7 @@ def add_groups(sums: np.ndarray, points: np.ndarray, indices: np.ndarray, block:
     import torch
 
     for start in range(0, len(points), block):
-        rows = torch.from_numpy(np.asarray(points[start : start + block], np.float32))
+        rows = torch.from_numpy(to_float32(points[start : start + block]))
         order = np.argsort(indices[start : start + block], kind="stable")
         used, starts = np.unique(indices[start : start + block][order], return_index=True)
         bags = torch.nn.functional.embedding_bag(torch.from_numpy(order), rows, torch.from_numpy(starts), mode="sum")
@@ -284,23 +284,31 @@ def keep_distinct(codes: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
     return codes[first[~np.isin(hashes[first], forbidden)]]
 
 
+def to_float32(points: np.ndarray) -> np.ndarray:
+    """As `astype`, several times as fast on float16."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(points)).float().numpy()
+
+
 def round_to_bfloat16(points: np.ndarray) -> np.ndarray:
     """Float32 to the nearest values that bfloat16 holds, with -0 as 0."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)).bfloat16().float().numpy() + 0.0
+    return (torch.from_numpy(np.ascontiguousarray(points)).bfloat16() + 0).float().numpy()
 
 
 def hash_rows(points: np.ndarray, block: int = 4096) -> np.ndarray:
-    """64-bit hashes of rows of values that bfloat16 holds, uint64 `(num_rows,)`: odd random multiples of four values each, summed."""
+    """64-bit hashes of rows once rounded to bfloat16, uint64 `(num_rows,)`: odd random multiples of four values each, summed."""
     import torch
 
     width = -(-points.shape[1] // 4)
     multipliers = np.random.default_rng(0).integers(2**63, size=width, dtype=np.uint64) * 2 + 1
-    rows = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32))
+    rows = torch.from_numpy(np.ascontiguousarray(points))
     hashes = np.zeros(len(points), np.uint64)
     for start in range(0, len(points), block):
-        bits = torch.nn.functional.pad(rows[start : start + block].bfloat16(), (0, 4 * width - points.shape[1]))
+        rounded = rows[start : start + block].bfloat16() + 0  # -0 is 0
+        bits = torch.nn.functional.pad(rounded, (0, 4 * width - points.shape[1]))
         bits = bits.view(torch.int16).numpy().view(np.uint64)  # (block, width)
         bits = bits ^ (
             bits >> np.uint64(32)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .clustering import Backend, add_groups, cluster_cell, hash_rows, keep_distinct, round_to_bfloat16
+from .clustering import Backend, add_groups, cluster_cell, hash_rows, keep_distinct, round_to_bfloat16, to_float32
 from .features import count_columns, count_rows, open_shard, read_rows, shard_path, write_arrays
 
 ROWS = 65536  # rows of a shard held in float32 at a time
@@ -31,7 +31,7 @@ def train_cells(
         raise ValueError(f"{total} features are too few for {num_cells} cells; add images or ask for fewer cells.")
     points = sample_features(paths, num_sampled, seed)
     progress = partial(tqdm, unit="iteration", desc="k-means of the cells")
-    centroids = backend.kmeans(backend.put(points.astype(np.float32)), num_cells, seed, num_iterations, progress)
+    centroids = backend.kmeans(backend.put(to_float32(points)), num_cells, seed, num_iterations, progress)
     write_arrays(output, {"centroids": np.float32(centroids)})
 
 
@@ -59,9 +59,9 @@ def sort_shard(features: Path, output: Path, centroids: np.ndarray, backend: Bac
         arrays = {name: shard.get_tensor(name) for name in shard.keys()}
     cells, hashes = [], []
     for start in range(0, len(arrays.get("features", [])), ROWS):
-        points = arrays["features"][start : start + ROWS].astype(np.float32)
-        cells.append(backend.assign(backend.put(points), centroids)[0])
-        hashes.append(hash_rows(round_to_bfloat16(points)))
+        points = arrays["features"][start : start + ROWS]
+        cells.append(backend.assign(backend.put(to_float32(points)), centroids)[0])
+        hashes.append(hash_rows(points))
     if cells:
         cells = np.concatenate(cells)
         order = np.argsort(cells, kind="stable")
@@ -109,7 +109,7 @@ class CellReader:
         for block in self.read(cell, "features", ROWS):
             parts.append(block if keep is None else block[keep[position : position + len(block)]])
             position += len(block)
-        return np.concatenate(parts).astype(np.float32)
+        return to_float32(np.concatenate(parts))
 
 
 def count_distinct(reader: CellReader, cell: int) -> int:
@@ -154,7 +154,7 @@ def use_codes(
     if summed:
         output["sums"], others = np.zeros((len(codes), reader.width(summed))), reader.read(cell, summed, ROWS)
     for block in reader.read(cell, "features", ROWS):
-        indices, distances = backend.assign(backend.put(block.astype(np.float32)), codes)
+        indices, distances = backend.assign(backend.put(to_float32(block)), codes)
         output["counts"] += np.bincount(indices, minlength=len(codes))
         output["distortions"] += np.bincount(indices, distances.astype(np.float64), minlength=len(codes))
         if summed:
@@ -168,7 +168,7 @@ def sum_features(reader: CellReader, cell: int, codes: np.ndarray, backend: Back
     shifted, counts = codes - center, np.zeros(len(codes), np.int64)
     squares, sums = np.zeros(len(codes)), np.zeros(codes.shape)
     for block in reader.read(cell, "features", ROWS):
-        points = block.astype(np.float32) - center
+        points = to_float32(block) - center
         indices = backend.assign(backend.put(points), shifted, exact=False)[0]
         counts += np.bincount(indices, minlength=len(codes))
         squares += np.bincount(indices, np.einsum("ij,ij->i", points, points), minlength=len(codes))
