@@ -4,8 +4,9 @@
 
 Flow matching on the VAE's latents: x_t = (1 - t) x_0 + t noise, the transformer predicts noise - x_0. The T5 and CLIP text
 encoders learn with it. Some images come with a text, the others with an image prompt: the patch features of a SigLIP, brought
-to the width of the T5 embeddings by two linear layers, as FLUX.1 Redux does for FLUX.1-dev; noise on the features makes them say only
-what features say reliably. FLUX has learnt from billions of images to paint what its prompt embeddings say in detail; on a CPU, texts
+to the width of the T5 embeddings by two linear layers, as FLUX.1 Redux does for FLUX.1-dev. Most of these features are coarse: each is
+replaced by the nearest one of a random table of patch features, so that FLUX learns to paint clean shapes from prompts that only hint
+at them, as those of any codebook do; it never meets the codebook itself. FLUX has learnt from billions of images to paint what its prompt embeddings say in detail; on a CPU, texts
 alone do not get that far. A second term, representation alignment (REPA), makes the image tokens of an inner block point where the
 clean image's patch features point. Afterwards all of it is frozen, as the pretrained decoder of the paper is. The counterpart of
 Redux is saved as `image_prompts` beside the pipeline; the mapper starts from it.
@@ -28,9 +29,10 @@ class FluxArguments:
         metadata={"help": "fields of the UniCode2ConditionMapper that turns patch features into prompts"},
     )
     alignment_weight: float = field(default=0.5, metadata={"help": "weight of the alignment to the patch features"})
-    image_prompt_share: float = field(default=0.6, metadata={"help": "share of images that are their own prompt"})
-    image_prompt_noise: float = field(
-        default=0.5, metadata={"help": "noise on the features of image prompts, up to so many standard deviations"}
+    image_prompt_share: float = field(default=0.75, metadata={"help": "share of images that are their own prompt"})
+    coarse_share: float = field(default=0.7, metadata={"help": "share of the image prompts with coarse features"})
+    table_size: int = field(
+        default=16384, metadata={"help": "patch features in the table; each step rounds to a random half of them"}
     )
     layout_share: float = field(
         default=0.8, metadata={"help": "share of the texts that are exact layouts, not captions"}
@@ -99,9 +101,7 @@ def main(args: FluxArguments, training_args) -> None:
         def forward(self, latents, features, input_ids, is_image_prompt):
             texts = self.text_encoder_2(input_ids)[0]  # (num_texts, max_length, joint_attention_dim)
             pooled_texts = self.text_encoder(input_ids).pooler_output  # (num_texts, pooled_projection_dim)
-            shown = features[is_image_prompt]
-            noise = args.image_prompt_noise * torch.rand(len(shown), 1, 1) * features.std((0, 1))
-            images = self.image_prompts(shown + noise * torch.randn_like(shown)).prompt_embeds
+            images = self.image_prompts(coarsen(features[is_image_prompt])).prompt_embeds
             prompts = images.new_zeros(len(latents), *images.shape[1:])
             prompts[is_image_prompt], prompts[~is_image_prompt] = images, texts.to(images)
             pooled = pooled_texts.new_zeros(len(latents), pooled_texts.shape[-1])  # Redux has none either
@@ -113,26 +113,40 @@ def main(args: FluxArguments, training_args) -> None:
             loss = flow + args.alignment_weight * alignment
             return {"loss": loss, "flow": flow.detach(), "alignment": alignment.detach()}
 
+    def encode(pixel_values):
+        with torch.no_grad(), torch.autocast(pixel_values.device.type, torch.bfloat16):
+            return encoder(pixel_values).last_hidden_state.float()  # (batch_size, num_patches, width)
+
+    def coarsen(features):
+        """Rounds the first `coarse_share` of the images to a random half of the table."""
+        num_coarse = round(args.coarse_share * len(features))
+        codes = table[torch.randperm(len(table))[: len(table) // 2]].to(features)
+        coarse = codes[torch.cdist(features[:num_coarse].flatten(0, 1), codes).argmin(-1)]
+        return torch.cat([coarse.view_as(features[:num_coarse]), features[num_coarse:]])
+
     def collate(rows):
         num_images = round(args.image_prompt_share * len(rows))  # the rows come in random order
         exact = torch.rand(len(rows)) < args.layout_share
         texts = [row["layout"] if flag else row["caption"] for row, flag in zip(rows, exact)][num_images:]
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
         pixel_values = pixel_collator(rows)["pixel_values"]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            features = encoder(pixel_values).last_hidden_state.float()  # (batch_size, num_patches, width)
         return {
             "latents": encode_latents(vae, pixel_values),
-            "features": features,
+            "features": encode(pixel_values),
             "input_ids": tokens["input_ids"],
             "is_image_prompt": torch.arange(len(rows)) < num_images,
         }
 
+    images = load_images(args.data)
+    per_image = 16  # of the patches
+    rows = images.select(torch.randperm(len(images))[: args.table_size // per_image].tolist())
+    patches = (encode(pixel_collator([row])["pixel_values"])[0] for row in rows)
+    table = torch.cat([features[torch.randperm(len(features))[:per_image]] for features in patches])
     model = FluxWithLoss()
     trainer = Trainer(
         model,
         training_args,
-        train_dataset=load_images(args.data),
+        train_dataset=images,
         data_collator=collate,
         optimizers=(
             MuonWithAdamW.for_trainer(model, training_args, ("x_embedder", "proj_out", "image_prompts.pool")),

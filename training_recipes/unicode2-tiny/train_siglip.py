@@ -3,9 +3,9 @@
     accelerate launch training_recipes/unicode2-tiny/train_siglip.py --config training_recipes/unicode2-tiny/siglip.yaml
 
 Three losses, as in SigLIP 2 rather than SigLIP, since minutes must do: the sigmoid loss over all pairs of a batch; a small
-decoder that captions the image from its patch features; a linear head that reads each patch's own pixels back. The last two see
-the features through noise, which spreads what they need far enough apart to survive quantization. Only the image tower is
-used afterwards.
+decoder that captions the image from its patch features; a linear head that reads each patch's own pixels back. For the last two
+every feature is exchanged for the nearest one of other images in the batch, as any codebook will exchange it for a code: what they
+need is drawn together where it is alike and apart where it is not. Only the image tower is used afterwards.
 """
 
 import math
@@ -20,11 +20,14 @@ class SiglipArguments:
     text: dict = field(default_factory=dict, metadata={"help": "fields of SiglipTextConfig"})
     pixel_weight: float = field(default=1.0, metadata={"help": "weight of the reconstruction of a patch's pixels"})
     caption_weight: float = field(default=1.0, metadata={"help": "weight of the captioning loss"})
-    noise: float = field(default=0.5, metadata={"help": "noise on the patch features, as a share of their spread"})
+    exchange_share: float = field(
+        default=1.0, metadata={"help": "share of the images whose features are exchanged for those of others"}
+    )
 
 
 def main(args: SiglipArguments, training_args) -> None:
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessor, SiglipModel, Trainer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -66,8 +69,7 @@ def main(args: SiglipArguments, training_args) -> None:
             vision = self.siglip.vision_model(pixel_values)
             contrastive = self.contrastive_loss(vision.pooler_output, input_ids, same_text)
             features = vision.last_hidden_state  # (batch_size, num_patches, hidden_size)
-            spread = features.detach().float().var(dim=(0, 1)).mean().sqrt()
-            features = features + args.noise * spread * torch.randn_like(features)
+            features = exchange(features, args.exchange_share)
             patch_size = config.vision_config.patch_size
             pixels = torch.nn.functional.unfold(pixel_values, patch_size, stride=patch_size).transpose(1, 2)
             pixel_loss = torch.nn.functional.l1_loss(self.to_pixels(features).float(), pixels)
@@ -89,11 +91,23 @@ def main(args: SiglipArguments, training_args) -> None:
             length = input_ids.shape[1]
             hidden = self.words(input_ids) + self.places.weight[:length]
             causal = torch.nn.Transformer.generate_square_subsequent_mask(length, device=features.device)
-            hidden = self.decoder(hidden, features + self.patches.weight, tgt_mask=causal, tgt_is_causal=True)
+            with sdpa_kernel(SDPBackend.MATH):  # the fastest at this size on a CPU
+                hidden = self.decoder(hidden, features + self.patches.weight, tgt_mask=causal, tgt_is_causal=True)
             target = input_ids[:, 1:]  # the first padding token is learnt as the end
             ended = (input_ids == tokenizer.pad_token_id)[:, :-1]
             logits = self.to_words(hidden[:, :-1]).float().transpose(1, 2)
             return torch.nn.functional.cross_entropy(logits, target.masked_fill(ended, -100))
+
+    def exchange(features, share):
+        """Nearest features of the other half of the batch, for the first `share` of each half; gradients pass straight through."""
+        halves = features.chunk(2)
+        tables = [half.detach().float().flatten(0, 1) for half in reversed(halves)]
+        output = []
+        for half, table in zip(halves, tables):
+            first = half[: round(share * len(half))]
+            nearest = table[torch.cdist(first.detach().float().flatten(0, 1), table).argmin(-1)].view_as(first)
+            output += [first + (nearest - first).detach(), half[len(first) :]]
+        return torch.cat(output)
 
     def collate(rows):
         texts = [row["dense_caption"] if row["kind"] == "scene" else row["caption"] for row in rows]

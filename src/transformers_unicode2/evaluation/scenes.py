@@ -30,7 +30,7 @@ COLORS = {
 }
 GROUNDS = {"white": (255, 255, 255), "grey": (192, 192, 192), "beige": (232, 220, 196), "pink": (246, 214, 222)}
 TEXTURES = ("plain", "striped", "dotted", "speckled")
-SIZES = {"small": (0.13, 0.15), "large": (0.195, 0.23)}  # radius as a share of the image's width
+SIZES = {"small": (0.15, 0.165), "large": (0.2, 0.23)}  # radius as a share of the image's width
 UNSEEN_PAIRS = frozenset(
     {
         ("cyan", "circle"),

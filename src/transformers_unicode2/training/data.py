@@ -62,7 +62,14 @@ def build_turns(row: dict, task: str, image: str, max_turns: int = 4) -> list[di
     ]
 
 
-def build_examples(rows, tasks: dict[str, float], processor, visual_token_offset: int, max_turns: int = 4):
+def build_examples(
+    rows,
+    tasks: dict[str, float],
+    processor,
+    visual_token_offset: int,
+    max_turns: int = 4,
+    learn_all_images: bool = False,
+):
     """Pre-tokenized rows to training sequences over the unified vocabulary.
 
     Args:
@@ -71,10 +78,12 @@ def build_examples(rows, tasks: dict[str, float], processor, visual_token_offset
         processor: `UniCode2Processor`.
         visual_token_offset: first visual token id.
         max_turns: questions asked about one image at most.
+        learn_all_images: images in questions are learnt, too, as without any condition.
 
     Returns:
-        Data set of `input_ids` and `labels`, -100 where nothing is learnt: all but the answers. An `"unconditional"` example is an
-        image behind nothing but the begin-of-image id, which is what classifier-free guidance compares with.
+        Data set of `input_ids`, `labels`, -100 where nothing is learnt: all but the answers, and their `length`. An
+        `"unconditional"` example is an image behind nothing but the begin-of-image id, which is what classifier-free guidance
+        compares with.
     """
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown:
@@ -83,7 +92,7 @@ def build_examples(rows, tasks: dict[str, float], processor, visual_token_offset
     image_text = processor.replace_image_token({}, 0)
 
     def expand(batch: dict, indices: list[int]) -> dict:
-        output = {"input_ids": [], "labels": []}
+        output = {"input_ids": [], "labels": [], "length": []}
         for position, index in enumerate(indices):
             row = {name: values[position] for name, values in batch.items()}
             row["row"] = index
@@ -105,7 +114,9 @@ def build_examples(rows, tasks: dict[str, float], processor, visual_token_offset
                     ids = [next(codes) if id_ == processor.image_token_id else id_ for id_ in encoded["input_ids"]]
                     mask = encoded["assistant_masks"]
                 output["input_ids"].append(ids)
-                output["labels"].append([id_ if flag else -100 for id_, flag in zip(ids, mask)])
+                learnt = [flag or (learn_all_images and id_ >= visual_token_offset) for id_, flag in zip(ids, mask)]
+                output["labels"].append([id_ if flag else -100 for id_, flag in zip(ids, learnt)])
+                output["length"].append(len(ids))
         return output
 
     return rows.map(expand, batched=True, with_indices=True, remove_columns=rows.column_names, desc="building examples")

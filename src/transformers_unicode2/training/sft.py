@@ -22,6 +22,9 @@ class StageArguments:
         metadata={"help": "weight of a text token in the loss; an answer has far fewer tokens than an image"},
     )
     max_turns: int = field(default=4, metadata={"help": "questions asked about one image"})
+    learn_all_images: bool = field(
+        default=False, metadata={"help": "the images that texts are about are targets, too, not only those asked for"}
+    )
     dtype: str = field(default="float32", metadata={"help": "dtype of the weights; `bf16: true` adds mixed precision"})
     muon: bool = field(
         default=False, metadata={"help": "Muon for the matrices, AdamW for the rest; AdamW alone if false"}
@@ -122,7 +125,9 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
     else:
         freeze_all_but(model, args.train_modules)
     rows = load_dataset("parquet", data_files=f"{args.data}/train-*.parquet", split="train")
-    examples = build_examples(rows, args.tasks, processor, model.config.visual_token_offset, args.max_turns)
+    examples = build_examples(
+        rows, args.tasks, processor, model.config.visual_token_offset, args.max_turns, args.learn_all_images
+    )
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("visual_head",)) if args.muon else None
     trainer = UniCode2SFTTrainer(
         model,
