@@ -88,6 +88,7 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
     fresh = initialise(model, ("model.projector", "visual_head"), config.dtype)
     if visual_head == "two_level":
         fresh["visual_head.cell_offsets"] = stored.cell_offsets
+    calibrate_visual_head(fresh, stored.codes, config.text_config.hidden_size)
     for part in ("model.projector", "visual_head"):
         writer.write(
             part.split(".")[-1].replace("_", " "), {n: v for n, v in fresh.items() if n.startswith(part + ".")}
@@ -170,6 +171,15 @@ def initialise(model, parts: tuple[str, ...], dtype: torch.dtype) -> dict[str, t
             for name, value in module.state_dict().items()
         }
     return state
+
+
+def calibrate_visual_head(state: dict[str, torch.Tensor], codes: torch.Tensor, hidden_size: int) -> None:
+    """Scales a fresh head so that the scores of the codes `(codebook_size, codebook_dim)` start about one apart, for normalised hidden
+    states: the first loss is then near ln K however long the codes are."""
+    spread = (codes - codes.mean(0)).square().sum(-1).mean().sqrt()
+    for name, value in state.items():
+        if name.startswith("visual_head.linear.weight"):
+            value /= value.float().std() * hidden_size**0.5 * spread + 1e-12
 
 
 class ShardWriter:
