@@ -74,7 +74,9 @@ def test_parts_are_there_as_they_were(parts, run_init, pixel_values, tied, head,
     if head == "two_level":
         assert torch.equal(model.visual_head.cell_offsets, codebook.cell_offsets)
     hidden = torch.nn.functional.layer_norm(torch.randn(64, 32), (32,))  # as the last norm leaves it
-    scores = model.visual_head.linear(hidden)[:, : codebook.codes.shape[1]] @ (codebook.codes - codebook.codes.mean(0)).T
+    scores = (
+        model.visual_head.linear(hidden)[:, : codebook.codes.shape[1]] @ (codebook.codes - codebook.codes.mean(0)).T
+    )
     assert 0.5 < scores.std() < 2
     assert model.generate(ids, generation_mode="image").shape == (1, 16)
     assert UniCode2Processor.from_pretrained(folder / "output").num_image_tokens == 16

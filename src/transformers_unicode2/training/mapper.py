@@ -95,9 +95,14 @@ class MapperWithLosses(torch.nn.Module):
         with torch.no_grad():
             text = decoder.text_encoder(input_ids).pooler_output  # (batch_size, pooled_dim)
         contrastive = contrastive_loss(condition.pooled_prompt_embeds, text, self.args.temperature)
-        flow = flow_matching_loss(decoder.transformer, latents, condition.prompt_embeds, condition.pooled_prompt_embeds)
-        loss = self.args.contrastive_weight * contrastive + self.args.flow_matching_weight * flow
-        losses = {"contrastive": contrastive.detach(), "flow": flow.detach()}
+        loss = self.args.contrastive_weight * contrastive
+        losses = {"contrastive": contrastive.detach()}
+        if self.args.flow_matching_weight:  # a pass through the decoder, by far the largest part of a step
+            flow = flow_matching_loss(
+                decoder.transformer, latents, condition.prompt_embeds, condition.pooled_prompt_embeds
+            )
+            loss = loss + self.args.flow_matching_weight * flow
+            losses["flow"] = flow.detach()
         if image_prompts is not None:
             distance = (condition.prompt_embeds.float() - image_prompts).square().mean() / image_prompts.var()
             loss = loss + self.args.regression_weight * distance
