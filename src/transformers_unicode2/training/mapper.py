@@ -30,6 +30,9 @@ class MapperArguments:
     )
     encoder: str | None = field(default=None, metadata={"help": "vision encoder of these patch features"})
     temperature: float = field(default=0.07, metadata={"help": "tau of Eq. 10"})
+    muon: bool = field(
+        default=False, metadata={"help": "Muon for the matrices, AdamW for the rest; AdamW alone if false"}
+    )
 
 
 @torch.no_grad()
@@ -128,7 +131,14 @@ def load_image_prompts(args: MapperArguments):
 
 
 def start_from(mapper: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Copies the weights of `other` that make `prompt_embeds`, as far as `mapper` has them in the same shape."""
+    """
+    Copies the weights of `other` that make `prompt_embeds`, as far as `mapper` has them in the same shape. Transformer layers that only
+    `mapper` has begin as the identity.
+    """
+    for layer in mapper.layers[len(other.layers) :]:
+        for last in (layer.self_attn.out_proj, layer.linear2):
+            torch.nn.init.zeros_(last.weight)
+            torch.nn.init.zeros_(last.bias)
     own = mapper.state_dict()
     fitting = {k: v for k, v in other.state_dict().items() if k in own and v.shape == own[k].shape}
     mapper.load_state_dict({**own, **{k: v for k, v in fitting.items() if not k.startswith("pool")}})
@@ -141,6 +151,7 @@ def main(args: MapperArguments, training_args) -> None:
 
     from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ForConditionalGeneration
     from transformers_unicode2.training.data import load_images_with_codes, pixel_collator
+    from transformers_unicode2.training.optimizer import MuonWithAdamW
 
     set_seed(training_args.seed)
     decoder = FluxPipeline.from_pretrained(args.decoder)
@@ -181,7 +192,8 @@ def main(args: MapperArguments, training_args) -> None:
         return inputs
 
     model = MapperWithLosses(mapper, decoder, visual_embeddings, args)
-    trainer = Trainer(model, training_args, train_dataset=rows, data_collator=collate)
+    optimizer = MuonWithAdamW.for_trainer(model, training_args, ("down", "pool")) if args.muon else None
+    trainer = Trainer(model, training_args, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
     mapper.save_pretrained(training_args.output_dir)
 
