@@ -15,40 +15,39 @@ once() { # NAME COMMAND...: runs a stage unless it has finished
   shift
   [ -f "$mark" ] || { "$@" && touch "$mark"; }
 }
-language() {
-  once stage1 launch -m transformers_unicode2.training.sft --config $recipes/stage1.yaml
-  once stage1.5 launch -m transformers_unicode2.training.sft --config $recipes/stage1.5.yaml
-  once stage2 launch -m transformers_unicode2.training.sft --config $recipes/stage2.yaml
+decoder() {
+  once vae launch $recipes/train_vae.py --config $recipes/vae.yaml
+  once flux launch $recipes/train_flux.py --config $recipes/flux.yaml
 }
-vae() { once vae launch $recipes/train_vae.py --config $recipes/vae.yaml; }
-flux() { once flux launch $recipes/train_flux.py --config $recipes/flux.yaml; }
-codebook() {
-  once siglip launch $recipes/train_siglip.py --config $recipes/siglip.yaml
+language_model() {
   once codebook unicode2 codebook build --images $out/data --encoder $out/siglip --codebook-size 4096 --num-cells 64 \
     --allocation proportional --num-images 20000 --patches-per-image 24 --output $out/codebook
   once init unicode2 init --llm $out/llm --vision $out/siglip --codebook $out/codebook --output $out/init
   once tokens unicode2 tokenize --data $out/data --model $out/init --output $out/tokens
+  once stage1 launch -m transformers_unicode2.training.sft --config $recipes/stage1.yaml
+  once stage1.5 launch -m transformers_unicode2.training.sft --config $recipes/stage1.5.yaml
+  once stage2 launch -m transformers_unicode2.training.sft --config $recipes/stage2.yaml
 }
-job=
-trap '[ -z "$job" ] || kill -- -$job 2> /dev/null || true' EXIT
-both() { # STAGES LOG STAGES: the first in the background, with its progress in LOG; each has half of the cores
+both() { # the decoder, in the background, and the language model; each has half of the cores
   local threads=${OMP_NUM_THREADS:-}
   export OMP_NUM_THREADS=$((($(python -c 'import os; print(os.cpu_count())') + 1) / 2))
-  echo "$1 trains at the same time; its progress is in $2"
+  echo "The decoder trains at the same time; its progress is in $out/decoder.log."
   set -m # gives the job a process group, so that it can be ended as a whole
-  "$1" > "$2" 2>&1 &
+  decoder > $out/decoder.log 2>&1 &
   job=$!
   set +m
-  "$3"
-  wait $job || { tail -n 20 "$2"; exit 1; }
+  language_model
+  wait $job || { tail -n 20 $out/decoder.log; exit 1; }
   job=
   if [ -n "$threads" ]; then export OMP_NUM_THREADS=$threads; else unset OMP_NUM_THREADS; fi
 }
+job=
+trap '[ -z "$job" ] || kill -- -$job 2> /dev/null || true' EXIT
 mkdir -p "$out"
 once data unicode2 scenes --output $out/data --num-scenes 50000 --num-emoji 40000 --emoji-dir "$emoji"
 once llm python $recipes/make_llm.py --config $recipes/llm.yaml
-both vae $out/vae.log codebook
-both flux $out/flux.log language
+once siglip launch $recipes/train_siglip.py --config $recipes/siglip.yaml
+both
 once mapper launch -m transformers_unicode2.training.mapper --config $recipes/mapper-flux.yaml
 once assemble unicode2 assemble --model $out/stage2 --mapper $out/mapper-flux --decoder $out/flux --image-size 64 --output $out/unicode2-tiny
 unicode2 evaluate scenes --model $out/unicode2-tiny --emoji-dir "$emoji" --json $out/scores.json
