@@ -8,7 +8,7 @@ comes plain (20 iterations, on all features in the cells), and with fewer iterat
 Each method runs in a process of its own, whose peak resident memory is told. The peers' seconds are those of their call alone, on
 float32 features in memory; the builder's are those of all its phases after the features, from shards of float16 on disk to the
 codebook on disk. Distortion is the mean squared distance of an even sample of the features to the nearest of all codes, exact, by the
-same function for all. Where `two_level_clustering` allots a small cell no centroid, at which it dies, that cell gets none here and the
+same function for all. Each number of cells is a comparison of its own; flat k-means has none. Where `two_level_clustering` allots a small cell no centroid, at which it dies, that cell gets none here and the
 table says so. Finished rows are kept: the same command goes on.
 """
 
@@ -30,8 +30,8 @@ from rows import Rows, describe_run
 METHODS = {  # of the builder: backend, iterations and Lloyd passes across the borders
     "ours, faiss": ("faiss", 20, 0),
     "ours, torch": ("torch", 20, 0),
+    "ours, torch, 8 iterations": ("torch", 8, 0),
     "ours, torch, 8 iterations, polish 3": ("torch", 8, 3),
-    "ours, torch, 8 iterations, polish 8": ("torch", 8, 8),
 }
 SHARD = 50_000  # features
 
@@ -106,7 +106,7 @@ def run_two_level(points: np.ndarray, args: argparse.Namespace, said: list) -> n
     stock, faiss.Kmeans = faiss.Kmeans, Kmeans
     try:
         options = {"min_points_per_centroid": 1, "verbose": True, "seed": 0}
-        return two_level_clustering(points, args.num_cells, args.codebook_size, **options)[0]
+        return two_level_clustering(points, args.num_cells[0], args.codebook_size, **options)[0]
     finally:
         faiss.Kmeans = stock
 
@@ -123,7 +123,7 @@ def run_method(args: argparse.Namespace) -> dict:
     said = []
     if args.method in METHODS:
         method, start = METHODS[args.method], time.perf_counter()
-        size = (args.num_features, args.codebook_size, args.num_cells)
+        size = (args.num_features, args.codebook_size, args.num_cells[0])
         codes = build_ours(args.features, *size, method, args.max_memory_gib, said)
     else:
         points = read_float32(args.features, args.num_features)
@@ -173,7 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", help="file for finished rows; default: FEATURES/codebook_build.json")
     parser.add_argument("--num-features", type=int, default=1_000_000)
     parser.add_argument("--codebook-size", type=int, default=4096)
-    parser.add_argument("--num-cells", type=int, default=64)
+    parser.add_argument("--num-cells", type=int, nargs="+", default=[64, 8], help="8 of 512 codes, as in the paper")
     parser.add_argument("--max-memory-gib", type=float, default=8.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--num-measured", type=int, default=250_000, help="features to measure the distortion on")
@@ -190,29 +190,50 @@ def main() -> None:
     dim = load_features(args.features)[0].shape[1]
     count = len(load_features(args.features, args.num_features)[0])
     write_shards(args.features, count)
-    setting = {name: value for name, value in vars(args).items() if name not in ("results", "method", "row")}
+    setting = {
+        name: value for name, value in vars(args).items() if name not in ("results", "method", "row", "num_cells")
+    }
     setting["num_features"] = count
     rows = Rows(args.results or f"{args.features}/codebook_build.json", setting)
+
+    def measure(method: str, num_cells: int) -> dict:
+        name = f"{method}, {num_cells} cells"
+        return rows.measure(name, lambda: run_in_process(method, **setting, num_cells=num_cells))
+
     table = {
-        method: rows.measure(method, lambda method=method: run_in_process(method, **setting))
-        for method in ("two_level_clustering", *METHODS, "faiss.Kmeans")
+        num_cells: {method: measure(method, num_cells) for method in ("two_level_clustering", *METHODS)}
+        for num_cells in args.num_cells
     }
+    flat = measure("faiss.Kmeans", 1)
     rate = rows.measure("rate", lambda: {"rate": measure_rate(args.threads)})["rate"]
     products = 2.0 * min(count, 512 * args.codebook_size) * args.codebook_size * dim * 25
     print(describe_run(args.threads, "faiss-cpu"))
-    print(f"\n{count} features of width {dim}, {args.codebook_size} codes, {args.num_cells} cells; distortion of")
-    print(f"{min(count, args.num_measured)} of them. The products of flat k-means alone: {products / rate:.0f} s.\n")
-    print("| method | s | times as fast as two_level | peak GiB | distortion | of flat | of two_level |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    flat, peer = table["faiss.Kmeans"], table["two_level_clustering"]
-    for method, row in table.items():
-        print(
-            f"| {method} | {row['seconds']:.1f} | {peer['seconds'] / row['seconds']:.2f} | {row['memory']:.2f} "
-            f"| {row['distortion']:.5g} | {row['distortion'] / flat['distortion']:.4f} "
-            f"| {row['distortion'] / peer['distortion']:.4f} |"
-        )
-    if peer["said"]:
-        print(f"\n`two_level_clustering` would have died at {len(peer['said'])} cells: {', '.join(peer['said'])}.")
+    print(
+        f"\n{count} features of width {dim}, {args.codebook_size} codes; distortion of {min(count, args.num_measured)} of them."
+    )
+    print(f"The products of flat k-means alone: {products / rate:.0f} s.\n")
+    print("| cells | method | s | times as fast as two_level | peak GiB | distortion | of flat | of two_level |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for num_cells, methods in table.items():
+        peer = methods["two_level_clustering"]
+        for method, row in methods.items():
+            print(f"| {num_cells} | {method} {format_row(row, flat, peer)}")
+    print(f"| | faiss.Kmeans {format_row(flat, flat)}")
+    for num_cells, methods in table.items():
+        died = methods["two_level_clustering"]["said"]
+        if died:
+            print(f"\nOf {num_cells} cells `two_level_clustering` would have died at {len(died)}: {', '.join(died)}.")
+
+
+def format_row(row: dict, flat: dict, peer: dict | None = None) -> str:
+    """The cells of a table from the seconds on, the last of them empty without a peer."""
+    faster, of_peer = (
+        (f"{peer['seconds'] / row['seconds']:.2f}", f"{row['distortion'] / peer['distortion']:.4f}")
+        if peer
+        else ("", "")
+    )
+    shared = f"{row['memory']:.2f} | {row['distortion']:.5g} | {row['distortion'] / flat['distortion']:.4f}"
+    return f"| {row['seconds']:.1f} | {faster} | {shared} | {of_peer} |"
 
 
 if __name__ == "__main__":

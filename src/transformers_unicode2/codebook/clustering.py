@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+CACHED_SCORES = 2**19  # float32 scores that stay in the cache of a CPU core between their steps
+
 
 class Backend(Protocol):
     """What k-means needs from a library. Points and centroids are float32 `(num_points, dim)` and `(num_centroids, dim)`."""
@@ -124,6 +126,8 @@ class TorchBackend:
         half_norms = centroids.square().sum(1) / 2
         weights = centroids.to(queries.dtype).T
         rows = max(1, self.max_scores // len(centroids))
+        if self.device.type == "cpu":
+            rows = min(rows, max(64, CACHED_SCORES // len(centroids)))
         best = [
             ((queries[start : start + rows] @ weights).float() - half_norms).max(1)  # of (rows, num_centroids)
             for start in range(0, len(queries), rows)

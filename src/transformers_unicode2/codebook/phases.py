@@ -60,12 +60,14 @@ def sort_shard(features: Path, output: Path, centroids: np.ndarray, backend: Bac
     cells, hashes = [], []
     for start in range(0, len(arrays.get("features", [])), ROWS):
         points = arrays["features"][start : start + ROWS]
-        cells.append(backend.assign(backend.put(to_float32(points)), centroids)[0])
+        cells.append(backend.assign(backend.put(to_float32(points)), centroids, exact=False)[0])
         hashes.append(hash_rows(points))
     if cells:
         cells = np.concatenate(cells)
         order = np.argsort(cells, kind="stable")
-        arrays = {name: array[order] for name, array in {**arrays, "hashes": np.concatenate(hashes)}.items()}
+        arrays = {
+            name: np.take(array, order, axis=0) for name, array in {**arrays, "hashes": np.concatenate(hashes)}.items()
+        }
         counts = np.bincount(cells, minlength=len(centroids))
     else:
         counts = np.zeros(len(centroids), np.int64)
