@@ -15,6 +15,7 @@ TRAVELS = [
     "faiss",
     "generation",
     "kernel",
+    "kernel_source",
     "modeling",
     "processing",
     "quantization",
