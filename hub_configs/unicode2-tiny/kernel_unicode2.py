@@ -51,7 +51,7 @@ def load_kernel():
         library = library or load_private()
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    numbers = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_double)
+    numbers = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_double)
     library.search.argtypes = (ctypes.POINTER(Tables), ctypes.POINTER(Queries), *numbers, ctypes.c_void_p)
     library.workspace_size.argtypes, library.workspace_size.restype = (ctypes.c_int64,) * 3, ctypes.c_int64
     return library

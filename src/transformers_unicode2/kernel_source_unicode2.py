@@ -58,10 +58,15 @@ typedef struct {  /* a visit and LANES codes, some of which passed the first pro
 
 typedef struct { int32_t visit, code; } Candidate;
 
+typedef struct {  /* CODES codes, and for each LANES of them the pairs that passed the first product */
+    Pair *pairs;
+    int64_t start, counts[VECTORS];
+} Block;
+
 typedef struct {
     State *states;
     Visit *visits;
-    Pair *pairs;
+    Block blocks[2];
     Candidate *candidates;
     int32_t *heads, *next;
     double cost;
@@ -80,7 +85,7 @@ static inline Floats scales(const uint32_t *units) { return (Floats)(load(units)
 static inline Floats all(float value) { return value - (Floats){0}; }
 
 static inline void fetch(const void *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);  /* to L2: L1 is too small */
 }
 
 /* Adds the products of four bytes of each lane, unsigned, with four of a query. */
@@ -239,49 +244,64 @@ static inline uint64_t inside(const int64_t *span, int64_t start) {
     return (above < CODES ? (1ull << above) - 1 : ~0ull) & (below > 0 ? ~0ull << below : ~0ull);
 }
 
-/* The codes of a cell for all that visit it. */
-static void scan(const Tables *t, const int64_t *span, Visit *visits, int64_t count, Workspace *w) {
+/* First product of the visits with CODES codes: keeps the pairs that pass. */
+static void screen(const Tables *t, const int64_t *span, Visit *visits, int64_t count, Block *block) {
     Ints sums[TILE][VECTORS];
     Floats score[VECTORS], unit[VECTORS], tail[VECTORS], constant[VECTORS];
-    for (int64_t start = span[0] / LANES * LANES; start < span[1]; start += CODES) {
-        int64_t counts[VECTORS] = {0};
-        uint64_t valid = inside(span, start);
-        for (int v = 0; v < VECTORS; v++) {
-            const uint32_t *units = t->units + start + v * LANES;
-            unit[v] = scales(units), tail[v] = tails(units), constant[v] = (Floats)load(t->constant + start + v * LANES);
-        }
-        for (int64_t tile = 0; tile < count; tile += TILE) {
-            int rows = count - tile < TILE ? (int)(count - tile) : TILE;
-            FOR_ROWS(rows, first_product(t, visits + tile, ROWS, start, sums))
-            for (int r = 0; r < rows; r++) {
-                const Visit *visit = visits + tile + r;
-                uint64_t mask = 0;
-                for (int v = 0; v < VECTORS; v++) {
-                    score[v] = FMA(__builtin_convertvector(sums[r][v], Floats), all(visit->scale), all(visit->slack));
-                    score[v] = FMA(score[v], unit[v], constant[v]);
-                    mask |= (uint64_t)reach(FMA(tail[v], all(visit->weight), score[v]), visit->threshold) << v * LANES;
-                }
-                if (!(mask &= valid)) continue;
-                for (int v = 0; v < VECTORS; v++, mask >>= LANES) {
-                    if (!(mask & 65535)) continue;
-                    if (!counts[v]) fetch(t->rest + (start + v * LANES) * t->rest_size / 2, LANES * t->rest_size / 2);
-                    w->pairs[v * count + counts[v]++] = (Pair){score[v], (int32_t)(tile + r), mask & 65535};
-                }
+    int64_t start = block->start;
+    uint64_t valid = inside(span, start);
+    for (int v = 0; v < VECTORS; v++) {
+        const uint32_t *units = t->units + start + v * LANES;
+        unit[v] = scales(units), tail[v] = tails(units), constant[v] = (Floats)load(t->constant + start + v * LANES);
+        block->counts[v] = 0;
+    }
+    for (int64_t tile = 0; tile < count; tile += TILE) {
+        int rows = count - tile < TILE ? (int)(count - tile) : TILE;
+        FOR_ROWS(rows, first_product(t, visits + tile, ROWS, start, sums))
+        for (int r = 0; r < rows; r++) {
+            const Visit *visit = visits + tile + r;
+            uint64_t mask = 0;
+            for (int v = 0; v < VECTORS; v++) {
+                score[v] = FMA(__builtin_convertvector(sums[r][v], Floats), all(visit->scale), all(visit->slack));
+                score[v] = FMA(score[v], unit[v], constant[v]);
+                mask |= (uint64_t)reach(FMA(tail[v], all(visit->weight), score[v]), visit->threshold) << v * LANES;
+            }
+            if (!(mask &= valid)) continue;
+            for (int v = 0; v < VECTORS; v++, mask >>= LANES) {
+                if (!(mask & 65535)) continue;
+                if (!block->counts[v]) fetch(t->rest + (start + v * LANES) * t->rest_size / 2, LANES * t->rest_size / 2);
+                block->pairs[v * count + block->counts[v]++] = (Pair){score[v], (int32_t)(tile + r), mask & 65535};
             }
         }
-        w->cost += t->costs[0] * count * CODES;
-        int64_t passed = 0;
-        for (int v = 0; v < VECTORS; v++) {
-            passed += refine(t, visits, w->pairs + v * count, counts[v], start + v * LANES, w->candidates + passed);
-            w->cost += t->costs[1] * counts[v];
-        }
-        for (int64_t i = 0; i < passed; i++) {
-            Visit *visit = visits + w->candidates[i].visit;
-            consider(t, visit->state, w->candidates[i].code);
-            tighten(visit);
-        }
-        w->cost += t->costs[2] * passed;
     }
+}
+
+/* Second product of the pairs that passed the first, and the distances of those that pass this as well. */
+static void decide(const Tables *t, Visit *visits, int64_t count, const Block *block, Workspace *w) {
+    int64_t passed = 0;
+    for (int v = 0; v < VECTORS; v++) {
+        const Pair *pairs = block->pairs + v * count;
+        passed += refine(t, visits, pairs, block->counts[v], block->start + v * LANES, w->candidates + passed);
+        w->cost += t->costs[1] * block->counts[v];
+    }
+    for (int64_t i = 0; i < passed; i++) {
+        Visit *visit = visits + w->candidates[i].visit;
+        consider(t, visit->state, w->candidates[i].code);
+        tighten(visit);
+    }
+    w->cost += t->costs[0] * count * CODES + t->costs[2] * passed;
+}
+
+/* The codes of a cell for all that visit it. Each block is decided after the next one is screened, as its tables are on the way. */
+static void scan(const Tables *t, const int64_t *span, Visit *visits, int64_t count, Workspace *w) {
+    int64_t first = span[0] / LANES * LANES, start = first;
+    if (!count) return;
+    for (int turn = 0; start < span[1]; start += CODES, turn ^= 1) {
+        w->blocks[turn].start = start;
+        screen(t, span, visits, count, w->blocks + turn);
+        if (start > first) decide(t, visits, count, w->blocks + !turn, w);
+    }
+    if (start > first) decide(t, visits, count, w->blocks + ((start - first) / CODES - 1) % 2, w);
 }
 
 /* The best of a cell's first codes by the first product: good candidates to begin with. */
@@ -316,7 +336,7 @@ static inline int is_near(const Queries *q, int64_t row, int64_t span) {
 
 static int64_t lay_out(Workspace *w, char *space, int64_t count, int64_t num_near, int64_t num_spans) {
     char *place = space;
-    w->pairs = (Pair *)place, place += VECTORS * count * sizeof(Pair);
+    for (int i = 0; i < 2; i++) w->blocks[i].pairs = (Pair *)place, place += VECTORS * count * sizeof(Pair);
     w->states = (State *)place, place += count * sizeof(State);
     w->visits = (Visit *)place, place += count * sizeof(Visit);
     w->candidates = (Candidate *)place, place += CODES * count * sizeof(Candidate);
@@ -331,8 +351,8 @@ int64_t workspace_size(int64_t count, int64_t num_near, int64_t num_spans) {
     return lay_out(&w, 0, count, num_near, num_spans);
 }
 
-/* Bounds, best codes and first candidates of queries `begin` to `end`, and who looks into which cell first. */
-static void prepare(const Tables *t, const Queries *q, int64_t begin, int64_t end, int seeded, const Workspace *w) {
+/* What there is to know of queries `begin` to `end`, and who looks into which cell first. */
+static void prepare(const Tables *t, const Queries *q, int64_t begin, int64_t end, const Workspace *w) {
     for (int64_t s = 0; s < t->num_spans; s++) w->heads[s] = -1;
     for (int64_t row = begin; row < end; row++) {
         const int8_t *prefix = q->prefix + row * t->prefix_size, *rest = q->rest + row * t->rest_size;
@@ -344,29 +364,35 @@ static void prepare(const Tables *t, const Queries *q, int64_t begin, int64_t en
         for (int64_t p = 0; p < q->num_near; p++) {
             int64_t span = q->near[row * q->num_near + p], pair = (row - begin) * q->num_near + p;
             w->next[pair] = w->heads[span], w->heads[span] = (int32_t)pair;
-            if (p >= seeded) continue;
-            enter(t, q, state, row, t->spans[3 * span + 2], w->visits);
-            seed(t, w->visits, t->spans + 3 * span);
         }
     }
+}
+
+/* A cell for those that look into it first, or `later` than into the nearest one. */
+static void scan_near(const Tables *t, const Queries *q, int64_t begin, int64_t span, int later, Workspace *w) {
+    int64_t count = 0;
+    for (int32_t pair = w->heads[span]; pair >= 0; pair = w->next[pair]) {
+        int64_t row = pair / q->num_near;
+        if ((pair % q->num_near > 0) != later) continue;
+        Visit *visit = w->visits + count++;
+        enter(t, q, w->states + row, begin + row, t->spans[3 * span + 2], visit);
+        if (later) continue;
+        seed(t, visit, t->spans + 3 * span);
+        tighten(visit);
+    }
+    scan(t, t->spans + 3 * span, w->visits, count, w);
 }
 
 /*
  * Nearest codes of queries `begin` to `end`: among all codes, or, if `near_only`, in the cells that are near. Returns 0, or 1 with
  * nothing found as soon as it is clear that it costs more than `budget`.
  */
-int search(const Tables *t, const Queries *q, int64_t begin, int64_t end, int seeded, int near_only, double budget, void *space) {
+int search(const Tables *t, const Queries *q, int64_t begin, int64_t end, int near_only, double budget, void *space) {
     Workspace w;
     lay_out(&w, space, end - begin, q->num_near, t->num_spans);
-    prepare(t, q, begin, end, seeded, &w);
-    for (int64_t s = 0; s < t->num_spans; s++) {
-        int64_t count = 0;
-        for (int32_t pair = w.heads[s]; pair >= 0; pair = w.next[pair], count++) {
-            int64_t row = pair / q->num_near;
-            enter(t, q, w.states + row, begin + row, t->spans[3 * s + 2], w.visits + count);
-        }
-        scan(t, t->spans + 3 * s, w.visits, count, &w);
-    }
+    prepare(t, q, begin, end, &w);
+    for (int later = 0; later < 2; later++)
+        for (int64_t s = 0; s < t->num_spans; s++) scan_near(t, q, begin, s, later, &w);
     for (int64_t s = 0; s < t->num_spans && !near_only; s++) {
         const int64_t *span = t->spans + 3 * s;
         const float *least = q->bounds + span[2] * q->count;

@@ -18,13 +18,10 @@ from .screen_unicode2 import Screen, products_are_exact
 
 WORKSPACE = 256 * 2**20
 MIN_SIZE, MIN_DIM = 8192, 160  # of the codes: below, a plain scan is as fast
-NUM_NEAR, NUM_SEEDED = (
-    4,
-    1,
-)  # nearest parts that are searched first, and those whose best few codes give the first threshold
+NUM_NEAR = 2  # nearest parts that are searched first, the first of them after a look at its best few codes
 NUM_SEED_CODES, NUM_SEEDS = 256, 4  # without the kernel: codes of a part that are looked at, and the best of them
 KERNEL_SHARE, PAIR_SHARE = 0.3, 0.05  # of the work of a scan, and of its pairs: when the bounds have failed
-GROUP = 128  # features that a thread takes at a time
+GROUP = 512  # features that a thread takes at a time
 BLOCK_SCORES = 2**20  # of a scan on a CPU: stay in its cache
 
 
@@ -147,7 +144,7 @@ class NearestCodeSearch:
             end = min(begin + group, count)
             space = torch.empty(screen.kernel.workspace_size(end - begin, near.shape[1], len(spans)), dtype=torch.uint8)
             budget = KERNEL_SHARE * self.dim / 16 * self.size * (end - begin)
-            screen.kernel.search(tables, queries, begin, end, NUM_SEEDED, near_only, budget, space.data_ptr())
+            screen.kernel.search(tables, queries, begin, end, near_only, budget, space.data_ptr())
 
         threads = torch.get_num_threads()
         group = min(GROUP, -(-count // threads))
@@ -160,7 +157,7 @@ class NearestCodeSearch:
 
     def search_with_torch(self, query: dict, best: "Best", spans, near: torch.LongTensor, near_only: bool) -> None:
         count = len(best.features)
-        for place in near.unbind(1)[: None if near_only else NUM_SEEDED + 1]:
+        for place in near.unbind(1)[: None if near_only else NUM_NEAR]:
             self.visit(query, best, spans[place], None if near_only else NUM_SEED_CODES)
         if near_only:
             return
