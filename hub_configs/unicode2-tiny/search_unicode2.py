@@ -22,7 +22,7 @@ NUM_NEAR = 2  # nearest parts that are searched first, the first of them after a
 NUM_SEED_CODES, NUM_SEEDS = 256, 4  # without the kernel: codes of a part that are looked at, and the best of them
 KERNEL_SHARE, PAIR_SHARE = 0.3, 0.05  # of the work of a scan, and of its pairs: when the bounds have failed
 GROUP = 512  # features that a thread takes at a time
-BLOCK_SCORES = 2**20  # of a scan on a CPU: stay in its cache
+BLOCK_SCORES = 2**18  # of a scan on a CPU: stay in its cache
 
 
 class NearestCodeSearch:
@@ -134,7 +134,7 @@ class NearestCodeSearch:
         kept = [screen.prefix, screen.rest, screen.constant, screen.units, screen.rest_units, screen.more]
         kept += [best.codes.contiguous(), torch.cat([spans, parts], -1)]
         sizes = (self.size, self.dim, screen.lead, screen.rest_size, len(screen.centres), len(spans))
-        costs = (screen.lead / 48, 16 + screen.rest_size / 3, 64 + self.dim / 4)  # cycles
+        costs = (screen.lead / 48, 16 + screen.rest_size / 2, 128 + self.dim / 2)  # cycles
         tables = Tables(*(x.data_ptr() for x in kept), *sizes, costs)
         held = [query["prefix"], query["rest"], best.features.float(), query["scales"], query["bounds"], near]
         held = [x.contiguous() for x in held]
@@ -213,7 +213,7 @@ class NearestCodeSearch:
         dtype = torch.float32 if self.moderate and products_are_exact() and scan.squared.max() < 1e30 else torch.float64
         step = max(1, min(self.size, workspace // (16 * len(features) + 16 * self.dim)))
         if features.device.type == "cpu":
-            step = min(step, max(512, BLOCK_SCORES // len(features)))
+            step = min(step, max(512, BLOCK_SCORES // len(features) // 512 * 512))
         everyone = torch.arange(len(features), device=features.device)
         for start in range(0, self.size, step):
             place = slice(start, start + step)

@@ -392,7 +392,10 @@ int search(const Tables *t, const Queries *q, int64_t begin, int64_t end, int ne
     lay_out(&w, space, end - begin, q->num_near, t->num_spans);
     prepare(t, q, begin, end, &w);
     for (int later = 0; later < 2; later++)
-        for (int64_t s = 0; s < t->num_spans; s++) scan_near(t, q, begin, s, later, &w);
+        for (int64_t s = 0; s < t->num_spans; s++) {
+            scan_near(t, q, begin, s, later, &w);
+            if (w.cost > budget * 0.3 && !near_only) return 1;
+        }
     for (int64_t s = 0; s < t->num_spans && !near_only; s++) {
         const int64_t *span = t->spans + 3 * s;
         const float *least = q->bounds + span[2] * q->count;
