@@ -22,7 +22,7 @@ NUM_NEAR = 2  # nearest parts that are searched first, the first of them after a
 NUM_SEED_CODES, NUM_SEEDS = 256, 4  # without the kernel: codes of a part that are looked at, and the best of them
 KERNEL_SHARE, PAIR_SHARE = 0.3, 0.05  # of the work of a scan, and of its pairs: when the bounds have failed
 GROUP = 512  # features that a thread takes at a time
-BLOCK_SCORES = 2**18  # of a scan on a CPU: stay in its cache
+BLOCK_SCORES = 2**19  # of a scan on a CPU: stay in its cache
 
 
 class NearestCodeSearch:
@@ -207,29 +207,28 @@ class NearestCodeSearch:
             self.refine(query, best, threshold, row[hit], code[hit, column], score[hit, column])
 
     def scan(self, features: torch.Tensor, codes: torch.Tensor, workspace: int) -> torch.LongTensor:
-        """All codes: an upper bound of every score, and the distance where it reaches the best score so far."""
+        """All codes: every score, and the distance where it reaches the best so far, less its error."""
         best = Best(features, codes, workspace)
         scan = Scan(self, best)
         dtype = torch.float32 if self.moderate and products_are_exact() and scan.squared.max() < 1e30 else torch.float64
         step = max(1, min(self.size, workspace // (16 * len(features) + 16 * self.dim)))
         if features.device.type == "cpu":
             step = min(step, max(512, BLOCK_SCORES // len(features) // 512 * 512))
-        everyone = torch.arange(len(features), device=features.device)
         for start in range(0, self.size, step):
             place = slice(start, start + step)
             if self.any_unused and self.unused[place].all():
                 continue
-            upper = scan.upper(everyone, place, dtype)  # (num_features, step)
-            rows = (upper.amax(-1) >= scan.threshold(dtype)).nonzero()[:, 0]
+            score, error = scan.scores(slice(None), place, dtype)  # (num_features, step), (num_features,)
+            rows = (score.amax(-1) >= scan.threshold(dtype, error)).nonzero()[:, 0]
             if not len(rows):
                 continue
-            upper = upper[rows]
-            best.improve(rows, upper.argmax(-1) + start)
-            hits = upper >= scan.threshold(dtype)[rows, None]
+            score, error = (x if len(rows) == len(x) else x[rows] for x in (score, error))
+            best.improve(rows, score.argmax(-1) + start)
+            hits = score >= scan.threshold(dtype, error, rows)[:, None]
             crowded = hits.sum(-1) > 32 + step // 64
             if dtype == torch.float32 and crowded.any():  # too coarse for these: again in float64
-                closer = scan.upper(rows[crowded], place, torch.float64)
-                hits[crowded] = closer >= scan.threshold(torch.float64)[rows[crowded], None]
+                score, error = scan.scores(rows[crowded], place, torch.float64)
+                hits[crowded] = score >= scan.threshold(torch.float64, error, rows[crowded])[:, None]
             row, code = hits.nonzero(as_tuple=True)
             best.improve(rows[row], code + start)
         if (best.found == self.size).any():
@@ -280,20 +279,20 @@ class Best:
 
 
 class Scan:
-    """Upper bounds of scores, and what they have to reach. The score of a code c is x·c - |c - mean|²/2 with x the feature less the mean."""
+    """Scores, and what they have to reach. The score of a code c is x·c - |c - mean|²/2 with x the feature less the mean."""
 
     def __init__(self, search: NearestCodeSearch, best: Best):
         self.search, self.best = search, best
         self.query = best.features.double() - search.mean.double()
-        self.squared = self.query.square().sum(-1)
+        self.narrow, self.squared = self.query.float(), self.query.square().sum(-1)
         self.rest = search.mean.double() * (not search.shifted)  # of the mean, which the codes keep
         self.constant = self.squared / 2 + self.query @ self.rest  # the score is this less half the squared distance
         self.size = (
             self.squared.sqrt() * search.mean.double().norm() + self.squared
         )  # of the rounding errors in float64
 
-    def upper(self, rows: torch.LongTensor, place: slice, dtype: torch.dtype) -> torch.Tensor:
-        """At least the scores of features with codes, `(num_rows, num_codes)`."""
+    def scores(self, rows, place: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of features with codes, `(num_rows, num_codes)`, and float64 `(num_rows,)` by how much they may be too small."""
         search = self.search
         codes = self.best.codes[place].to(dtype)
         if not search.all_finite:
@@ -303,16 +302,18 @@ class Scan:
             half_norm = (codes - search.mean).square().sum(-1) / 2
         if search.shifted:
             codes = codes - search.mean
-        error = (search.dim + 32) * torch.finfo(dtype).eps / 2  # of products and sums, in any order
-        norm = (2 * half_norm).sqrt() + self.rest.norm()
-        bias = (-half_norm * (1 - 2 * error)).masked_fill(search.unused[place], -torch.inf).to(dtype)
-        score = torch.addmm(bias, self.query[rows].to(dtype), codes.T)
-        return score.addr_((error * self.squared[rows].sqrt()).to(dtype), norm.to(dtype))
+        share = (search.dim + 32) * torch.finfo(dtype).eps / 2  # of products and sums, in any order
+        largest = (2 * half_norm.double().max()).sqrt() + self.rest.norm()
+        bias = (-half_norm * (1 - 2 * share)).masked_fill(search.unused[place], -torch.inf).to(dtype)
+        query = self.narrow if dtype == torch.float32 else self.query
+        score = torch.addmm(bias, query[rows], codes.T)
+        return score, share * self.squared[rows].sqrt() * largest
 
-    def threshold(self, dtype: torch.dtype) -> torch.Tensor:
-        """What the upper bound of a code has to reach to be as near as the best so far, `(num_features,)`."""
-        score = self.constant - self.best.distance / 2
-        score = score - 1e-12 * (self.size + self.best.distance)
+    def threshold(self, dtype: torch.dtype, error: torch.Tensor, rows=slice(None)) -> torch.Tensor:
+        """What the score of a code has to reach to be as near as the best so far, `(num_rows,)`."""
+        distance = self.best.distance[rows]
+        score = self.constant[rows] - distance / 2 - error
+        score = score - 1e-12 * (self.size[rows] + distance)
         limits = torch.finfo(dtype)
         return (score - score.abs() * limits.eps - self.search.dim * limits.tiny).to(dtype)
 
