@@ -15,6 +15,7 @@ TRAVELS = [
     "faiss",
     "generation",
     "kernel",
+    "kernel_products",
     "kernel_source",
     "modeling",
     "processing",

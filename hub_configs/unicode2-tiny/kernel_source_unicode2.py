@@ -1,195 +1,10 @@
 """The C source of the nearest-code search, which `kernel_unicode2.py` compiles. It travels as text with remote code."""
 
-SOURCE = r"""
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define WIDE 1
-#endif
+from .kernel_products_unicode2 import PRODUCTS
 
-enum { LANES = 16, VECTORS = 4, CODES = VECTORS * LANES, TILE = 6, SEEDS = 4, SEED_CODES = 512 };
-
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(64)));
-
-typedef struct {
-    const uint8_t *prefix;    /* (blocks, prefix_size / 4, LANES, 4), unsigned by an offset of 128 */
-    const uint8_t *rest;      /* (blocks, rest_size / 8, LANES, 4): two numbers of four bits, the second four of eight above */
-    const float *constant;    /* (blocks * LANES), and so the next three */
-    const uint32_t *units;    /* of the prefix: tail and scale, bfloat16 */
-    const uint32_t *rest_units;
-    const uint32_t *more;     /* of the rest, bfloat16: its error, and what it adds to the constant */
-    const float *codes;       /* (size, dim) */
-    const int64_t *spans;     /* (num_spans, 3): first code, last code and part of the cells to look into */
-    int64_t size, dim, prefix_size, rest_size, num_parts, num_spans;
-    float costs[3];           /* of a code in the first product, of LANES codes in the second, of a distance */
-} Tables;
-
-typedef struct {
-    const int8_t *prefix, *rest;  /* (count, prefix_size) and (count, rest_size) */
-    const float *features;    /* (count, dim) */
-    const float *scales;      /* (count, 2): of prefix and rest */
-    const float *bounds;      /* (7, num_parts, count), see Screen.prepare */
-    const int64_t *near;      /* (count, num_near): spans to look into first */
-    int64_t count, num_near;
-    int64_t *found;           /* out (count) */
-} Queries;
-
-typedef struct {  /* of a query */
-    const float *feature;
-    double distance;
-    int64_t found;
-    int32_t offset, rest_offset;
-} State;
-
-typedef struct {  /* of a query to a cell */
-    const int8_t *prefix, *rest;
-    State *state;
-    float scale, rest_scale, low, weight, slack, rest_weight, rest_slack, most, threshold;
-} Visit;
-
-typedef struct {  /* a visit and LANES codes, some of which passed the first product */
-    Floats score;
-    int32_t visit;
-    uint32_t mask;
-} Pair;
-
-typedef struct { int32_t visit, code; } Candidate;
-
-typedef struct {  /* CODES codes, and for each LANES of them the pairs that passed the first product */
-    Pair *pairs;
-    int64_t start, counts[VECTORS];
-} Block;
-
-typedef struct {
-    State *states;
-    Visit *visits;
-    Block blocks[2];
-    Candidate *candidates;
-    int32_t *heads, *next;
-    double cost;
-} Workspace;
-
-#ifdef WIDE
-#define FMA(a, b, c) ((Floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#else
-#define FMA(a, b, c) ((a) * (b) + (c))
-#endif
-
-static inline float widen(uint32_t half) { half <<= 16; float value; memcpy(&value, &half, 4); return value; }
-static inline Ints load(const void *from) { Ints value; memcpy(&value, from, sizeof value); return value; }
-static inline Floats tails(const uint32_t *units) { return (Floats)(load(units) << 16); }
-static inline Floats scales(const uint32_t *units) { return (Floats)(load(units) & -65536); }
-static inline Floats all(float value) { return value - (Floats){0}; }
-
-static inline void fetch(const void *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);  /* to L2: L1 is too small */
-}
-
-/* Adds the products of four bytes of each lane, unsigned, with four of a query. */
-static inline Ints multiply(Ints sums, Ints codes, const int8_t *query) {
-#ifdef WIDE
-    int32_t four;
-    memcpy(&four, query, 4);
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
-#else
-    for (int i = 0; i < 4; i++) sums += (codes >> 8 * i & 255) * query[i];
-    return sums;
-#endif
-}
-
-/* Lanes that are not below a threshold. */
-static inline uint32_t reach(Floats value, float threshold) {
-#ifdef WIDE
-    return _mm512_cmp_ps_mask((__m512)value, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
-#else
-    uint32_t mask = 0;
-    for (int i = 0; i < LANES; i++) mask |= (uint32_t)!(value[i] < threshold) << i;
-    return mask;
-#endif
-}
-
-/* First products of `rows` visits with CODES codes. */
-static inline __attribute__((always_inline)) void first_product(
-        const Tables *t, const Visit *visits, int rows, int64_t start, Ints sums[TILE][VECTORS]) {
-    int64_t groups = t->prefix_size / 4;
-    const uint8_t *codes = t->prefix + start * t->prefix_size;
-    Ints part[VECTORS], held[TILE][VECTORS];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECTORS; v++) held[r][v] = (Ints){0} - visits[r].state->offset;
-    for (int64_t g = 0; g < groups; g++) {
-        for (int v = 0; v < VECTORS; v++) part[v] = load(codes + (v * groups + g) * 64);
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < VECTORS; v++) held[r][v] = multiply(held[r][v], part[v], visits[r].prefix + 4 * g);
-    }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = held[r][v];
-}
-
-/* Second products of the visits of `rows` pairs with LANES codes. */
-static inline __attribute__((always_inline)) void second_product(
-        const Tables *t, const Visit *visits, const Pair *pairs, int rows, int64_t start, Ints sums[TILE]) {
-    const uint8_t *codes = t->rest + start * t->rest_size / 2;
-    Ints held[TILE][2];
-    for (int r = 0; r < rows; r++) held[r][0] = (Ints){0} - visits[pairs[r].visit].state->rest_offset, held[r][1] = (Ints){0};
-    for (int64_t g = 0; g < t->rest_size / 8; g++) {
-        Ints both = load(codes + g * 64), lower = both << 1 & 0x1e1e1e1e, upper = both >> 3 & 0x1e1e1e1e;
-        for (int r = 0; r < rows; r++) {
-            const int8_t *query = visits[pairs[r].visit].rest + 8 * g;
-            held[r][0] = multiply(held[r][0], lower, query), held[r][1] = multiply(held[r][1], upper, query + 4);
-        }
-    }
-    for (int r = 0; r < rows; r++) sums[r] = held[r][0] + held[r][1];
-}
-
-#define FOR_ROWS(rows, call) /* loops of a fixed length stay in registers */ \
-    switch (rows) { \
-        case 1: { enum { ROWS = 1 }; call; break; } case 2: { enum { ROWS = 2 }; call; break; } \
-        case 3: { enum { ROWS = 3 }; call; break; } case 4: { enum { ROWS = 4 }; call; break; } \
-        case 5: { enum { ROWS = 5 }; call; break; } default: { enum { ROWS = TILE }; call; break; } \
-    }
-
-static inline float sum(Floats values) {
-    float parts[LANES];
-    memcpy(parts, &values, sizeof parts);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-    return parts[0];
-}
-
-/* Squared distance, or a number above `limit` if it is above it. */
-static float squared_distance(const float *a, const float *b, int64_t dim, float limit) {
-    float total = 0;
-    int64_t i = 0;
-    while (i + 64 <= dim && total <= limit) {
-        Floats parts[4] = {{0}};
-        for (int64_t last = i + 256; i < last && i + 64 <= dim; i += 64)
-            for (int j = 0; j < 4; j++) {
-                Floats difference = (Floats)load(a + i + 16 * j) - (Floats)load(b + i + 16 * j);
-                parts[j] = FMA(difference, difference, parts[j]);
-            }
-        total += sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
-    }
-    for (; i < dim && total <= limit; i++) total += (a[i] - b[i]) * (a[i] - b[i]);
-    return total;
-}
-
-/* In the order of `exact_distance` in search_unicode2.py, so with the same bits: halves are added until one number is left. */
-static double exact_distance(const float *a, const float *b, int64_t dim) {
-    double parts[dim];
-    int64_t half = 1;
-    for (int64_t i = 0; i < dim; i++) {
-        double difference = (double)a[i] - (double)b[i];
-        parts[i] = difference * difference;
-    }
-    while (2 * half < dim) half *= 2;
-    for (; dim > 1; dim = half, half /= 2)
-        for (int64_t i = 0; i < dim - half; i++) parts[i] += parts[half + i];
-    return parts[0];
-}
-
+SOURCE = (
+    PRODUCTS
+    + r"""
 /* From the best distance to what a code must reach to be as near. */
 static inline void tighten(Visit *visit) {
     double distance = visit->state->distance, low = visit->low;
@@ -206,11 +21,43 @@ static void consider(const Tables *t, State *state, int64_t code) {
         state->distance = distance, state->found = code;
 }
 
+static inline float positive(float value) { return value > 0 ? value : 0; }
+
+/* At least and at most the length whose square is known up to `spread`, of numbers known up to `error`. */
+static inline float shortest(float square, float spread, float error) { return positive(sqrtf(positive(square - spread)) - error); }
+static inline float longest(float square, float spread, float error) { return sqrtf(positive(square + spread)) + error; }
+
+/* At most the squared distances of queries `begin` to `end` to all codes of a part, as in Screen.find_least. */
+static void bound_part(const Tables *t, const Queries *q, int64_t part, int64_t begin, int64_t end, float *restrict least) {
+    const float *squares = q->squares + part * q->count, *extents = t->extents + part, *norms = q->norms;
+    int64_t step = t->num_parts;
+    float norm = t->centre_norms[part], unit = t->error;
+    float inner = extents[0], outer = -extents[step], low = extents[2 * step], high = -extents[3 * step];
+    for (int64_t row = begin; row < end; row++) {
+        float size = norm + norms[row], error = unit * size, spread = error * size;
+        float distance = squares[row], inside = squares[step * q->count + row];
+        float from = shortest(inside, spread, error), to = longest(inside, spread, error);
+        float beside = sqrtf(positive(distance - spread - to * to)), beyond = sqrtf(positive(distance + spread - from * from));
+        float gap = positive(from - outer > inner - to ? from - outer : inner - to);
+        float other = positive(beside - high > low - beyond ? beside - high : low - beyond);
+        least[row - begin] = (gap * gap + other * other) * (1 - 1e-5f);
+    }
+}
+
+/* The bounds of a query in a part, as in Screen.bound. */
 static void enter(const Tables *t, const Queries *q, State *state, int64_t row, int64_t part, Visit *visit) {
-    const float *bounds = q->bounds + part * q->count + row;
+    const float *square = q->squares + part * q->count + row, *lost = q->lost + 2 * row, *largest = t->largest;
     int64_t step = t->num_parts * q->count;
-    *visit = (Visit){q->prefix + row * t->prefix_size, q->rest + row * t->rest_size, state, q->scales[2 * row], q->scales[2 * row + 1],
-                     bounds[step], bounds[2 * step], bounds[3 * step], bounds[4 * step], bounds[5 * step], bounds[6 * step], 0};
+    float size = t->centre_norms[part] + q->norms[row], error = t->error * size, spread = error * size;
+    float known = shortest(square[2 * step], spread, error), more = shortest(square[3 * step], spread, error);
+    float weight = positive(square[0] + spread) * t->above - known * known, above = 1 + 0x1p-20f;
+    visit->prefix = q->prefix + row * t->prefix_size, visit->rest = q->rest + row * t->rest_size, visit->state = state;
+    visit->scale = q->scales[2 * row], visit->rest_scale = q->scales[2 * row + 1], visit->low = square[0] - spread;
+    visit->weight = sqrtf(positive(weight)) * above + 1e-17f;
+    visit->slack = lost[0] * largest[0] + error * (2 * (largest[0] + largest[1])) + longest(square[2 * step], spread, error) * largest[1];
+    visit->rest_weight = sqrtf(positive(weight - more * more)) * above + 1e-17f;
+    visit->rest_slack = lost[1] * largest[2] + error * (2 * (largest[2] + largest[3]));
+    visit->most = longest(square[3 * step], spread, error) * above;
     tighten(visit);
 }
 
@@ -342,6 +189,7 @@ static int64_t lay_out(Workspace *w, char *space, int64_t count, int64_t num_nea
     w->candidates = (Candidate *)place, place += CODES * count * sizeof(Candidate);
     w->heads = (int32_t *)place, place += num_spans * sizeof(int32_t);
     w->next = (int32_t *)place, place += num_near * count * sizeof(int32_t);
+    w->least = (float *)place, place += count * sizeof(float);
     w->cost = 0;
     return place - space;
 }
@@ -398,11 +246,11 @@ int search(const Tables *t, const Queries *q, int64_t begin, int64_t end, int ne
         }
     for (int64_t s = 0; s < t->num_spans && !near_only; s++) {
         const int64_t *span = t->spans + 3 * s;
-        const float *least = q->bounds + span[2] * q->count;
         int64_t count = 0;
+        bound_part(t, q, span[2], begin, end, w.least);
         for (int64_t row = begin; row < end; row++) {
             State *state = w.states + (row - begin);
-            if (least[row] > state->distance || is_near(q, row, s)) continue;
+            if (w.least[row - begin] > state->distance || is_near(q, row, s)) continue;
             enter(t, q, state, row, span[2], w.visits + count++);
         }
         scan(t, span, w.visits, count, &w);
@@ -412,3 +260,4 @@ int search(const Tables *t, const Queries *q, int64_t begin, int64_t end, int ne
     return 0;
 }
 """
+)

@@ -21,7 +21,7 @@ BLOCK = 64  # codes that the kernel looks at together, from any multiple of 16 o
 FLAGS = (
     "-g -O3 -march=native -ffp-contract=off -fno-math-errno -shared -fPIC".split()
 )  # no contraction: the same distances as torch has
-POINTERS = ("prefix", "rest", "constant", "units", "rest_units", "more", "codes", "spans")
+POINTERS = ("prefix", "rest", "constant", "units", "rest_units", "more", "codes", "spans", "centre_norms", "extents")
 SIZES = ("size", "dim", "prefix_size", "rest_size", "num_parts", "num_spans")
 
 
@@ -30,12 +30,16 @@ class Tables(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int64) for name in SIZES),
         ("costs", ctypes.c_float * 3),
+        ("limits", ctypes.c_float * 6),
     ]
 
 
 class Queries(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("prefix", "rest", "features", "scales", "bounds", "near")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("prefix", "rest", "features", "scales", "lost", "norms", "squares", "near")
+        ),
         *((name, ctypes.c_int64) for name in ("count", "num_near")),
         ("found", ctypes.c_void_p),
     ]

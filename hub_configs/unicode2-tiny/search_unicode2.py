@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .kernel_unicode2 import Queries, Tables, load_kernel
-from .screen_unicode2 import Screen, products_are_exact
+from .screen_unicode2 import UNIT, Screen, products_are_exact
 
 WORKSPACE = 256 * 2**20
 MIN_SIZE, MIN_DIM = 8192, 160  # of the codes: below, a plain scan is as fast
@@ -132,12 +132,13 @@ class NearestCodeSearch:
         screen, count = self.screen, len(best.features)
         parts = screen.find_parts(spans[:, :1].contiguous())
         kept = [screen.prefix, screen.rest, screen.constant, screen.units, screen.rest_units, screen.more]
-        kept += [best.codes.contiguous(), torch.cat([spans, parts], -1)]
+        kept += [best.codes.contiguous(), torch.cat([spans, parts], -1), screen.centre_norms, screen.extents]
         sizes = (self.size, self.dim, screen.lead, screen.rest_size, len(screen.centres), len(spans))
         costs = (screen.lead / 48, 16 + screen.rest_size / 2, 128 + self.dim / 2)  # cycles
-        tables = Tables(*(x.data_ptr() for x in kept), *sizes, costs)
-        held = [query["prefix"], query["rest"], best.features.float(), query["scales"], query["bounds"], near]
-        held = [x.contiguous() for x in held]
+        limits = (*screen.largest, 1 + screen.margin, (self.dim + 64) * UNIT)
+        tables = Tables(*(x.data_ptr() for x in kept), *sizes, costs, limits)
+        held = [query["prefix"], query["rest"], best.features.float(), query["scales"], query["lost"], query["norm"]]
+        held = [x.contiguous() for x in (*held, query["squares"], near)]
         queries = Queries(*(x.data_ptr() for x in held), count, near.shape[1], best.found.data_ptr())
 
         def run(begin: int) -> None:
@@ -156,7 +157,7 @@ class NearestCodeSearch:
                 list(pool.map(run, range(0, count, group)))
 
     def search_with_torch(self, query: dict, best: "Best", spans, near: torch.LongTensor, near_only: bool) -> None:
-        count = len(best.features)
+        count, query = len(best.features), {**query, "bounds": self.screen.bound(query)}
         for place in near.unbind(1)[: None if near_only else NUM_NEAR]:
             self.visit(query, best, spans[place], None if near_only else NUM_SEED_CODES)
         if near_only:

@@ -23,6 +23,7 @@ OUTLINE = 16  # leading directions in which the extent of a part is known apart 
 LEAST_PART = 128  # codes; smaller cells are put together
 SAMPLE_SIZE = 8192  # codes to find the directions from
 WIDEST = 4  # in medians: codes farther than that have no say in a centre, and little in the directions
+MOST_REST = 352  # directions of the second product: more of them cost more than they exclude
 HALF_STEP = 0.168  # of the four-bit grid, in standard deviations
 TINY = 1e-17  # of a norm: what squares in float32 may not hold, see `moderate` of NearestCodeSearch
 UNIT = 2**-23
@@ -49,9 +50,11 @@ class Screen:
         self.lead, self.rest_size = choose_sizes(self.size, self.dim, len(self.ends) - 1)
         sample = codes[:: max(1, self.size // SAMPLE_SIZE)].float() - mean
         directions = find_directions(sample, self.lead + self.rest_size)
-        self.outline = directions[:, :OUTLINE].float()
         self.basis = turn(directions, self.lead).half()
-        self.margin = 2 * find_skew(self.basis) + 4 * (self.dim + 64) * UNIT
+        skew = find_skew(self.basis)
+        outline = self.basis[:, : self.lead].double().T @ directions[:, :OUTLINE]
+        self.outline = (outline * (1 - skew)).float()  # lengthens nothing, so that all but the outline has a norm too
+        self.margin = 2 * skew + 4 * (self.dim + 64) * UNIT
         self.find_centres(codes, half_norm)
         self.measure(codes, unused)
         if kernel:
@@ -66,7 +69,7 @@ class Screen:
             centres[part] = (near @ codes[first:last]).float() / near.sum()
         self.origins = centres
         self.centres = (centres.double() - self.mean).float()
-        self.projected, self.outlined = self.project(self.centres), self.centres @ self.outline
+        self.projected, self.centre_norms = self.project(self.centres), self.centres.norm(dim=-1)
 
     def project(self, centred: torch.Tensor) -> torch.Tensor:
         """Rows `(num_rows, dim)` in the directions of the basis, `(num_rows, lead + rest_size)`."""
@@ -81,45 +84,42 @@ class Screen:
         self.constant = torch.empty(size, device=device)
         self.units, self.rest_units = (torch.empty(size, 2, dtype=torch.bfloat16, device=device) for _ in range(2))
         self.more = torch.empty(size, 2, dtype=torch.bfloat16, device=device)
-        extents = torch.empty(4, size, device=device)
+        self.extents = torch.full((4, len(self.centres)), torch.inf, device=device)  # see `find_extents`
         self.largest = torch.zeros(4, device=device)  # norm of whole numbers and of errors in steps, of both grids
-        part_of = self.find_parts(torch.arange(size, device=device))
         rows = max(1, 2**20 // self.dim)
-        for start in range(0, size, rows):
-            place = slice(start, start + rows)
-            part = part_of[place]
-            centred = codes[place].float() - self.origins[part]
-            squared = centred.square().sum(-1)
-            extents[:, place] = self.find_extents(centred @ self.outline, squared)
-            values, centres = (
-                x.split((self.lead, self.rest_size), -1) for x in (self.project(centred), self.projected[part])
-            )
-            tail = squared * (1 + self.margin)
-            units, constants, largest = [], [], []
-            for grid, value, centre in zip((round_to_bytes, round_to_nibbles), values, centres):
-                scale, whole = grid(value)
-                tail = tail - value.square().sum(-1)
-                units.append(torch.stack([round_up(tail.clamp(min=0).sqrt() + TINY), scale], -1))
-                scale = scale.float()
-                constants.append(-(whole * centre).sum(-1) * scale)
-                error = (value - whole * scale[:, None]).norm(dim=-1)
-                largest += [whole.norm(dim=-1).max(), (error / scale).max()]
-                if grid is round_to_bytes:
-                    self.prefix[place] = whole.to(torch.int8)
-                else:
-                    self.rest[place] = pack(whole)
-            self.units[place], self.rest_units[place] = units
-            self.constant[place] = constants[0] - squared * ((1 - NORM_MARGIN) / 2)
-            self.more[place] = round_up(torch.stack([error + TINY, constants[1]], -1))
-            self.largest = torch.maximum(self.largest, torch.stack(largest))
+        for part, (first, last) in enumerate(self.spans().tolist()):
+            for start in range(first, last, rows):
+                self.measure_rows(codes, part, slice(start, min(start + rows, last)))
         self.constant.masked_fill_(unused, -torch.inf)
-        self.extents = torch.full(
-            (4, len(self.ends) - 1), torch.inf, device=device
-        )  # (4, num_parts), see `find_extents`
-        for extent, values in zip(self.extents, extents):
-            extent.scatter_reduce_(0, part_of, values, "amin")
         self.largest = (self.largest * (1 + NORM_MARGIN)).tolist()
         del self.origins
+
+    def measure_rows(self, codes: torch.Tensor, part: int, place: slice) -> None:
+        centred = codes[place].float() - self.origins[part]
+        squared = centred.square().sum(-1)
+        values, centres = (
+            x.split((self.lead, self.rest_size), -1) for x in (self.project(centred), self.projected[part])
+        )
+        extents = self.find_extents(values[0] @ self.outline, squared).amin(-1)
+        self.extents[:, part] = torch.minimum(self.extents[:, part], extents)
+        tail = squared * (1 + self.margin)
+        units, constants, largest = [], [], []
+        for grid, value, centre in zip((round_to_bytes, round_to_nibbles), values, centres):
+            scale, whole = grid(value)
+            tail = tail - value.square().sum(-1)
+            units.append(torch.stack([round_up(tail.clamp(min=0).sqrt() + TINY), scale], -1))
+            scale = scale.float()
+            constants.append(-(whole * centre).sum(-1) * scale)
+            error = torch.addcmul(value, whole, scale[:, None], value=-1).norm(dim=-1)
+            largest += [whole.norm(dim=-1).max(), (error / scale).max()]
+            if grid is round_to_bytes:
+                self.prefix[place] = whole.to(torch.int8)
+            else:
+                self.rest[place] = pack(whole)
+        self.units[place], self.rest_units[place] = units
+        self.constant[place] = constants[0] - squared * ((1 - NORM_MARGIN) / 2)
+        self.more[place] = round_up(torch.stack([error + TINY, constants[1]], -1))
+        self.largest = torch.maximum(self.largest, torch.stack(largest))
 
     def spans(self) -> torch.LongTensor:
         """First code of each part, and that after the last, `(num_parts, 2)`."""
@@ -127,8 +127,8 @@ class Screen:
 
     def find(self, query: dict, count: int) -> torch.LongTensor:
         """The parts with the nearest centres, `(num_features, count)`, the nearest first."""
-        low = query["bounds"][1]
-        return low.topk(min(count, len(low)), dim=0, largest=False).indices.T
+        distance = query["squares"][0]
+        return distance.topk(min(count, len(distance)), dim=0, largest=False).indices.T
 
     def find_extents(self, outlined: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
         """Of rows less a centre, `outlined` in the outline, and their squared norms: least norm in the outline and less the largest one,
@@ -157,41 +157,47 @@ class Screen:
             setattr(self, name, torch.cat([table, table.new_zeros(padding, *table.shape[1:])]))
 
     def prepare(self, centred: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the bounds need to know of features less the mean, float64 `(num_features, dim)`.
+        """Features less the mean, float64 `(num_features, dim)`, rounded, and what the bounds need to know of them.
 
-        `usable` is false for a feature that is too far from the codes for float32. `bounds`, `(7, num_parts, num_features)`, has what
-        depends on the part: at most the squared distances to all of its codes and to its centre, and
-        weight and slack of both bounds, where the slack of the second is in two parts.
+        `usable` is false for a feature that is too far from the codes for float32. `squares`, `(4, num_parts, num_features)`, has the
+        squared distances to the centres: in all, in the outline, in the directions of the first product and of the second. `norm` is
+        that of the features, `lost` `(num_features, 2)` what rounding them for the products takes.
         """
         centred = centred.float()
         norm = centred.norm(dim=-1)
         usable = norm < 1e15
         centred = centred.masked_fill(~usable[:, None], 0)
+        query = {"usable": usable, "norm": norm.masked_fill(~usable, 0)}
         values, centres = (x.split((self.lead, self.rest_size), -1) for x in (self.project(centred), self.projected))
-        size = self.centres.norm(dim=-1)[:, None] + norm.masked_fill(~usable, 0)  # (num_parts, num_features)
-        error = (self.dim + 64) * UNIT * size  # of a projection
-        spread = error * size  # of a squared distance
-        distance = square_distances(self.centres, centred)
-        inside = square_distances(self.outlined, centred @ self.outline)
-        bounds = [self.find_least(inside, distance, error, spread), distance - spread]
-        weight = (distance + spread).clamp_(min=0) * (1 + self.margin)
-        query = {"usable": usable}
-        scales = []
-        for name, value, centre, whole, rest in zip(
-            ("prefix", "rest"), values, centres, self.largest[::2], self.largest[1::2]
-        ):
+        outlined = (part[0] @ self.outline for part in (centres, values))
+        pairs = ((self.centres, centred), outlined, *zip(centres, values))
+        query["squares"] = torch.stack([square_distances(*pair) for pair in pairs])
+        scales, lost = [], []
+        for name, value in zip(("prefix", "rest"), values):
             scale = value.abs().amax(-1).clamp(min=1e-30) / 127
             rounded = (value / scale[:, None]).round_().clamp_(-127, 127)
             query[name] = rounded.to(torch.int8)
-            lost = (value - rounded * scale[:, None]).norm(dim=-1) * (1 + NORM_MARGIN)
-            part = square_distances(centre, value)
+            lost.append((value - rounded * scale[:, None]).norm(dim=-1) * (1 + NORM_MARGIN))
+            scales.append(scale)
+        return {**query, "scales": torch.stack(scales, -1), "lost": torch.stack(lost, -1)}
+
+    def bound(self, query: dict) -> torch.Tensor:
+        """What depends on feature and part, `(7, num_parts, num_features)`, which the kernel finds by itself: at most the squared
+        distances to all of the part's codes and to its centre; weight and slack of both bounds, the slack of the second in two parts."""
+        distance, inside = query["squares"][:2]
+        size = self.centre_norms[:, None] + query["norm"]
+        error = (self.dim + 64) * UNIT * size  # of a projection
+        spread = error * size  # of a squared distance
+        bounds = [self.find_least(inside, distance, error, spread), distance - spread]
+        weight = (distance + spread).clamp_(min=0) * (1 + self.margin)
+        grids = zip(query["squares"][2:], query["lost"].T, self.largest[::2], self.largest[1::2])
+        for grid, (part, lost, whole, rest) in enumerate(grids):
             most = (part + spread).clamp_(min=0).sqrt_() + error
             weight = weight - ((part - spread).clamp_(min=0).sqrt_() - error).clamp_(min=0).square_()
             slack = lost * whole + error * (2 * (whole + rest))
             bounds += [weight.clamp(min=0).sqrt_() * (1 + 8 * UNIT) + TINY]
-            bounds += [slack + most * rest] if name == "prefix" else [slack, most * (1 + 8 * UNIT)]
-            scales.append(scale)
-        return {**query, "scales": torch.stack(scales, -1), "bounds": torch.stack(bounds)}
+            bounds += [slack, most * (1 + 8 * UNIT)] if grid else [slack + most * rest]
+        return torch.stack(bounds)
 
     def find_least(self, inside, distance, error, spread) -> torch.Tensor:
         """At most the squared distances of features to all codes of parts, from those to their centres, in the outline and in all."""
@@ -277,7 +283,7 @@ def choose_sizes(size: int, dim: int, num_parts: int) -> tuple[int, int]:
     room = AUXILIARY_SHARE * 4 * dim * size - rows * BYTES_BESIDE - 4 * num_parts * (dim + 24) - 4 * dim * (OUTLINE + 2)
     room -= lead * (rows + 2 * dim + 4 * num_parts)
     rest = int(room / (rows / 2 + 2 * dim + 4 * num_parts)) // 8 * 8
-    return lead, max(8, min(rest, dim - lead) // 8 * 8)
+    return lead, max(8, min(rest, dim - lead, MOST_REST) // 8 * 8)
 
 
 def find_directions(sample: torch.Tensor, count: int) -> torch.Tensor:
