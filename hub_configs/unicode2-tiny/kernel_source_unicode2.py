@@ -196,7 +196,7 @@ static int64_t lay_out(Workspace *w, char *space, int64_t count, int64_t num_nea
 
 int64_t workspace_size(int64_t count, int64_t num_near, int64_t num_spans) {
     Workspace w;
-    return lay_out(&w, 0, count, num_near, num_spans);
+    return (lay_out(&w, 0, count, num_near, num_spans) + 63) / 64 * 64;  /* the next one is aligned, too */
 }
 
 /* What there is to know of queries `begin` to `end`, and who looks into which cell first. */
@@ -233,9 +233,10 @@ static void scan_near(const Tables *t, const Queries *q, int64_t begin, int64_t 
 
 /*
  * Nearest codes of queries `begin` to `end`: among all codes, or, if `near_only`, in the cells that are near. Returns 0, or 1 with
- * nothing found as soon as it is clear that it costs more than `budget`.
+ * nothing found as soon as it is clear that it costs more than `budget`, in cycles.
  */
-int search(const Tables *t, const Queries *q, int64_t begin, int64_t end, int near_only, double budget, void *space) {
+static int search_group(
+        const Tables *t, const Queries *q, int64_t begin, int64_t end, int near_only, double budget, void *space) {
     Workspace w;
     lay_out(&w, space, end - begin, q->num_near, t->num_spans);
     prepare(t, q, begin, end, &w);
@@ -258,6 +259,16 @@ int search(const Tables *t, const Queries *q, int64_t begin, int64_t end, int ne
     }
     for (int64_t row = begin; row < end; row++) q->found[row] = w.states[row - begin].found;
     return 0;
+}
+
+/* The same for all queries, `group` at a time; `budget` is that of one query, `space` has `workspace_size` bytes for each group. */
+void search(const Tables *t, const Queries *q, int64_t group, int near_only, double budget, char *space) {
+    int64_t num_groups = (q->count + group - 1) / group, size = workspace_size(group, q->num_near, t->num_spans);
+    #pragma omp parallel for schedule(dynamic)
+    for (int64_t g = 0; g < num_groups; g++) {
+        int64_t begin = g * group, end = begin + group < q->count ? begin + group : q->count;
+        search_group(t, q, begin, end, near_only, budget * (end - begin), space + g * size);
+    }
 }
 """
 )

@@ -15,11 +15,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 from .kernel_source_unicode2 import SOURCE
 
 BLOCK = 64  # codes that the kernel looks at together, from any multiple of 16 on: the tables are padded by as many
 FLAGS = (
-    "-g -O3 -march=native -ffp-contract=off -fno-math-errno -shared -fPIC".split()
+    "-g -O3 -march=native -ffp-contract=off -fno-math-errno -fPIC".split()
 )  # no contraction: the same distances as torch has
 POINTERS = ("prefix", "rest", "constant", "units", "rest_units", "more", "codes", "spans", "centre_norms", "extents")
 SIZES = ("size", "dim", "prefix_size", "rest_size", "num_parts", "num_spans")
@@ -55,7 +57,7 @@ def load_kernel():
         library = library or load_private()
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    numbers = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_double)
+    numbers = (ctypes.c_int64, ctypes.c_int, ctypes.c_double)
     library.search.argtypes = (ctypes.POINTER(Tables), ctypes.POINTER(Queries), *numbers, ctypes.c_void_p)
     library.workspace_size.argtypes, library.workspace_size.restype = (ctypes.c_int64,) * 3, ctypes.c_int64
     return library
@@ -101,7 +103,7 @@ def fingerprint() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     processor = [line for line in lines if line.startswith(("flags", "Features"))][:1]
-    return digest(repr((SOURCE, FLAGS, os.environ.get("CC"), platform.platform(), processor)).encode())
+    return digest(repr((SOURCE, FLAGS, find_openmp(), os.environ.get("CC"), platform.platform(), processor)).encode())
 
 
 def digest(content: bytes) -> str:
@@ -110,7 +112,15 @@ def digest(content: bytes) -> str:
 
 def compile_kernel(work: Path) -> Path:
     """Compiles the kernel in a folder and returns the library's path."""
-    built = work / "search.so"
-    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, "-o", str(built), "-x", "c", "-"]
-    subprocess.run(command, input=SOURCE.encode(), check=True, capture_output=True, timeout=300)
+    built, part = work / "search.so", work / "search.o"
+    compiler, openmp = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS], find_openmp()
+    flags = ["-fopenmp"] if openmp else []
+    commands = ([*flags, "-c", "-x", "c", "-", "-o", str(part)], ["-shared", str(part), *openmp, "-o", str(built)])
+    for command in commands:
+        subprocess.run([*compiler, *command], input=SOURCE.encode(), check=True, capture_output=True, timeout=300)
     return built
+
+
+def find_openmp() -> list[str]:
+    """The GNU OpenMP library that torch brings, if it does: threads of another one would wait for a core while torch's spin on it."""
+    return [str(file) for file in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")][:1]

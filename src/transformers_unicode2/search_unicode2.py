@@ -9,7 +9,6 @@ with the C kernel of `kernel_unicode2.py`, with torch alone, on any device that 
 """
 
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -141,20 +140,11 @@ class NearestCodeSearch:
         held = [x.contiguous() for x in (*held, query["squares"], near)]
         queries = Queries(*(x.data_ptr() for x in held), count, near.shape[1], best.found.data_ptr())
 
-        def run(begin: int) -> None:
-            end = min(begin + group, count)
-            space = torch.empty(screen.kernel.workspace_size(end - begin, near.shape[1], len(spans)), dtype=torch.uint8)
-            budget = KERNEL_SHARE * self.dim / 16 * self.size * (end - begin)
-            screen.kernel.search(tables, queries, begin, end, near_only, budget, space.data_ptr())
-
-        threads = torch.get_num_threads()
-        group = min(GROUP, -(-count // threads))
-        if threads == 1 or group >= count:
-            for begin in range(0, count, group):
-                run(begin)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(run, range(0, count, group)))
+        group = min(GROUP, -(-count // torch.get_num_threads()))
+        bytes_of_group = screen.kernel.workspace_size(group, near.shape[1], len(spans))
+        space = torch.empty(-(-count // group) * bytes_of_group, dtype=torch.uint8)
+        budget = KERNEL_SHARE * self.dim / 16 * self.size
+        screen.kernel.search(tables, queries, group, near_only, budget, space.data_ptr())
 
     def search_with_torch(self, query: dict, best: "Best", spans, near: torch.LongTensor, near_only: bool) -> None:
         count, query = len(best.features), {**query, "bounds": self.screen.bound(query)}
