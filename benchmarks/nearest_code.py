@@ -4,25 +4,26 @@
     python benchmarks/nearest_code.py --quick  # synthetic data only, small
 
 Peers in the same run, with the same threads: `faiss.IndexFlatL2`, and `faiss.IndexIVFFlat` over the same cells with as many probes as the
-approximate search. Real codes are a seeded sample of the features that `real_features.py` keeps, rounded to bfloat16, the queries
-features of other images. Synthetic ones are clusters whose spectrum falls as that of real features does. Cells come from k-means.
+approximate search. Real codes come from k-means of the features that `real_features.py` keeps (`real_codebook.py`, kept beside them);
+more than 125,000 are a seeded sample of the features instead, and the table says so. All are rounded to bfloat16; the queries are
+features of other images. Synthetic codes are clusters whose spectrum falls as that of real features does. Cells come from k-means.
 The approximate search looks into as few cells as hold the nearest code of 99.9 % of other queries than those that are timed. Ids are
 compared with brute force in float64; a tie counts as equal. The limit is the time of the flat search's products alone at the rate of
 a large float32 matrix product, measured in the same run. On a GPU the peer is the flat product in bfloat16.
+
+Finished codebooks are kept in a JSON file beside the features, so that a killed run goes on.
 """
 
 import argparse
-import platform
-import subprocess
 import sys
 import threading
 import time
-from datetime import date
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from rows import Rows, describe_run
 
 from transformers_unicode2 import UniCode2Codebook
 from transformers_unicode2.codebook.clustering import FaissBackend
@@ -32,6 +33,7 @@ from transformers_unicode2.faiss_unicode2 import make_index
 
 NUM_CHECKED = 196  # queries whose ids are compared with brute force
 NUM_CALIBRATED = 4096  # queries that tell the number of probes
+MOST_KMEANS = 125_000  # real codes that k-means makes in minutes
 
 
 def draw_synthetic(size: int, num_queries: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -131,11 +133,10 @@ def share_equal(queries: torch.Tensor, codes: torch.Tensor, found: torch.Tensor)
 
 
 def compare(
-    name: str, points: np.ndarray, queries: np.ndarray, sizes: list[int], rate: float, approximate: bool = True
+    name: str, codebook: UniCode2Codebook, queries: np.ndarray, sizes: list[int], rate: float, approximate: bool = True
 ):
     """Rows of the table for one codebook: how long each search takes for each number of queries."""
-    codebook = make_codebook(points)
-    codes, size, dim = codebook.codes, len(points), points.shape[1]
+    codes, (size, dim) = codebook.codes, codebook.codes.shape
     start = time.perf_counter()
     codebook.encode(torch.from_numpy(queries[:1]))
     built, tables = time.perf_counter() - start, codebook.search.auxiliary_bytes() / codes.nbytes
@@ -156,8 +157,11 @@ def compare(
         batch, baseline = torch.from_numpy(queries[:count]), None
         for method, search in searches.items():
             with Memory() as memory:
+                start = time.perf_counter()
                 found = search(batch)
-            seconds = measure(partial(search, batch), 3 if count * size < 2e8 else 1)
+                seconds = time.perf_counter() - start
+            if seconds < 10:
+                seconds = measure(partial(search, batch), 3 if seconds < 1 else 1)
             baseline = baseline or seconds
             equal = share_equal(batch, codes, found)
             limit = 2 * count * size * dim / rate
@@ -222,9 +226,10 @@ def compare_encoders(args: argparse.Namespace, codebook: UniCode2Codebook, num_i
 
 
 @torch.no_grad()
-def compare_on_gpu(name: str, points: np.ndarray, queries: np.ndarray, count: int, encoder_seconds: float) -> None:
+def compare_on_gpu(
+    name: str, codebook: UniCode2Codebook, queries: np.ndarray, count: int, encoder_seconds: float
+) -> None:
     """One line each for the flat bfloat16 product, the exact and the approximate search."""
-    codebook = make_codebook(points)
     codebook.probe_recall = compute_probe_recall(codebook, queries[-NUM_CALIBRATED:])
     probes = codebook.num_probes_for(0.999)
     codebook.to("cuda")
@@ -248,7 +253,7 @@ def compare_on_gpu(name: str, points: np.ndarray, queries: np.ndarray, count: in
         equal = "" if found is None else f"{100 * share_equal(batch, codebook.codes, found):.2f}"
         share = f"{100 * seconds / encoder_seconds:.1f}"
         figures = f"{1e3 * seconds:.2f} | {baseline / seconds:.2f} | {share} | {equal} | {memory:.0f}"
-        print(f"| {name} | {len(points):,} | {count} | {method} | {figures} |")
+        print(f"| {name} | {len(codes):,} | {count} | {method} | {figures} |")
 
 
 @torch.no_grad()
@@ -265,19 +270,20 @@ def time_encoder() -> float:
     return measure(lambda: model(pixels), 10)
 
 
-def describe_hardware() -> str:
-    models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads{gpu}"
-
-
-def read_real(args: argparse.Namespace, size: int, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """A seeded sample of the features to fit as codes, and one of the held-out ones as queries."""
+def draw_real(folder: str, size: int, num_queries: int) -> tuple[str, UniCode2Codebook, np.ndarray]:
+    """What the codes are, the codebook, and a seeded sample of the held-out features as queries."""
+    from real_codebook import load_real_codebook
     from real_features import load_features
 
-    rng = np.random.default_rng(0)
-    parts = zip(load_features(args.features), (size, num_queries))
-    return tuple(np.float32(rows[np.sort(rng.choice(len(rows), count, replace=False))]) for rows, count in parts)
+    def sample(rows: np.ndarray, count: int) -> np.ndarray:
+        order = np.random.default_rng(0).choice(len(rows), count, replace=False)
+        return np.float32(rows[np.sort(order)])[np.argsort(np.argsort(order))]
+
+    fit, held_out = load_features(folder)
+    queries = sample(held_out, num_queries)
+    if size <= MOST_KMEANS:
+        return f"real, {fit.shape[1]}", load_real_codebook(folder, size), queries
+    return f"real, {fit.shape[1]}, sampled codes", make_codebook(sample(fit, size)), queries
 
 
 def main() -> None:
@@ -287,6 +293,7 @@ def main() -> None:
     parser.add_argument("--features", help="folder that real_features.py wrote; synthetic features alone without it")
     parser.add_argument("--sizes", type=int, nargs="+", default=[31_000, 125_000, 500_000], help="numbers of codes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", help="file of finished rows; by default beside the features")
     parser.add_argument("--quick", action="store_true", help="small sizes, to check the script")
     args = parser.parse_args()
     import faiss
@@ -295,22 +302,34 @@ def main() -> None:
     faiss.omp_set_num_threads(args.threads)
     images = (1, 2) if args.quick else (1, 16)
     sizes, adversarial_size = ([9_000, 18_000], 9_000) if args.quick else (args.sizes, 31_000)
-    rate = measure_rate(torch.float32, "cpu", 512 if args.quick else 2048)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(
-        f"{date.today()}, {describe_hardware()}, commit {commit}, torch {torch.__version__}, faiss {faiss.__version__},"
+    dim, num_patches = (256, 196) if args.quick else (1152, 729)
+    kept = Rows(
+        args.results or f"{args.features or 'outputs'}/nearest_code.json",
+        {"threads": args.threads, "quick": args.quick},
     )
-    print(f"float32 products {rate / 1e9:.0f} GFLOP/s, `{' '.join(sys.argv)}`\n", flush=True)
-    rows, others = [], NUM_CALIBRATED
-    for size in sizes:
-        if args.features:
-            data = read_real(args, size, 16 * 196 + others)
-            rows += compare("real, 768", *data, [196 * count for count in images], rate)
-        data = draw_synthetic(size, 16 * 729 + others, 256 if args.quick else 1152)
-        rows += compare("synthetic", *data, [(196 if args.quick else 729) * count for count in images], rate)
-    for name in ("sphere", "equal rows", "duplicates"):
-        data = draw_adversarial(name, adversarial_size, 196, 256 if args.quick else 768)
-        rows += compare(name, *data, [196], rate, approximate=False)
+    rate = kept.measure("rate", lambda: {"rate": measure_rate(torch.float32, "cpu", 512 if args.quick else 2048)})[
+        "rate"
+    ]
+    print(describe_run(args.threads, "faiss-cpu") + f"\nfloat32 products {rate / 1e9:.0f} GFLOP/s\n", flush=True)
+
+    def draw(name: str, size: int, images: int = 16) -> tuple[str, UniCode2Codebook, np.ndarray]:
+        if name == "real":
+            return draw_real(args.features, size, images * 196 + NUM_CALIBRATED)
+        if name == "synthetic":
+            points, queries = draw_synthetic(size, images * num_patches + NUM_CALIBRATED, dim)
+            return f"synthetic, {dim}", make_codebook(points), queries
+        points, queries = draw_adversarial(name, size, 196, 256 if args.quick else 768)
+        return name, make_codebook(points), queries
+
+    def run(name: str, size: int, counts: list[int]) -> list[tuple]:
+        return list(compare(*draw(name, size), counts, rate, approximate=name in names))
+
+    rows, names = [], ["real", "synthetic"] if args.features else ["synthetic"]
+    num_queries = {"real": [196 * count for count in images], "synthetic": [num_patches * count for count in images]}
+    works = [(name, size, num_queries[name]) for size in sizes for name in names]
+    works += [(name, adversarial_size, [196]) for name in ("sphere", "equal rows", "duplicates")]
+    for work in works:
+        rows += kept.measure(f"{work[0]} {work[1]}", lambda work=work: {"rows": run(*work)})["rows"]
     print_table(rows)
     if torch.cuda.is_available():
         encoder_seconds = time_encoder()
@@ -318,13 +337,11 @@ def main() -> None:
             "| data | codes | queries | on the GPU | ms | times the product | of so400m-384, % | equal ids, % | memory, MiB |"
         )
         print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
-        for size in sizes:
-            if args.features:
-                compare_on_gpu("real, 768", *read_real(args, size, 196 + others), 196, encoder_seconds)
-            compare_on_gpu("synthetic, 1152", *draw_synthetic(size, 729 + others, 1152), 729, encoder_seconds)
+        for name, size in [(name, size) for size in sizes for name in names]:
+            compare_on_gpu(*draw(name, size, 1), num_queries[name][0], encoder_seconds)
         print()
     if args.images and args.features:
-        compare_encoders(args, make_codebook(read_real(args, sizes[-1], 1)[0]), 4 if args.quick else 32)
+        compare_encoders(args, draw_real(args.features, sizes[-1], 1)[1], 4 if args.quick else 32)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def name_processor() -> str:
 
 
 def describe_run(threads: int, *packages: str) -> str:
-    """Date, hardware, commit, versions and command, for the head of a table."""
+    """Date, hardware, commit, versions and command, of folders the names alone, for the head of a table."""
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", *packages))
-    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    options = [Path(option).name if "/" in option else option for option in sys.argv[1:]]
+    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *options])
     return f"{date.today()}, {name_processor()}, {threads} threads, commit {find_commit()}, {versions},\n`{command}`"

@@ -15,6 +15,8 @@ TRAVELS = [
     "faiss",
     "generation",
     "kernel",
+    "kernel_products",
+    "kernel_source",
     "modeling",
     "processing",
     "quantization",

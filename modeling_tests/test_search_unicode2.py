@@ -33,15 +33,15 @@ def equal_cells(codes: torch.Tensor, count: int) -> Cells:
     return Cells(torch.stack([part.mean(0) if len(part) else codes[0] for part in parts]), offsets)
 
 
-def make_search(codes: torch.Tensor, way: str) -> NearestCodeSearch:
+def make_search(codes: torch.Tensor, cells: Cells, way: str) -> NearestCodeSearch:
     """Tables for one of the ways, whatever the size of the codebook."""
     if way == "kernel" and not load_kernel():
         pytest.skip("no C compiler")
-    search = NearestCodeSearch(codes)
+    search = NearestCodeSearch(codes, cells.offsets)
     search.screen = None
     if way != "scan" and search.moderate and search.all_finite:
         kernel = load_kernel() if way == "kernel" else None
-        search.screen = Screen(codes, search.mean, search.half_norm, search.unused, kernel)
+        search.screen = Screen(codes, search.mean, search.half_norm, search.unused, cells.offsets, kernel)
     return search
 
 
@@ -101,7 +101,8 @@ ADVERSARIAL = (
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_adversarial_codes_are_found_exactly(name, way):
     codes, features = adversarial(name)
-    found = make_search(codes, way)(features, codes, equal_cells(codes.nan_to_num(0, 0, 0), 5))
+    cells = equal_cells(codes.nan_to_num(0, 0, 0), 5)
+    found = make_search(codes, cells, way)(features, codes, cells)
     assert torch.equal(found, brute_force(features, codes.where(codes.isfinite().all(-1, keepdim=True), 3e38)))
 
 
@@ -117,10 +118,9 @@ def test_adversarial_codes_are_found_exactly(name, way):
 )
 def test_drawn_codes_are_found_exactly(seed, size, dim, num_cells, far, way, workspace):
     codes, features = draw_clusters(seed, size, 10, dim, far)
-    search = make_search(codes, way)
-    assert torch.equal(
-        search(features, codes, equal_cells(codes, num_cells), None, workspace), brute_force(features, codes)
-    )
+    cells = equal_cells(codes, num_cells)
+    search = make_search(codes, cells, way)
+    assert torch.equal(search(features, codes, cells, None, workspace), brute_force(features, codes))
 
 
 @pytest.mark.parametrize("way", ["kernel", "torch"])
@@ -128,10 +128,11 @@ def test_the_bounds_leave_nothing_to_a_scan(way, monkeypatch):
     """A few codes far from all others are no obstacle."""
     codes, features = draw_clusters(0, 3000, 60, 512)
     codes[[5, 1500]] *= torch.tensor([[1e6], [40.0]])
-    search = make_search(codes, way)
+    cells = equal_cells(codes, 10)
+    search = make_search(codes, cells, way)
     expected = search.scan(features, codes, 2**28)
     monkeypatch.setattr(NearestCodeSearch, "scan", lambda *args: pytest.fail("scanned"))
-    assert torch.equal(search(features, codes, equal_cells(codes, 10)), expected)
+    assert torch.equal(search(features, codes, cells), expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -140,13 +141,15 @@ def test_every_code_finds_itself_or_the_first_of_its_equals(way):
     codes[2000:2500] = codes[:500]
     expected = torch.arange(3000)
     expected[2000:2500] = torch.arange(500)
-    assert torch.equal(make_search(codes, way)(codes, codes, equal_cells(codes, 7)), expected)
+    cells = equal_cells(codes, 7)
+    assert torch.equal(make_search(codes, cells, way)(codes, codes, cells), expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_probing_finds_the_nearest_code_of_the_nearest_cells(way):
     codes, features = draw_clusters(2, 3000, 60)
-    cells, search = equal_cells(codes, 12), make_search(codes, way)
+    cells = equal_cells(codes, 12)
+    search = make_search(codes, cells, way)
     nearest = torch.cdist(features, cells.centroids).argsort(-1)[:, :3]
     for row, found in enumerate(search(features, codes, cells, 3)):
         inside = (
@@ -275,8 +278,7 @@ def test_cache_of_the_kernel(monkeypatch, tmp_path):
     """Compiled by two processes at once; made again when damaged; not used where it cannot be or where others can write."""
     load = load_kernel.__wrapped__
     environment = {**os.environ, "UNICODE2_CACHE": str(tmp_path / "cache")}
-    source = os.path.join(os.path.dirname(sys.modules[load.__module__].__file__), "kernel_unicode2.py")
-    code = f"import runpy; assert runpy.run_path({source!r})['load_kernel']()"
+    code = "from transformers_unicode2.kernel_unicode2 import load_kernel; assert load_kernel()"
     runs = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     (library,) = (tmp_path / "cache").iterdir()

@@ -9,23 +9,19 @@ with the C kernel of `kernel_unicode2.py`, with torch alone, on any device that 
 """
 
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from .kernel_unicode2 import Queries, Tables, load_kernel
-from .screen_unicode2 import ALWAYS, NEVER, SLACK_COLUMNS, TAIL_COLUMNS, Screen, products_are_exact
+from .screen_unicode2 import UNIT, Screen, products_are_exact
 
 WORKSPACE = 256 * 2**20
 MIN_SIZE, MIN_DIM = 8192, 160  # of the codes: below, a plain scan is as fast
-NUM_SEED_CELLS, NUM_SEED_CODES, NUM_SEEDS = (
-    2,
-    256,
-    4,
-)  # nearest cells, codes in each, best of them: for the first threshold
+NUM_NEAR = 2  # nearest parts that are searched first, the first of them after a look at its best few codes
+NUM_SEED_CODES, NUM_SEEDS = 256, 4  # without the kernel: codes of a part that are looked at, and the best of them
 KERNEL_SHARE, PAIR_SHARE = 0.3, 0.05  # of the work of a scan, and of its pairs: when the bounds have failed
-GROUP = 128  # features that a thread takes at a time
-BLOCK_SCORES = 2**20  # of a scan on a CPU: stay in its cache
+GROUP = 512  # features that a thread takes at a time
+BLOCK_SCORES = 2**19  # of a scan on a CPU: stay in its cache
 
 
 class NearestCodeSearch:
@@ -37,10 +33,12 @@ class NearestCodeSearch:
 
     Args:
         codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes; rows that are not finite are never found.
+        offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): where the cells of the codebook begin and end.
     """
 
-    def __init__(self, codes: torch.Tensor):
+    def __init__(self, codes: torch.Tensor, offsets: torch.LongTensor):
         self.size, self.dim = size, dim = codes.shape
+        self.offsets = offsets.clone()
         self.dtype, device, rows = codes.dtype, codes.device, max(1, 2**20 // dim)
         middle = (
             codes[:: max(1, size // 1024)].float().median(0).values
@@ -65,12 +63,14 @@ class NearestCodeSearch:
         if size >= MIN_SIZE and dim >= MIN_DIM and self.moderate and self.all_finite and device.type in ("cpu", "cuda"):
             kernel = load_kernel() if device.type == "cpu" and codes.dtype == torch.float32 else None
             if kernel or device.type == "cuda":  # integer products in plain torch pay on a GPU only
-                self.screen = Screen(codes, self.mean, self.half_norm, self.unused, kernel)
+                self.screen = Screen(codes, self.mean, self.half_norm, self.unused, offsets, kernel)
 
-    def fits(self, codes: torch.Tensor) -> bool:
-        """Whether these are the codes that the tables were made from, on the same device; quick for the same, unchanged tensor."""
+    def fits(self, codes: torch.Tensor, offsets: torch.LongTensor) -> bool:
+        """Whether the tables were made from these, on the same device; quick for the same, unchanged codes."""
         known = ((self.size, self.dim), self.dtype, self.mean.device)
         if (codes.shape, codes.dtype, codes.device) != known or sample_sum(codes) != self.sampled:
+            return False
+        if not torch.equal(offsets, self.offsets):
             return False
         version = version_of(codes)
         if self.source() is codes and version is not None and self.version == version:
@@ -103,7 +103,7 @@ class NearestCodeSearch:
         """
         if not len(features):
             return torch.zeros(0, dtype=torch.long, device=features.device)
-        rows = max(1, min(4096, workspace // (64 * self.dim), workspace // (16 * len(cells.centroids))))
+        rows = max(1, min(4096, workspace // (64 * self.dim), workspace // (64 * len(cells.centroids))))
         with torch.autocast(features.device.type, enabled=False):
             parts = [self.search(part, codes, cells, num_probes, workspace) for part in features.split(rows)]
         return torch.cat(parts)
@@ -112,74 +112,67 @@ class NearestCodeSearch:
         best = Best(features, codes, workspace)
         centred = features.double() - self.mean.double()
         if self.screen:
-            stride = 1 if num_probes else max(1, 32 * len(cells.centroids) // self.size)  # a hint needs no more
-            spans = cells.find(centred, self.mean, num_probes or NUM_SEED_CELLS, stride)
             query = self.screen.prepare(centred)
             way = self.search_with_kernel if self.screen.kernel else self.search_with_torch
-            way(query, best, spans, num_probes is not None)
+            if num_probes:
+                way(query, best, cells.spans(), cells.find(centred, self.mean, num_probes), True)
+            else:
+                way(query, best, self.screen.spans(), self.screen.find(query, NUM_NEAR), False)
             best.forget(~query["usable"])
         elif num_probes:
-            for span in cells.find(centred, self.mean, num_probes).unbind(1):
-                self.visit(None, best, span)
+            for near in cells.find(centred, self.mean, num_probes).unbind(1):
+                self.visit(None, best, cells.spans()[near])
         missing = (best.found == self.size).nonzero()[:, 0]
         if len(missing):
             best.found[missing] = self.scan(features[missing], codes, workspace)
         return best.found
 
-    def search_with_kernel(self, query: dict, best: "Best", spans: torch.LongTensor, probe_only: bool) -> None:
+    def search_with_kernel(self, query: dict, best: "Best", spans, near: torch.LongTensor, near_only: bool) -> None:
         screen, count = self.screen, len(best.features)
-        features, codes = best.features.float().contiguous(), best.codes.contiguous()
-        costs = (screen.prefix_size / 64, 8 + screen.rest_size / 8, 64 + self.dim / 4)  # cycles
-        pointers = (screen.prefix, screen.constant, screen.rest, screen.half_norm, screen.slack, codes)
-        sizes = (self.size, self.dim, screen.prefix_size, screen.rest_size, TAIL_COLUMNS, SLACK_COLUMNS)
-        tables = Tables(*(x.data_ptr() for x in pointers), *sizes, screen.unit, screen.rest_unit, costs)
-        names = ("prefix", "rest", "squared", "weights")
-        kept = [query[name].contiguous() for name in names]
-        kept = [*kept[:2], features, *kept[2:], spans.contiguous()]
-        queries = Queries(*(x.data_ptr() for x in kept), spans.shape[1], best.found.data_ptr())
+        parts = screen.find_parts(spans[:, :1].contiguous())
+        kept = [screen.prefix, screen.rest, screen.constant, screen.units, screen.rest_units, screen.more]
+        kept += [best.codes.contiguous(), torch.cat([spans, parts], -1), screen.centre_norms, screen.extents]
+        sizes = (self.size, self.dim, screen.lead, screen.rest_size, len(screen.centres), len(spans))
+        costs = (screen.lead / 48, 16 + screen.rest_size / 2, 128 + self.dim / 2)  # cycles
+        limits = (*screen.largest, 1 + screen.margin, (self.dim + 64) * UNIT)
+        tables = Tables(*(x.data_ptr() for x in kept), *sizes, costs, limits)
+        held = [query["prefix"], query["rest"], best.features.float(), query["scales"], query["lost"], query["norm"]]
+        held = [x.contiguous() for x in (*held, query["squares"], near)]
+        queries = Queries(*(x.data_ptr() for x in held), count, near.shape[1], best.found.data_ptr())
 
-        def run(begin: int) -> None:
-            end = min(begin + group, count)
-            space = torch.empty(screen.kernel.workspace_size(end - begin), dtype=torch.uint8)
-            budget = KERNEL_SHARE * self.dim / 16 * self.size * (end - begin)
-            screen.kernel.search(tables, queries, begin, end, probe_only, budget, space.data_ptr())
+        group = min(GROUP, -(-count // torch.get_num_threads()))
+        bytes_of_group = screen.kernel.workspace_size(group, near.shape[1], len(spans))
+        space = torch.empty(-(-count // group) * bytes_of_group, dtype=torch.uint8)
+        budget = KERNEL_SHARE * self.dim / 16 * self.size
+        screen.kernel.search(tables, queries, group, near_only, budget, space.data_ptr())
 
-        threads = torch.get_num_threads()
-        group = min(GROUP, -(-count // threads))
-        if threads == 1 or group >= count:
-            for begin in range(0, count, group):
-                run(begin)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(run, range(0, count, group)))
-
-    def search_with_torch(self, query: dict, best: "Best", spans: torch.LongTensor, probe_only: bool) -> None:
-        count = len(best.features)
-        for span in spans.unbind(1):
-            self.visit(query, best, span, None if probe_only else NUM_SEED_CODES)
-        if probe_only:
+    def search_with_torch(self, query: dict, best: "Best", spans, near: torch.LongTensor, near_only: bool) -> None:
+        count, query = len(best.features), {**query, "bounds": self.screen.bound(query)}
+        for place in near.unbind(1)[: None if near_only else NUM_NEAR]:
+            self.visit(query, best, spans[place], None if near_only else NUM_SEED_CODES)
+        if near_only:
             return
         pairs = 0
-        for start, product in self.screen.all_products(query, max(8, best.workspace // (16 * count) // 8 * 8)):
-            units, floor = self.screen.thresholds(query, best.distance)
-            row, code = (product >= units[:, None]).nonzero(as_tuple=True)
+        for code, part, score, bound in self.screen.all_bounds(query, max(8, best.workspace // (32 * count) // 8 * 8)):
+            threshold = self.screen.thresholds(query, best.distance)
+            row, column = (bound >= threshold[part].T).nonzero(as_tuple=True)
             pairs += len(row)
-            if pairs > PAIR_SHARE * count * (start + product.shape[1] + self.size / 10):
+            if pairs > PAIR_SHARE * count * (code[-1] + 1 + self.size / 10):
                 return best.forget(torch.ones_like(query["usable"]))
-            self.refine(query, best, floor, row, code + start, product[row, code])
+            self.refine(query, best, threshold, row, code[column], score[row, column])
 
-    def refine(self, query: dict, best: "Best", floor, row, code, product) -> None:
-        """Distances of the pairs that the second product does not exclude."""
+    def refine(self, query: dict, best: "Best", threshold, row, code, score) -> None:
+        """Distances of the pairs that the second bound does not exclude."""
         step = max(1, best.workspace // (16 * self.screen.rest_size + 1024))
-        for a, b, c in zip(row.split(step), code.split(step), product.split(step)):
-            alive = self.screen.bound(query, a, b, c) >= floor[a]
+        for a, b, c in zip(row.split(step), code.split(step), score.split(step)):
+            alive = self.screen.second_bound(query, a, b, c) >= threshold[self.screen.find_parts(b), a]
             best.improve(a[alive], b[alive])
 
     def visit(self, query: dict | None, best: "Best", span: torch.LongTensor, limit: int | None = None) -> None:
         """A cell of each feature, given as first and last code, `(num_features, 2)`: all its codes, or the best of the first `limit`."""
         width = min(limit or self.size, int((span[:, 1] - span[:, 0]).max()))
         columns = max(1, min(width, 1024))
-        rows = max(1, best.workspace // ((8 * self.screen.prefix_size if query else 64) * columns))
+        rows = max(1, best.workspace // ((8 * self.screen.lead if query else 64) * columns))
         for row in torch.arange(len(span), device=span.device).split(rows):
             for start in range(0, width, columns):
                 place = torch.arange(start, min(start + columns, width), device=span.device)
@@ -195,39 +188,38 @@ class NearestCodeSearch:
 
     def visit_codes(self, query: dict, best: "Best", row, code, inside, every: bool) -> None:
         """Codes `(num_rows, num_codes)` of features: the best by the first product, and with `every` all that the bounds do not exclude."""
-        product = self.screen.first_product(query, row, code).masked_fill(~inside, torch.iinfo(torch.int32).min)
-        top = product.where(product < ALWAYS // 2, NEVER).topk(min(NUM_SEEDS, product.shape[1]), dim=-1).indices
+        part, score, bound = self.screen.first_bounds(query, row, code)
+        top = score.masked_fill(~inside, -torch.inf).topk(min(NUM_SEEDS, code.shape[1]), dim=-1).indices
         hit, column = inside.gather(1, top).nonzero(as_tuple=True)
         best.improve(row[hit], code[hit, top[hit, column]])
         if every:
-            units, floor = self.screen.thresholds(query, best.distance)
-            hit, column = (product >= units[row, None]).nonzero(as_tuple=True)
-            self.refine(query, best, floor, row[hit], code[hit, column], product[hit, column])
+            threshold = self.screen.thresholds(query, best.distance)
+            hit, column = ((bound >= threshold[part, row[:, None]]) & inside).nonzero(as_tuple=True)
+            self.refine(query, best, threshold, row[hit], code[hit, column], score[hit, column])
 
     def scan(self, features: torch.Tensor, codes: torch.Tensor, workspace: int) -> torch.LongTensor:
-        """All codes: an upper bound of every score, and the distance where it reaches the best score so far."""
+        """All codes: every score, and the distance where it reaches the best so far, less its error."""
         best = Best(features, codes, workspace)
         scan = Scan(self, best)
         dtype = torch.float32 if self.moderate and products_are_exact() and scan.squared.max() < 1e30 else torch.float64
         step = max(1, min(self.size, workspace // (16 * len(features) + 16 * self.dim)))
         if features.device.type == "cpu":
-            step = min(step, max(512, BLOCK_SCORES // len(features)))
-        everyone = torch.arange(len(features), device=features.device)
+            step = min(step, max(512, BLOCK_SCORES // len(features) // 512 * 512))
         for start in range(0, self.size, step):
             place = slice(start, start + step)
             if self.any_unused and self.unused[place].all():
                 continue
-            upper = scan.upper(everyone, place, dtype)  # (num_features, step)
-            rows = (upper.amax(-1) >= scan.threshold(dtype)).nonzero()[:, 0]
+            score, error = scan.scores(slice(None), place, dtype)  # (num_features, step), (num_features,)
+            rows = (score.amax(-1) >= scan.threshold(dtype, error)).nonzero()[:, 0]
             if not len(rows):
                 continue
-            upper = upper[rows]
-            best.improve(rows, upper.argmax(-1) + start)
-            hits = upper >= scan.threshold(dtype)[rows, None]
+            score, error = (x if len(rows) == len(x) else x[rows] for x in (score, error))
+            best.improve(rows, score.argmax(-1) + start)
+            hits = score >= scan.threshold(dtype, error, rows)[:, None]
             crowded = hits.sum(-1) > 32 + step // 64
             if dtype == torch.float32 and crowded.any():  # too coarse for these: again in float64
-                closer = scan.upper(rows[crowded], place, torch.float64)
-                hits[crowded] = closer >= scan.threshold(torch.float64)[rows[crowded], None]
+                score, error = scan.scores(rows[crowded], place, torch.float64)
+                hits[crowded] = score >= scan.threshold(torch.float64, error, rows[crowded])[:, None]
             row, code = hits.nonzero(as_tuple=True)
             best.improve(rows[row], code + start)
         if (best.found == self.size).any():
@@ -241,17 +233,16 @@ class Cells:
     def __init__(self, centroids: torch.Tensor, offsets: torch.LongTensor):
         self.centroids, self.offsets = centroids, offsets
 
-    def find(self, centred: torch.Tensor, mean: torch.Tensor, count: int, stride: int = 1) -> torch.LongTensor:
-        """First and last code of the cells nearest to features less the mean, `(num_features, count, 2)`, the nearest first.
+    def spans(self) -> torch.LongTensor:
+        """First code of each cell, and that after the last, `(num_cells, 2)`."""
+        return torch.stack([self.offsets[:-1], self.offsets[1:]], -1)
 
-        Only every `stride`th cell is looked at. Where there are fewer cells with codes, the others follow, without a code.
-        """
-        spans = torch.stack([self.offsets[:-1], self.offsets[1:]], -1)[::stride]  # (num_cells, 2)
-        centroids = self.centroids[::stride].float() - mean
-        empty = spans[:, 0] == spans[:, 1]
-        bias = (-centroids.square().sum(-1) / 2).masked_fill(empty, -torch.inf)
+    def find(self, centred: torch.Tensor, mean: torch.Tensor, count: int) -> torch.LongTensor:
+        """The cells nearest to features less the mean, `(num_features, count)`, the nearest first; those without a code come last."""
+        centroids = self.centroids.float() - mean
+        bias = (-centroids.square().sum(-1) / 2).masked_fill(self.offsets.diff() == 0, -torch.inf)
         score = torch.addmm(bias, centred.float(), centroids.T)
-        return spans[score.topk(min(count, len(spans)), dim=-1).indices]
+        return score.topk(min(count, len(centroids)), dim=-1).indices
 
 
 class Best:
@@ -279,20 +270,20 @@ class Best:
 
 
 class Scan:
-    """Upper bounds of scores, and what they have to reach. The score of a code c is x·c - |c - mean|²/2 with x the feature less the mean."""
+    """Scores, and what they have to reach. The score of a code c is x·c - |c - mean|²/2 with x the feature less the mean."""
 
     def __init__(self, search: NearestCodeSearch, best: Best):
         self.search, self.best = search, best
         self.query = best.features.double() - search.mean.double()
-        self.squared = self.query.square().sum(-1)
+        self.narrow, self.squared = self.query.float(), self.query.square().sum(-1)
         self.rest = search.mean.double() * (not search.shifted)  # of the mean, which the codes keep
         self.constant = self.squared / 2 + self.query @ self.rest  # the score is this less half the squared distance
         self.size = (
             self.squared.sqrt() * search.mean.double().norm() + self.squared
         )  # of the rounding errors in float64
 
-    def upper(self, rows: torch.LongTensor, place: slice, dtype: torch.dtype) -> torch.Tensor:
-        """At least the scores of features with codes, `(num_rows, num_codes)`."""
+    def scores(self, rows, place: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of features with codes, `(num_rows, num_codes)`, and float64 `(num_rows,)` by how much they may be too small."""
         search = self.search
         codes = self.best.codes[place].to(dtype)
         if not search.all_finite:
@@ -302,16 +293,18 @@ class Scan:
             half_norm = (codes - search.mean).square().sum(-1) / 2
         if search.shifted:
             codes = codes - search.mean
-        error = (search.dim + 32) * torch.finfo(dtype).eps / 2  # of products and sums, in any order
-        norm = (2 * half_norm).sqrt() + self.rest.norm()
-        bias = (-half_norm * (1 - 2 * error)).masked_fill(search.unused[place], -torch.inf).to(dtype)
-        score = torch.addmm(bias, self.query[rows].to(dtype), codes.T)
-        return score.addr_((error * self.squared[rows].sqrt()).to(dtype), norm.to(dtype))
+        share = (search.dim + 32) * torch.finfo(dtype).eps / 2  # of products and sums, in any order
+        largest = (2 * half_norm.double().max()).sqrt() + self.rest.norm()
+        bias = (-half_norm * (1 - 2 * share)).masked_fill(search.unused[place], -torch.inf).to(dtype)
+        query = self.narrow if dtype == torch.float32 else self.query
+        score = torch.addmm(bias, query[rows], codes.T)
+        return score, share * self.squared[rows].sqrt() * largest
 
-    def threshold(self, dtype: torch.dtype) -> torch.Tensor:
-        """What the upper bound of a code has to reach to be as near as the best so far, `(num_features,)`."""
-        score = self.constant - self.best.distance / 2
-        score = score - 1e-12 * (self.size + self.best.distance)
+    def threshold(self, dtype: torch.dtype, error: torch.Tensor, rows=slice(None)) -> torch.Tensor:
+        """What the score of a code has to reach to be as near as the best so far, `(num_rows,)`."""
+        distance = self.best.distance[rows]
+        score = self.constant[rows] - distance / 2 - error
+        score = score - 1e-12 * (self.size[rows] + distance)
         limits = torch.finfo(dtype)
         return (score - score.abs() * limits.eps - self.search.dim * limits.tiny).to(dtype)
 

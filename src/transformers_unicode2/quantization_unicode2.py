@@ -104,8 +104,8 @@ class UniCode2Codebook(nn.Module):
         codes, centroids, offsets = (x.to(place) for x in (self.codes, self.cell_centroids, self.cell_offsets))
         query = features.reshape(-1, features.shape[-1]).to(place, torch.float32)  # (num_queries, codebook_dim)
         with TABLES_LOCK:
-            if self.search is None or not self.search.fits(codes):
-                self.search = NearestCodeSearch(codes)
+            if self.search is None or not self.search.fits(codes, offsets):
+                self.search = NearestCodeSearch(codes, offsets)
             search = self.search
         found = search(query, codes, Cells(centroids, offsets), num_probes, workspace)
         return found.reshape(features.shape[:-1]).to(features.device)

@@ -1,14 +1,16 @@
 """Tables that exclude most codes from a nearest-code search by small integer products, and the bounds behind them.
 
-With x a feature and c a code, both less a middle of the codes, the nearest code has the largest score x·c - |c|²/2. The score is
-bounded from above by parts, each of them rounded to int8:
+The codes are cut into parts, the cells of the codebook. With x a feature and c a code, both less the centre of the code's part, the
+nearest code has the smallest |x|² - 2 (x·c - |c|²/2). The score x·c - |c|²/2 is bounded from above by two sums, of which the second
+is for codes that pass the first:
 
-1. `prefix`: the products in the leading principal directions, rotated at random so that no direction needs a finer grid than another.
-   What is left out is bounded by Cauchy-Schwarz: the other directions by `tail`, the rounding by `slack`. Columns of the product itself
-   hold both bounds, so that a code survives if one integer reaches a threshold.
-2. `rest`: the products in further directions, for the survivors.
+1. The products in the leading principal directions, of codes and features rounded to int8.
+2. The same, and the products in further directions, of codes rounded to four bits.
 
-Rounding in float32 is covered by enlarging the tails and reducing the norms, each in proportion to the code or feature itself.
+Each code and each feature is on a grid of its own. What the directions leave out is bounded by Cauchy-Schwarz from its norms, the
+`tail` of a code and the `weight` of a feature, and what the rounding leaves out from the width of the code's grid, its `scale`, times
+the `slack` of the feature. The feature is rounded once for all parts: the products with the centres are constants of the codes.
+Rounding in float32 is covered by enlarging tails, weights and slack.
 """
 
 import torch
@@ -16,14 +18,16 @@ import torch
 from .kernel_unicode2 import BLOCK
 
 AUXILIARY_SHARE = 0.1  # of the memory of the codes in float32, for all tables
-BYTES_BESIDE = 18  # a code: constants, norms and slack
-TAIL_COLUMNS, SLACK_COLUMNS = 4, 2
-COLUMNS = TAIL_COLUMNS + SLACK_COLUMNS
-NEVER, ALWAYS = -(2**30), 2**29  # constants of codes that the first product drops, or keeps, whatever it is
+BYTES_BESIDE = 21  # a code: constants, scales, tails and what NearestCodeSearch keeps
+OUTLINE = 16  # leading directions in which the extent of a part is known apart from the others
+LEAST_PART = 128  # codes; smaller cells are put together
 SAMPLE_SIZE = 8192  # codes to find the directions from
-WIDEST = 4  # tail and slack of a code that the first product bounds, in medians
-QUERY_RANGE = 1.5  # of the int8 range of the features over that of the codes
-TAIL_MARGIN, NORM_MARGIN = 3e-4, 1e-5  # of the squared norm: what float32 may lose, and more than that
+WIDEST = 4  # in medians: codes farther than that have no say in a centre, and little in the directions
+MOST_REST = 352  # directions of the second product: more of them cost more than they exclude
+HALF_STEP = 0.168  # of the four-bit grid, in standard deviations
+TINY = 1e-17  # of a norm: what squares in float32 may not hold, see `moderate` of NearestCodeSearch
+UNIT = 2**-23
+NORM_MARGIN = 1e-5  # of the squared norm: what float32 may lose, and more than that
 
 
 class Screen:
@@ -31,144 +35,220 @@ class Screen:
     Tables of a codebook and the bounds in them.
 
     Args:
-        codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes.
+        codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes, finite.
         mean (`torch.FloatTensor` of shape `(codebook_dim,)`): what to subtract from codes and features.
         half_norm (`torch.FloatTensor` of shape `(codebook_size,)`): half the squared norm of each code less the mean.
         unused (`torch.BoolTensor` of shape `(codebook_size,)`): codes that no search may find.
+        offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): where the cells of the codebook begin and end.
         kernel (`ctypes.CDLL`, *optional*): what `load_kernel` gave, to lay the tables out for.
     """
 
-    def __init__(self, codes, mean, half_norm, unused, kernel=None):
-        size, dim = codes.shape
-        width = (
-            int(AUXILIARY_SHARE * 4 * dim * size / (size + 4 * dim)) - BYTES_BESIDE
-        )  # bytes a code, the basis counted in
-        width = min(width, dim + COLUMNS)
-        self.size, self.mean = size, mean
-        self.prefix_size = max(16, int(width * 0.45) // 16 * 16)
-        self.rest_size = max(16, (width - self.prefix_size) // 16 * 16)
-        self.lead = self.prefix_size - COLUMNS
-        sample = codes[:: max(1, size // SAMPLE_SIZE)].float() - mean
-        self.basis = make_basis(sample, self.lead, min(dim, self.lead + self.rest_size))
-        self.rest_size = self.basis.shape[1] - self.lead
-        self.steps = [find_step(part) for part in self.project(sample[::2]).split((self.lead, self.rest_size), -1)]
-        self.unit, self.rest_unit = (QUERY_RANGE * step**2 for step in self.steps)
-        self.kernel = kernel
-        self.measure(codes, half_norm, unused)
-        self.half_norm = (half_norm * (1 - NORM_MARGIN)).float().masked_fill(unused, torch.inf)
-        constant = -(half_norm.double() * (1 - NORM_MARGIN) / self.unit).floor().clamp(max=-NEVER)
-        self.constant = constant.int().masked_fill(self.wide, ALWAYS).masked_fill(unused, NEVER)
-        if self.kernel:
+    def __init__(self, codes, mean, half_norm, unused, offsets, kernel=None):
+        self.size, self.dim = codes.shape
+        self.mean, self.kernel = mean, kernel
+        self.ends = torch.tensor(cut_into_parts(offsets.tolist(), self.size), device=codes.device)  # (num_parts + 1,)
+        self.lead, self.rest_size = choose_sizes(self.size, self.dim, len(self.ends) - 1)
+        sample = codes[:: max(1, self.size // SAMPLE_SIZE)].float() - mean
+        directions = find_directions(sample, self.lead + self.rest_size)
+        self.basis = turn(directions, self.lead).half()
+        skew = find_skew(self.basis)
+        outline = self.basis[:, : self.lead].double().T @ directions[:, :OUTLINE]
+        self.outline = (outline * (1 - skew)).float()  # lengthens nothing, so that all but the outline has a norm too
+        self.margin = 2 * skew + 4 * (self.dim + 64) * UNIT
+        self.find_centres(codes, half_norm)
+        self.measure(codes, unused)
+        if kernel:
             self.lay_out()
+
+    def find_centres(self, codes: torch.Tensor, half_norm: torch.Tensor) -> None:
+        """Of each part: `centres` less the mean, and the same in the directions of the basis."""
+        centres = torch.empty(len(self.ends) - 1, self.dim, device=codes.device)
+        for part, (first, last) in enumerate(zip(self.ends[:-1].tolist(), self.ends[1:].tolist())):
+            norm = half_norm[first:last].float().sqrt()
+            near = (norm <= WIDEST * norm.median()).to(codes.dtype)
+            centres[part] = (near @ codes[first:last]).float() / near.sum()
+        self.origins = centres
+        self.centres = (centres.double() - self.mean).float()
+        self.projected, self.centre_norms = self.project(self.centres), self.centres.norm(dim=-1)
 
     def project(self, centred: torch.Tensor) -> torch.Tensor:
         """Rows `(num_rows, dim)` in the directions of the basis, `(num_rows, lead + rest_size)`."""
         dtype = torch.float32 if products_are_exact() else torch.float64
         return (centred.to(dtype) @ self.basis.to(dtype)).float()
 
-    def measure(self, codes: torch.Tensor, half_norm: torch.Tensor, unused: torch.Tensor) -> None:
+    def measure(self, codes: torch.Tensor, unused: torch.Tensor) -> None:
         """Rounds the codes, and measures what that and the directions leave out."""
-        size, dim = codes.shape
-        self.prefix = torch.empty(size, self.prefix_size, dtype=torch.int8, device=codes.device)
-        self.rest = torch.empty(size, self.rest_size, dtype=torch.int8, device=codes.device)
-        measured = torch.empty(6, size, device=codes.device)
-        steps = torch.tensor(self.steps, device=codes.device).repeat_interleave(
-            torch.tensor([self.lead, self.rest_size], device=codes.device)
+        size, device = self.size, codes.device
+        self.prefix = torch.empty(size, self.lead, dtype=torch.int8, device=device)
+        self.rest = torch.empty(size, self.rest_size // 2, dtype=torch.uint8, device=device)
+        self.constant = torch.empty(size, device=device)
+        self.units, self.rest_units = (torch.empty(size, 2, dtype=torch.bfloat16, device=device) for _ in range(2))
+        self.more = torch.empty(size, 2, dtype=torch.bfloat16, device=device)
+        self.extents = torch.full((4, len(self.centres)), torch.inf, device=device)  # see `find_extents`
+        self.largest = torch.zeros(4, device=device)  # norm of whole numbers and of errors in steps, of both grids
+        rows = max(1, 2**20 // self.dim)
+        for part, (first, last) in enumerate(self.spans().tolist()):
+            for start in range(first, last, rows):
+                self.measure_rows(codes, part, slice(start, min(start + rows, last)))
+        self.constant.masked_fill_(unused, -torch.inf)
+        self.largest = (self.largest * (1 + NORM_MARGIN)).tolist()
+        del self.origins
+
+    def measure_rows(self, codes: torch.Tensor, part: int, place: slice) -> None:
+        centred = codes[place].float() - self.origins[part]
+        squared = centred.square().sum(-1)
+        values, centres = (
+            x.split((self.lead, self.rest_size), -1) for x in (self.project(centred), self.projected[part])
         )
-        rows = max(1, 2**22 // dim)
-        for start in range(0, size, rows):
-            place = slice(start, start + rows)
-            values = self.project(codes[place].float() - self.mean)
-            rounded = (values / steps).round_().clamp_(-127, 127)
-            self.prefix[place, : self.lead], self.rest[place] = rounded[:, : self.lead], rounded[:, self.lead :]
-            rounded *= steps
-            squared, error = (2 * half_norm[place]).float(), values - rounded
-            inside = values[:, : self.lead].square().sum(-1), values.square().sum(-1)
-            tails = [(squared * (1 + TAIL_MARGIN) - part).clamp(min=0).sqrt() for part in inside]
-            norms = rounded[:, : self.lead].norm(dim=-1), rounded.norm(dim=-1)
-            errors = error[:, : self.lead].norm(dim=-1), error.norm(dim=-1)
-            measured[:, place] = torch.stack([*tails, *norms, *errors])
-        tail, whole_tail, norm, whole_norm, error, whole_error = measured.masked_fill_(unused, 0)
-        self.means = [(typical(a), typical(b)) for a, b in ((norm, error), (whole_norm, whole_error))]
-        slack = relative_slack(norm, error, self.means[0])
-        whole_slack = relative_slack(whole_norm, whole_error, self.means[1])
-        limits = [min(part.max().item(), WIDEST * typical(part)) for part in (tail, slack)]
-        self.wide = (tail > limits[0]) | (slack > limits[1])  # these few would make the steps of all others coarse
-        self.tail_step, self.slack_step = (limit / 254 or 1.0 for limit in limits)
-        columns = [(tail / self.tail_step)] * TAIL_COLUMNS + [slack / self.slack_step] * SLACK_COLUMNS
-        for place, column in enumerate(columns, self.lead):
-            self.prefix[:, place] = (column * (1 + 1e-6)).ceil().clamp(0, 255) - 128
-        whole = torch.stack([whole_slack, whole_tail], -1)  # (size, 2)
-        self.slack = (whole * (1 + 2**-7)).bfloat16()  # never rounded below
+        extents = self.find_extents(values[0] @ self.outline, squared).amin(-1)
+        self.extents[:, part] = torch.minimum(self.extents[:, part], extents)
+        tail = squared * (1 + self.margin)
+        units, constants, largest = [], [], []
+        for grid, value, centre in zip((round_to_bytes, round_to_nibbles), values, centres):
+            scale, whole = grid(value)
+            tail = tail - value.square().sum(-1)
+            units.append(torch.stack([round_up(tail.clamp(min=0).sqrt() + TINY), scale], -1))
+            scale = scale.float()
+            constants.append(-(whole * centre).sum(-1) * scale)
+            error = torch.addcmul(value, whole, scale[:, None], value=-1).norm(dim=-1)
+            largest += [whole.norm(dim=-1).max(), (error / scale).max()]
+            if grid is round_to_bytes:
+                self.prefix[place] = whole.to(torch.int8)
+            else:
+                self.rest[place] = pack(whole)
+        self.units[place], self.rest_units[place] = units
+        self.constant[place] = constants[0] - squared * ((1 - NORM_MARGIN) / 2)
+        self.more[place] = round_up(torch.stack([error + TINY, constants[1]], -1))
+        self.largest = torch.maximum(self.largest, torch.stack(largest))
+
+    def spans(self) -> torch.LongTensor:
+        """First code of each part, and that after the last, `(num_parts, 2)`."""
+        return torch.stack([self.ends[:-1], self.ends[1:]], -1)
+
+    def find(self, query: dict, count: int) -> torch.LongTensor:
+        """The parts with the nearest centres, `(num_features, count)`, the nearest first."""
+        distance = query["squares"][0]
+        return distance.topk(min(count, len(distance)), dim=0, largest=False).indices.T
+
+    def find_extents(self, outlined: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
+        """Of rows less a centre, `outlined` in the outline, and their squared norms: least norm in the outline and less the largest one,
+        the same outside of it, `(4, num_rows)`. Minima of these over rows hold for all of them."""
+        inside, spread = outlined.square().sum(-1), self.margin * squared
+        values = [
+            part.clamp(min=0).sqrt()
+            for part in (inside - spread, inside + spread, squared - inside - spread, squared - inside + spread)
+        ]
+        return torch.stack([values[0], -values[1] - TINY, values[2], -values[3] - TINY])
+
+    def find_parts(self, code: torch.LongTensor) -> torch.LongTensor:
+        """The part of each code."""
+        return torch.searchsorted(self.ends, code, right=True).sub_(1).clamp_(max=len(self.ends) - 2)
 
     def lay_out(self) -> None:
         """The tables in the order in which the kernel reads them."""
-        padding = -self.size % BLOCK
-        prefix = torch.cat([self.prefix, self.prefix.new_zeros(padding, self.prefix_size)]).view(torch.uint8)
-        prefix.bitwise_xor_(128)  # unsigned
-        self.prefix = prefix.view(-1, 16, self.prefix_size // 4, 4).transpose(1, 2).contiguous()
-        self.constant = torch.cat([self.constant, self.constant.new_full((padding,), NEVER)])
-        self.rest = self.rest.view(torch.uint8).bitwise_xor_(128)
+        padding = BLOCK - self.size % -BLOCK
+        self.prefix.view(torch.uint8).bitwise_xor_(128)  # unsigned
+        for name in ("prefix", "rest"):
+            table = getattr(self, name)
+            table = torch.cat([table, table.new_zeros(padding, table.shape[1])]).view(torch.int32)
+            setattr(self, name, table.view(-1, 16, table.shape[1]).transpose(1, 2).contiguous())
+        for name in ("constant", "units", "rest_units", "more"):
+            table = getattr(self, name)
+            setattr(self, name, torch.cat([table, table.new_zeros(padding, *table.shape[1:])]))
 
     def prepare(self, centred: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the bounds need to know of features less the mean, float64 `(num_features, dim)`.
+        """Features less the mean, float64 `(num_features, dim)`, rounded, and what the bounds need to know of them.
 
-        `usable` is false for a feature that is too far from the codes for the integers.
+        `usable` is false for a feature that is too far from the codes for float32. `squares`, `(4, num_parts, num_features)`, has the
+        squared distances to the centres: in all, in the outline, in the directions of the first product and of the second. `norm` is
+        that of the features, `lost` `(num_features, 2)` what rounding them for the products takes.
         """
-        squared = centred.square().sum(-1)
-        values = self.project(centred.float()).double()
-        parts, norms, errors = [], [], []
-        for part, step in zip(values.split((self.lead, self.rest_size), -1), self.steps):
-            rounded = (part / (QUERY_RANGE * step)).round().clamp(-127, 127)
-            parts.append(rounded.to(torch.int8))
-            norms.append(part.square().sum(-1))
-            errors.append((part - rounded * (QUERY_RANGE * step)).square().sum(-1))
-        norms[1], errors[1] = norms[0] + norms[1], errors[0] + errors[1]
-        tails = [(squared * (1 + TAIL_MARGIN) - norm).clamp(min=0).sqrt() for norm in norms]
-        slacks = [error.sqrt() * a + norm.sqrt() * b for norm, error, (a, b) in zip(norms, errors, self.means)]
-        tail_weight = (tails[0] * (self.tail_step / self.unit) * (1 + 1e-6)).ceil()
-        slack_weight = (slacks[0] * (self.slack_step / self.unit) * (1 + 1e-6)).ceil()
-        usable = (tail_weight <= 127 * TAIL_COLUMNS) & (slack_weight <= 127 * SLACK_COLUMNS) & (squared < 1e30)
-        columns = spread(tail_weight, TAIL_COLUMNS), spread(slack_weight, SLACK_COLUMNS)
-        return {
-            "prefix": torch.cat([parts[0], *columns], -1),  # (num_features, prefix_size)
-            "rest": parts[1],
-            "squared": squared,
-            "weights": torch.stack([slacks[1], tails[1]], -1).float() * (1 + 1e-5),  # (num_features, 2)
-            "usable": usable,
-        }
+        centred = centred.float()
+        norm = centred.norm(dim=-1)
+        usable = norm < 1e15
+        centred = centred.masked_fill(~usable[:, None], 0)
+        query = {"usable": usable, "norm": norm.masked_fill(~usable, 0)}
+        values, centres = (x.split((self.lead, self.rest_size), -1) for x in (self.project(centred), self.projected))
+        outlined = (part[0] @ self.outline for part in (centres, values))
+        pairs = ((self.centres, centred), outlined, *zip(centres, values))
+        query["squares"] = torch.stack([square_distances(*pair) for pair in pairs])
+        scales, lost = [], []
+        for name, value in zip(("prefix", "rest"), values):
+            scale = value.abs().amax(-1).clamp(min=1e-30) / 127
+            rounded = (value / scale[:, None]).round_().clamp_(-127, 127)
+            query[name] = rounded.to(torch.int8)
+            lost.append((value - rounded * scale[:, None]).norm(dim=-1) * (1 + NORM_MARGIN))
+            scales.append(scale)
+        return {**query, "scales": torch.stack(scales, -1), "lost": torch.stack(lost, -1)}
 
-    def thresholds(self, query: dict, distance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the first product and the bound of the score must reach for a code to be within squared `distance`."""
-        score = (query["squared"] - distance) / 2 - 1e-9 * (query["squared"] + distance)
-        offset = 128 * query["prefix"][:, self.lead :].long().sum(-1)  # the columns of the codes are stored less 128
-        units = (score / self.unit - offset - 2).clamp(NEVER, ALWAYS // 2).int()
-        return units, (score - 1e-6 * score.abs() - 1e-37).float()
+    def bound(self, query: dict) -> torch.Tensor:
+        """What depends on feature and part, `(7, num_parts, num_features)`, which the kernel finds by itself: at most the squared
+        distances to all of the part's codes and to its centre; weight and slack of both bounds, the slack of the second in two parts."""
+        distance, inside = query["squares"][:2]
+        size = self.centre_norms[:, None] + query["norm"]
+        error = (self.dim + 64) * UNIT * size  # of a projection
+        spread = error * size  # of a squared distance
+        bounds = [self.find_least(inside, distance, error, spread), distance - spread]
+        weight = (distance + spread).clamp_(min=0) * (1 + self.margin)
+        grids = zip(query["squares"][2:], query["lost"].T, self.largest[::2], self.largest[1::2])
+        for grid, (part, lost, whole, rest) in enumerate(grids):
+            most = (part + spread).clamp_(min=0).sqrt_() + error
+            weight = weight - ((part - spread).clamp_(min=0).sqrt_() - error).clamp_(min=0).square_()
+            slack = lost * whole + error * (2 * (whole + rest))
+            bounds += [weight.clamp(min=0).sqrt_() * (1 + 8 * UNIT) + TINY]
+            bounds += [slack, most * (1 + 8 * UNIT)] if grid else [slack + most * rest]
+        return torch.stack(bounds)
 
-    def first_product(self, query: dict, row: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-        """First product and constant of features `(n,)` and their codes `(n, num_codes)`; the latter's shape."""
+    def find_least(self, inside, distance, error, spread) -> torch.Tensor:
+        """At most the squared distances of features to all codes of parts, from those to their centres, in the outline and in all."""
+        inside = torch.stack([(inside + side * spread).clamp(min=0).sqrt() + side * error for side in (-1, 1)]).clamp_(
+            min=0
+        )
+        outside = torch.stack([distance - spread - inside[1].square(), distance + spread - inside[0].square()])
+        outside = outside.clamp_(min=0).sqrt_()
+        gaps = []
+        for (low, high), least, most in zip((inside, outside), self.extents[::2, :, None], self.extents[1::2, :, None]):
+            gaps.append(torch.maximum(low + most, least - high).clamp_(min=0).square_())
+        return (gaps[0] + gaps[1]) * (1 - NORM_MARGIN)
+
+    def thresholds(self, query: dict, distance: torch.Tensor) -> torch.Tensor:
+        """What a bound of the score must reach for a code to be within squared `distance`, float32 `(num_parts, num_features)`."""
+        low = query["bounds"][1].double()
+        score = (low - distance) / 2 - 1e-6 * (low.abs() + distance) - 1e-33
+        return score.clamp(min=-3e38).float()
+
+    def first_bounds(self, query: dict, row: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of features `(n,)` and their codes `(n, num_codes)`: parts, scores in the leading directions and their bounds."""
         product = torch.bmm(self.prefix[code].float(), query["prefix"][row].float()[..., None])[
             ..., 0
         ]  # whole, below 2**24
-        return product.int() + self.constant[code]
+        part, row = self.find_parts(code), row[:, None]
+        return part, *self.bound_first(product, query["scales"][row, 0], query["bounds"][2:4, part, row], code)
 
-    def all_products(self, query: dict, step: int):
-        """First products of all features with `step` codes at a time: first code and int32 `(num_features, num_codes)`."""
+    def all_bounds(self, query: dict, step: int):
+        """The same for all features and `step` codes at a time: their places, parts `(num_codes,)`, scores and bounds."""
         prefix, count = query["prefix"], len(query["prefix"])
         prefix = torch.cat([prefix, prefix.new_zeros(max(32 - count, -count % 8), prefix.shape[1])])
         for start in range(0, self.size, step):
-            part = self.prefix[start : start + step]
-            padded = torch.cat([part, part.new_zeros(-len(part) % 8, part.shape[1])]) if len(part) % 8 else part
-            product = torch._int_mm(prefix, padded.T)[:count, : len(part)]
-            yield start, product.add_(self.constant[start : start + step])
+            code = torch.arange(start, min(start + step, self.size), device=prefix.device)
+            part, table = self.find_parts(code), self.prefix[start : start + step]
+            table = torch.cat([table, table.new_zeros(-len(table) % 8, table.shape[1])]) if len(table) % 8 else table
+            product = torch._int_mm(prefix, table.T)[:count, : len(code)]
+            bounds = query["bounds"][2:4, part].transpose(1, 2)  # (2, num_features, num_codes)
+            yield code, part, *self.bound_first(product, query["scales"][:, :1], bounds, code)
 
-    def bound(self, query: dict, row: torch.Tensor, code: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-        """At least the score of pairs of features and codes, from their first product and the second, float32 `(num_pairs,)`."""
-        spent = (self.prefix[code, self.lead :].int() * query["prefix"][row, self.lead :].int()).sum(-1)
-        first = product - self.constant[code] - spent
-        second = (self.rest[code].float() * query["rest"][row].float()).sum(-1)
-        slack = (self.slack[code].float() * query["weights"][row]).sum(-1)
-        return self.unit * first.float() + self.rest_unit * second - self.half_norm[code] + slack
+    def bound_first(self, product: torch.Tensor, scale: torch.Tensor, bounds: torch.Tensor, code: torch.Tensor):
+        tail, unit = self.units[code].float().unbind(-1)
+        score = torch.addcmul(self.constant[code], torch.addcmul(bounds[1], product, scale), unit)
+        return score, torch.addcmul(score, bounds[0], tail)
+
+    def second_bound(self, query: dict, row: torch.Tensor, code: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+        """At least the score of pairs of features and codes, from that in the leading directions and the rest, `(num_pairs,)`."""
+        part = self.find_parts(code)
+        product = (unpack(self.rest[code]) * query["rest"][row]).sum(-1)  # whole, below 2**24
+        (tail, unit), (error, more) = (x[code].float().unbind(-1) for x in (self.rest_units, self.more))
+        weight, slack, most = query["bounds"][4:, part, row]
+        return score + (product * query["scales"][row, 1] + slack) * unit + more + weight * tail + most * error
 
 
 def products_are_exact() -> bool:
@@ -179,43 +259,87 @@ def products_are_exact() -> bool:
         return False
 
 
-def make_basis(sample: torch.Tensor, lead: int, total: int) -> torch.Tensor:
-    """About the leading principal directions of rows, `(dim, total)`, orthonormal; the first `lead` are rotated at random among
-    themselves, and so are the others."""
-    generator = torch.Generator().manual_seed(0)
+def square_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of rows `(m, dim)` and `(n, dim)`, by products, `(m, n)`."""
+    if not products_are_exact():
+        a, b = a.double(), b.double()
+    norms = a.square().sum(-1)[:, None] + b.square().sum(-1)
+    return torch.addmm(norms, a, b.T, alpha=-2).float()
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.double, generator=generator).to(sample.device)
 
+def cut_into_parts(offsets: list[int], size: int) -> list[int]:
+    """Where parts of at least `LEAST_PART` codes end, each of them whole cells; 0 comes first."""
+    ends = [0]
+    for offset in offsets:
+        if ends[-1] + LEAST_PART <= offset <= size - LEAST_PART:
+            ends.append(offset)
+    return [*ends, size]
+
+
+def choose_sizes(size: int, dim: int, num_parts: int) -> tuple[int, int]:
+    """Numbers of directions of the two products, so that the tables take their share of memory."""
+    lead = max(16, (dim + 64) // 128 * 16)
+    rows = size + 2 * BLOCK
+    room = AUXILIARY_SHARE * 4 * dim * size - rows * BYTES_BESIDE - 4 * num_parts * (dim + 24) - 4 * dim * (OUTLINE + 2)
+    room -= lead * (rows + 2 * dim + 4 * num_parts)
+    rest = int(room / (rows / 2 + 2 * dim + 4 * num_parts)) // 8 * 8
+    return lead, max(8, min(rest, dim - lead, MOST_REST) // 8 * 8)
+
+
+def find_directions(sample: torch.Tensor, count: int) -> torch.Tensor:
+    """About the leading principal directions of rows, float64 `(dim, count)`, orthonormal."""
     norm = sample.norm(dim=-1, keepdim=True)
-    sample = sample * (WIDEST * typical(norm) / norm.clamp(min=1e-30)).clamp(max=1)  # far codes do not decide alone
+    typical = norm.median() or norm.mean()
+    sample = sample * (WIDEST * typical / norm.clamp(min=1e-30)).clamp(max=1)  # far codes do not decide alone
     covariance = (sample.T @ sample / len(sample)).double()
-    directions = draw(len(covariance), total)
+    directions = draw(len(covariance), count, sample.device)
     for _ in range(4):  # subspace iteration
         directions = torch.linalg.qr(covariance @ directions).Q
-    directions = directions @ torch.linalg.eigh(directions.T @ covariance @ directions).eigenvectors.flip(-1)
-    parts = directions.split((lead, total - lead), -1)
-    return torch.cat([part @ torch.linalg.qr(draw(part.shape[1], part.shape[1])).Q for part in parts], -1).float()
+    return directions @ torch.linalg.eigh(directions.T @ covariance @ directions).eigenvectors.flip(-1)
 
 
-def find_step(values: torch.Tensor) -> float:
-    """Width of a grid of int8 that has room for all values of nearly all rows."""
-    peak = values.abs().amax(-1)
-    return peak.kthvalue(max(1, round(0.98 * len(peak)))).values.item() / 127 or peak.max().item() / 127 or 1.0
+def turn(directions: torch.Tensor, lead: int) -> torch.Tensor:
+    """The first `lead` directions rotated at random among themselves, and so the others: none needs a finer grid than another."""
+    parts = directions.split((lead, directions.shape[1] - lead), -1)
+    return torch.cat([part @ torch.linalg.qr(draw(part.shape[1], part.shape[1], part.device)).Q for part in parts], -1)
 
 
-def typical(values: torch.Tensor) -> float:
-    """The median, which a few large values do not move; the mean where most are zero, so that it is zero if all are."""
-    return values.median().item() or values.mean().item()
+def draw(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Normal numbers, float64, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, columns, dtype=torch.double, generator=generator).to(device)
 
 
-def spread(weight: torch.Tensor, columns: int) -> torch.Tensor:
-    """Whole numbers as sums of `columns` int8 of at most 127, `(len(weight), columns)`."""
-    shares = [(weight - 127 * column).clamp(0, 127) for column in range(columns)]
-    return torch.stack(shares, -1).to(torch.int8)
+def find_skew(basis: torch.Tensor) -> float:
+    """How far the squared length of a combination of the directions may be from that of its coefficients, as a share."""
+    basis = basis.double()
+    return (torch.linalg.eigvalsh(basis.T @ basis) - 1).abs().max().item()
 
 
-def relative_slack(norm: torch.Tensor, error: torch.Tensor, means: tuple[float, float]) -> torch.Tensor:
-    """`s` such that `a * norm + b * error` is at most `s * (a * means[0] + b * means[1])` for all positive a and b."""
-    parts = [part / mean if mean else part for part, mean in zip((norm, error), means)]
-    return torch.maximum(*parts) * (1 + 1e-5)
+def round_to_bytes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as a scale, bfloat16 `(num_rows,)`, times whole numbers from -127 to 127."""
+    scale = round_up((values.abs().amax(-1) / 127).clamp(min=1e-30))
+    return scale, (values / scale.float()[:, None]).round_()
+
+
+def round_to_nibbles(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as a scale, bfloat16 `(num_rows,)`, times odd numbers from -15 to 15."""
+    scale = round_up((values.square().mean(-1).sqrt() * HALF_STEP).clamp(min=1e-30))
+    return scale, (values / (2 * scale.float()[:, None]) - 0.5).round_().clamp_(-8, 7).mul_(2).add_(1)
+
+
+def round_up(values: torch.Tensor) -> torch.Tensor:
+    """To bfloat16, never below."""
+    return (values + values.abs() * 2**-8).bfloat16()
+
+
+def pack(odd: torch.Tensor) -> torch.Tensor:
+    """Odd numbers `(num_rows, n)`, n a multiple of 8, two to a byte: of eight the first four in the lower halves."""
+    low, high = ((odd + 15) / 2).to(torch.uint8).unflatten(-1, (-1, 2, 4)).unbind(-2)
+    return (low | high << 4).flatten(-2)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """The odd numbers again, int32 `(num_rows, n)`."""
+    parts = packed.int().unflatten(-1, (-1, 4))
+    return torch.stack([parts & 15, parts >> 4], -2).flatten(-3) * 2 - 15
