@@ -40,7 +40,7 @@ def cluster_features(features: np.ndarray, size: int) -> dict[str, np.ndarray]:
     counts = np.array([len(np.unique(hash_rows(to_float32(part)))) for part in rows])
     shares, codes, hashes = allocate(counts, size, "uniform"), [], np.zeros(0, np.uint64)
     for part, share in zip(tqdm(rows, unit="cell", desc=f"{size} codes"), shares):
-        codes.append(cluster_cell(to_float32(part), share, backend, 0, hashes, ITERATIONS))
+        codes.append(cluster_cell(to_float32(part), share, backend, 0, hashes, ITERATIONS)[0])
         hashes = np.concatenate([hashes, hash_rows(codes[-1])])
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in codes])])
     return {"codes": np.concatenate(codes), "cell_centroids": np.float32(centroids), "cell_offsets": offsets}

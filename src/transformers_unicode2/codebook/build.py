@@ -34,6 +34,7 @@ from .images import ImageSource
 from .phases import (
     NEAR_CELLS,
     CellReader,
+    assign_rows,
     average_previews,
     average_sums,
     count_distinct,
@@ -339,13 +340,14 @@ class Build:
         share = int(self.shares[cell])
         max_points = max(1024, share, min(512 * share, self.memory // 4 // (16 * self.dim)))
         seed, iterations = self.args.seed + 1 + cell, self.args.iterations
-        arrays = train_cell(self.reader, cell, share, max_points, self.backend, seed, forbidden, iterations)
+        codes, assigned = train_cell(self.reader, cell, share, max_points, self.backend, seed, forbidden, iterations)
+        arrays = {"codes": codes}
         if not self.args.polish:  # which finds that out for its own codes
             thumbnails = "thumbnails" if self.args.preview_size else None
-            use = use_codes(self.reader, cell, arrays["codes"], self.backend, thumbnails)
+            assigned = assigned or assign_rows(self.reader, cell, codes, self.backend)
+            arrays |= use_codes(self.reader, cell, *assigned, len(codes), thumbnails)
             if thumbnails:
-                use["previews"] = average_previews(use.pop("sums"), use["counts"])
-            arrays |= use
+                arrays["previews"] = average_previews(arrays.pop("sums"), arrays["counts"])
         write_arrays(shard_path(self.fine, cell), arrays)
 
     def part_twins(self) -> None:

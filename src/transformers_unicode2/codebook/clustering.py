@@ -251,8 +251,9 @@ def allocate(counts: np.ndarray, codebook_size: int, allocation: str) -> np.ndar
 
 def cluster_cell(
     points: np.ndarray, num_codes: int, backend: Backend, seed: int, forbidden: np.ndarray, num_iterations: int = 20
-) -> np.ndarray:
-    """K-means inside one cell, to codes: float32 `(num_codes, dim)`, rounded to bfloat16, distinct and finite (Algorithm 1).
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+    """K-means inside one cell, to codes: float32 `(num_codes, dim)`, rounded to bfloat16, distinct and finite (Algorithm 1), and
+    what `Backend.assign` says of the points and these codes, if it was asked.
 
     Centroids that are not finite, that no point is nearest to, that fall together once rounded or whose hash is among `forbidden`
     (uint64, the codes of other cells) start again from points far from their code. Returns fewer codes when the points,
@@ -267,12 +268,12 @@ def cluster_cell(
         if attempt < 9:
             codes = codes[counts > 0]
         if len(codes) == num_codes:
-            break
+            return codes, (indices, distances)
         order = np.argsort(-distances, kind="stable")
         spread = np.concatenate([first_of_each(indices[order]), np.arange(len(order))])
         candidates = round_to_bfloat16(points[order[spread]])
         codes = keep_distinct(np.concatenate([codes, candidates]), forbidden)[:num_codes]
-    return codes
+    return codes, None
 
 
 def first_of_each(indices: np.ndarray) -> np.ndarray:

@@ -129,44 +129,55 @@ def train_cell(
     seed: int,
     forbidden: np.ndarray,
     num_iterations: int = 20,
-) -> dict[str, np.ndarray]:
-    """Fine k-means inside one cell (Algorithm 1): float32 `codes` `(num_codes, dim)`.
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+    """Fine k-means inside one cell (Algorithm 1): float32 codes `(num_codes, dim)` and, if it is known, `assign_rows` of the cell.
 
     `forbidden` are hashes of codes that it may not have. There are fewer codes when the cell has fewer distinct features.
     """
     if num_codes == 0:
-        return {"codes": np.zeros((0, reader.width("features")), np.float32)}
-    codes = cluster_cell(reader.sample(cell, max_points, seed), num_codes, backend, seed, forbidden, num_iterations)
+        return np.zeros((0, reader.width("features")), np.float32), None
+    points = reader.sample(cell, max_points, seed)
+    codes, assigned = cluster_cell(points, num_codes, backend, seed, forbidden, num_iterations)
+    if assigned and len(points) == reader.count(cell):
+        return codes, assigned
+    del points, assigned
     for block in reader.read(cell, "features", ROWS):  # what a sample may lack, the whole cell may have
         if len(codes) == num_codes:
             break
         codes = keep_distinct(np.concatenate([codes, round_to_bfloat16(block)]), forbidden)[:num_codes]
-    return {"codes": codes}
+    return codes, None
+
+
+def assign_rows(reader: CellReader, cell: int, codes: np.ndarray, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
+    """`Backend.assign` of all rows of a cell."""
+    blocks = reader.read(cell, "features", ROWS)
+    parts = [backend.assign(backend.put(to_float32(block)), codes) for block in blocks]
+    indices, distances = zip(*parts) if parts else ([np.zeros(0, np.int64)], [np.zeros(0, np.float32)])
+    return np.concatenate(indices), np.concatenate(distances)
 
 
 def use_codes(
-    reader: CellReader, cell: int, codes: np.ndarray, backend: Backend, summed: str | None
+    reader: CellReader, cell: int, indices: np.ndarray, distances: np.ndarray, num_codes: int, summed: str | None
 ) -> dict[str, np.ndarray]:
-    """How the rows of a cell use codes: float32 `(num_codes, dim)`, each row the nearest.
+    """How the rows of a cell use codes, of which `indices` `(num_rows,)` are the nearest, at squared `distances`.
 
     Returns int64 `counts` and float64 `distortions` (sums of squared distances), both `(num_codes,)`, and with `summed`, the name of
     an array of the shards, float64 `sums` of its rows `(num_codes, width)`.
     """
-    output = {"counts": np.zeros(len(codes), np.int64), "distortions": np.zeros(len(codes))}
-    others = iter(())
+    output = {
+        "counts": np.bincount(indices, minlength=num_codes),
+        "distortions": np.bincount(indices, distances.astype(np.float64), minlength=num_codes),
+    }
     if summed:
-        output["sums"], others = np.zeros((len(codes), reader.width(summed))), reader.read(cell, summed, ROWS)
-    for block in reader.read(cell, "features", ROWS):
-        indices, distances = backend.assign(backend.put(to_float32(block)), codes)
-        output["counts"] += np.bincount(indices, minlength=len(codes))
-        output["distortions"] += np.bincount(indices, distances.astype(np.float64), minlength=len(codes))
-        if summed:
-            add_groups(output["sums"], next(others), indices)
+        output["sums"], start = np.zeros((num_codes, reader.width(summed))), 0
+        for block in reader.read(cell, summed, ROWS):
+            add_groups(output["sums"], block, indices[start : start + len(block)])
+            start += len(block)
     return output
 
 
 def sum_features(reader: CellReader, cell: int, codes: np.ndarray, backend: Backend) -> dict[str, np.ndarray]:
-    """`use_codes` with the `sums` of the features, by the backend's faster products; the distortions are exact for what these find."""
+    """As `use_codes`, with the `sums` of the features, by the backend's faster products; the distortions are exact for what these find."""
     center = codes.mean(0)
     shifted, counts = codes - center, np.zeros(len(codes), np.int64)
     squares, sums = np.zeros(len(codes)), np.zeros(codes.shape)
@@ -205,7 +216,8 @@ def pass_over_cell(
     last pass of the thumbnails, if their `side` is not 0.
     """
     if last:
-        output = use_codes(reader, cell, codes[ids], backend, "thumbnails" if side else None)
+        assigned = assign_rows(reader, cell, codes[ids], backend)
+        output = use_codes(reader, cell, *assigned, len(ids), "thumbnails" if side else None)
     else:
         output = sum_features(reader, cell, codes[ids], backend)
     if "sums" in output:
