@@ -1,8 +1,7 @@
 """The nearest-code search of `search_unicode2.py` as a C kernel, compiled on first use; without a C compiler there is none.
 
-It is compiled once for a processor type into `$UNICODE2_CACHE`, by default
-`~/.cache/unicode2`, or, where that cannot be written to, for each process. `UNICODE2_KERNEL=0` leaves the search to torch. Both find
-the same codes.
+It is compiled once for a processor type into `$UNICODE2_CACHE`, by default `~/.cache/unicode2`, or, where that cannot be written to,
+for each process. `UNICODE2_KERNEL=0` leaves the search to torch. Both find the same codes.
 """
 
 import ctypes

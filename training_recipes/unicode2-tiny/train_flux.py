@@ -7,9 +7,8 @@ encoders learn with it. Some images come with a text, the others with an image p
 to the width of the T5 embeddings by two linear layers, as FLUX.1 Redux does for FLUX.1-dev. A part of these features is coarse: each is
 replaced by the nearest one of a random table of patch features, so that FLUX learns to paint clean shapes from prompts that only hint
 at them, as those of any codebook do; it never meets the codebook itself. FLUX has learnt from billions of images to paint what its
-prompt embeddings say in detail; on a CPU, texts
-alone do not get that far. A second term, representation alignment (REPA), makes the image tokens of an inner block point where the
-clean image's patch features point. Afterwards all of it is frozen, as the pretrained decoder of the paper is. The counterpart of
+prompt embeddings say in detail; on a CPU, texts alone do not get that far. A second term, representation alignment (REPA), makes the
+image tokens of an inner block point where the clean image's patch features point. Afterwards all of it is frozen, as the pretrained decoder of the paper is. The counterpart of
 Redux is saved as `image_prompts` beside the pipeline; the mapper starts from it.
 """
 
