@@ -22,6 +22,7 @@ NUM_SEED_CODES, NUM_SEEDS = 256, 4  # without the kernel: codes of a part that a
 KERNEL_SHARE, PAIR_SHARE = 0.3, 0.05  # of the work of a scan, and of its pairs: when the bounds have failed
 GROUP = 512  # features that a thread takes at a time
 BLOCK_SCORES = 2**19  # of a scan on a CPU: stay in its cache
+CHUNK = 2**18  # numbers of a pass over the codes, for the same reason
 
 
 class NearestCodeSearch:
@@ -39,7 +40,7 @@ class NearestCodeSearch:
     def __init__(self, codes: torch.Tensor, offsets: torch.LongTensor):
         self.size, self.dim = size, dim = codes.shape
         self.offsets = offsets.clone()
-        self.dtype, device, rows = codes.dtype, codes.device, max(1, 2**20 // dim)
+        self.dtype, device, rows = codes.dtype, codes.device, max(1, CHUNK // dim)
         middle = (
             codes[:: max(1, size // 1024)].float().median(0).values
         )  # what to subtract: any will do, a few far codes do not move it
@@ -75,8 +76,7 @@ class NearestCodeSearch:
         version = version_of(codes)
         if self.source() is codes and version is not None and self.version == version:
             return True
-        hashes = torch.cat([hash_rows(part) for part in codes.split(max(1, 2**20 // self.dim))])
-        if sum_up(hashes) != self.checksum:
+        if sum_up(hash_rows(codes)) != self.checksum:
             return False
         self.source, self.version = weakref.ref(codes), version
         return True
@@ -334,8 +334,12 @@ def hash_rows(codes: torch.Tensor) -> torch.LongTensor:
     """A number for each row, `(len(codes),)`, equal for equal rows."""
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**31), 2**31, (codes.shape[1],), generator=generator).int().to(codes.device) | 1
-    bits = (codes.float() + 0.0).view(torch.int32)  # -0.0 equals 0.0
-    return ((bits ^ (bits >> 16)) * factors).sum(-1, dtype=torch.long)
+    hashes = []
+    for part in codes.split(max(1, CHUNK // codes.shape[1])):
+        bits = (part.float() + 0.0).view(torch.int32)  # -0.0 equals 0.0
+        bits ^= bits >> 16
+        hashes.append(bits.mul_(factors).sum(-1, dtype=torch.long))
+    return torch.cat(hashes)
 
 
 def sum_up(hashes: torch.LongTensor) -> int:
