@@ -31,7 +31,8 @@ METHODS = {  # of the builder: backend, iterations and Lloyd passes across the b
     "ours, faiss": ("faiss", 20, 0),
     "ours, torch": ("torch", 20, 0),
     "ours, torch, 5 iterations": ("torch", 5, 0),
-    "ours, torch, 5 iterations, polish 2": ("torch", 5, 2),
+    "ours, torch, 8 iterations": ("torch", 8, 0),
+    "ours, torch, 8 iterations, polish 3": ("torch", 8, 3),
 }
 SHARD = 50_000  # features
 

@@ -3,8 +3,9 @@
     python benchmarks/codebook_utilization.py --features outputs/features --codebook-sizes 1000 10000 100000
 
 Ours is the builder of `unicode2 codebook build`. The peer is `VectorQuantize` of vector-quantize-pytorch, from its random start,
-trained by moving averages on the same features, without and with its revival of dead codes, for --vq-epochs or --vq-minutes, whichever
-ends first; the table says how many features it saw. Utilization is the share of codes that the features of the held-out images use at
+trained by moving averages on the same features, without and with its revival of codes that are used less than a tenth as often as even
+use would have it, for --vq-epochs or --vq-minutes, whichever ends first; the table says how often a code was shown a feature, where each
+pass of ours over them counts. Utilization is the share of codes that the features of the held-out images use at
 least once; of as many features that use all codes alike, the column "even use" would be in use. Distortion is their mean squared
 distance to the nearest code. Finished rows are kept: the same command goes on.
 """
@@ -26,18 +27,21 @@ from transformers_unicode2.codebook.statistics import compute_statistics
 
 
 def train_ours(count: int, size: int, args: argparse.Namespace) -> tuple[np.ndarray, int]:
-    """Codes of the builder, and how many features it saw."""
+    """Codes of the builder, and how many features it saw in 8 iterations inside the cells and in the passes across their borders."""
     cells = max(16, round(size**0.5 / 2))
-    return build_ours(args.features, count, size, cells, ("torch", 8, args.polish), args.max_memory_gib, []), count
+    codes = build_ours(args.features, count, size, cells, ("torch", 8, args.polish), args.max_memory_gib, [])
+    return codes, (8 + args.polish) * count
 
 
-def train_vq(features: np.ndarray, size: int, args: argparse.Namespace, revive: int) -> tuple[np.ndarray, int]:
+def train_vq(features: np.ndarray, size: int, args: argparse.Namespace, revive: float) -> tuple[np.ndarray, int]:
     """Codes of a `VectorQuantize`, and how many features it saw, in random order."""
     from vector_quantize_pytorch import VectorQuantize
 
     torch.manual_seed(0)
-    options = {"codebook_size": size, "decay": args.vq_decay, "threshold_ema_dead_code": revive}
+    even = args.vq_batch_size / size  # uses of a code in a batch
+    options = {"codebook_size": size, "decay": args.vq_decay, "threshold_ema_dead_code": revive * even}
     vq = VectorQuantize(features.shape[1], **options).train()
+    vq._codebook.reset_cluster_size = even  # a code that starts again has some batches to be used in
     rng, end, seen = np.random.default_rng(0), time.monotonic() + 60 * args.vq_minutes, 0
     for epoch in range(args.vq_epochs):
         order = rng.permutation(len(features))
@@ -74,10 +78,12 @@ def main() -> None:
     parser.add_argument("--max-memory-gib", type=float, default=8.0)
     parser.add_argument("--polish", type=int, default=3)
     parser.add_argument("--vq-epochs", type=int, default=2)
-    parser.add_argument("--vq-minutes", type=float, default=2.5)
+    parser.add_argument("--vq-minutes", type=float, default=4)
     parser.add_argument("--vq-batch-size", type=int, default=2048)
     parser.add_argument("--vq-decay", type=float, default=0.8, help="of the moving averages; the library's default")
-    parser.add_argument("--vq-revive", type=int, default=2, help="codes used less often, on average, start again")
+    parser.add_argument(
+        "--vq-revive", type=float, default=0.1, help="codes used less often, in parts of even use, start again"
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

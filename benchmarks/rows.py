@@ -1,5 +1,6 @@
 """Rows of a table that takes long: each is kept in a JSON file as soon as it is measured, so that a killed benchmark goes on."""
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -33,8 +34,10 @@ class Rows:
 
 
 def find_commit() -> str:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return commit.stdout.strip()
+    """The commit, and of files that have changed since a hash."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    changes = subprocess.run(["git", "diff", "HEAD"], capture_output=True).stdout
+    return f"{commit}-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else commit
 
 
 def name_processor() -> str:

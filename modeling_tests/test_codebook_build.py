@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from transformers_unicode2 import cli
+from transformers_unicode2.codebook import images
 from transformers_unicode2.codebook.features import write_arrays
-from transformers_unicode2.codebook.images import ImageSource
+from transformers_unicode2.codebook.images import ImageSource, open_stream
 from transformers_unicode2.codebook.storage import load_codebook
 
 ENCODER = {
@@ -235,17 +236,40 @@ def test_sources_give_the_same_images_from_any_position(place, tmp_path, write):
     assert len(ImageSource(str(tmp_path), limit=12)) == 12
 
 
-def test_source_streams_a_data_set_from_any_position(place, tmp_path):
+def test_source_streams_a_data_set_from_any_position(place, tmp_path, monkeypatch):
     files = sorted((place / "images").iterdir())
     write_parquet(tmp_path, files)
     source = ImageSource(str(tmp_path), limit=40, streaming=True)
-    assert [content for _, content in source.read(24, 27)] == [file.read_bytes() for file in files[24:27]]
+    contents, opened = [file.read_bytes() for file in files], []
+    monkeypatch.setattr(images, "open_stream", lambda name: opened.append(name) or open_stream(name))
+    for start, stop in ((24, 27), (27, 30), (33, 40)):  # reading on, and on after a gap
+        assert [content for _, content in source.read(start, stop)] == contents[start:stop]
+    assert len(opened) == 1
+    assert [content for _, content in source.read(2, 4)] == contents[2:4] and len(opened) == 2
     with pytest.raises(ValueError, match="--num-images"):
         ImageSource(str(tmp_path), streaming=True)
     before = source.fingerprint()
     assert ImageSource(str(tmp_path), limit=40, streaming=True).fingerprint() == before
     write_parquet(tmp_path, files[::-1])
     assert ImageSource(str(tmp_path), limit=40, streaming=True).fingerprint() != before
+
+
+def test_streams_have_the_columns_of_webdataset_or_are_refused(place, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    content = next((place / "images").iterdir()).read_bytes()
+    for column in ("png", "picture"):
+        (tmp_path / column).mkdir()
+        parquet.write_table(pyarrow.table({column: [content] * 3}), tmp_path / column / "0.parquet")
+    source = ImageSource(str(tmp_path / "png"), limit=3, streaming=True)
+    assert [found for _, found in source.read(1, 3)] == [content] * 2
+    with pytest.raises(ValueError, match="has the columns picture, none of them image, jpg"):
+        list(ImageSource(str(tmp_path / "picture"), limit=3, streaming=True).read(0, 3))
+    (tmp_path / "png" / "0.parquet").rename(tmp_path / "png" / "validation.parquet")
+    parquet.write_table(pyarrow.table({"png": [content]}), tmp_path / "png" / "test.parquet")
+    with pytest.raises(ValueError, match="none of them named train"):
+        ImageSource(str(tmp_path / "png"), limit=3, streaming=True).fingerprint()
 
 
 def test_source_refuses_what_it_cannot_read(tmp_path):
@@ -309,12 +333,14 @@ def test_unreadable_images_are_listed_and_too_many_of_them_stop_the_build(place,
     (tmp_path / "images" / "07.png").write_bytes(b"")
     content = (tmp_path / "images" / "31.png").read_bytes()
     (tmp_path / "images" / "31.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "images" / "40.png").symlink_to("/proc/self/mem")  # reading it fails with an input/output error
     arguments = ["--images", str(tmp_path / "images"), "--encoder", str(place / "encoder"), *SIZE]
     message = refusal(monkeypatch, capsys, *arguments, "--output", str(tmp_path / "strict"), "--max-unreadable", "0.03")
-    assert "2 of 40 images cannot be read" in message and "31.png" in message
+    assert "2 of 41 images cannot be read" in message and "31.png" in message
     build(monkeypatch, *arguments, "--output", str(tmp_path / "loose"), "--max-unreadable", "0.1")
     listed = (tmp_path / "loose" / "skipped.txt").read_text().splitlines()
-    assert len(listed) == 2 and "07.png" in listed[0] and "31.png" in listed[1]
+    assert len(listed) == 3 and "07.png" in listed[0] and "31.png" in listed[1]
+    assert "40.png" in listed[2] and "the file cannot be read: Input/output error" in listed[2]
 
 
 def test_too_few_features_and_features_that_are_not_finite_are_refused(place, tmp_path, monkeypatch, capsys):
@@ -362,6 +388,17 @@ def test_a_shard_that_was_cut_short_is_named_and_can_be_deleted(
     assert (tmp_path / "codebook.safetensors").read_bytes() == reference["faiss"]
 
 
+def test_when_files_cannot_be_made_again_the_work_is_to_be_deleted(place, reference, tmp_path, monkeypatch, capsys):
+    break_off(place, tmp_path, monkeypatch, 60)
+    cells = tmp_path / "work" / "cells.safetensors"
+    cells.write_bytes(cells.read_bytes()[:100])
+    message = refusal(monkeypatch, capsys, *words(place, tmp_path))
+    assert f"{cells} is damaged" in message and f"delete the folder {tmp_path / 'work'} and run" in message
+    shutil.rmtree(tmp_path / "work")
+    build(monkeypatch, *words(place, tmp_path))
+    assert (tmp_path / "codebook.safetensors").read_bytes() == reference["faiss"]
+
+
 def test_changed_images_and_a_changed_encoder_are_refused(place, tmp_path, monkeypatch, capsys):
     shutil.copytree(place / "images", tmp_path / "images")
     shutil.copytree(place / "encoder", tmp_path / "encoder")
@@ -398,6 +435,14 @@ def test_changed_images_and_a_changed_encoder_are_refused(place, tmp_path, monke
 def test_options_that_make_no_codebook_are_refused(place, tmp_path, monkeypatch, capsys, options, message):
     assert message in refusal(monkeypatch, capsys, *words(place, tmp_path, *options))
     assert not (tmp_path / "codebook.json").exists()
+
+
+def test_shards_that_the_memory_cannot_hold_are_refused(place, tmp_path, monkeypatch, capsys):
+    options = ["--images-per-shard", "40", "--preview-size", "800"]
+    message = refusal(monkeypatch, capsys, *words(place, tmp_path, *options, "--max-memory-gib", "6"))
+    assert (
+        "--images-per-shard is 40; a shard of 1.14 GiB needs --max-memory-gib of at least 9.2, and it is 6" in message
+    )
 
 
 @pytest.mark.parametrize("backend", ["faiss", "torch"])

@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from transformers_unicode2.codebook.clustering import add_groups, hash_rows, make_backend, round_to_bfloat16
+from transformers_unicode2.codebook.clustering import (
+    add_groups,
+    cluster_cell,
+    hash_rows,
+    make_backend,
+    round_to_bfloat16,
+)
 from transformers_unicode2.codebook.features import shard_path, write_arrays
 from transformers_unicode2.codebook.phases import (
     CellReader,
@@ -48,6 +54,13 @@ def test_lloyd_pass_over_near_cells_is_one_of_flat_k_means_when_all_cells_are_ne
         assert np.array_equal(counts, np.bincount(nearest, minlength=30))
         for code in np.flatnonzero(counts):
             assert means[code] == pytest.approx(points[nearest == code].mean(0, dtype=np.float64), abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_a_cell_without_features_of_its_own_has_no_codes(backend):
+    points = np.ones((4, 8), np.float32)
+    codes, assigned = cluster_cell(points, 1, make_backend(backend), 0, hash_rows(points[:1]))
+    assert codes.shape == (0, 8) and assigned is None
 
 
 def test_near_codes_are_those_of_the_cell_and_of_its_neighbours():

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,7 +98,9 @@ def test_utilization_band_holds_nine_in_ten_other_samples():
             count = curve["num_images"][n]
             share = len(set(fresh[1][fresh[0] < count])) / 500
             inside[i] += curve["curves"][1]["low"][n] <= share <= curve["curves"][1]["high"][n]
-    assert (inside > 60 * 0.6).all()  # each sample's own mean is off as well
+    assert (
+        inside[0] > 60 * 0.8 and inside[1] > 60 * 0.6
+    )  # at the end the sample's own mean is off as well: three in four
 
 
 def test_rate_distortion_exponent_of_a_power_law():
@@ -227,6 +230,13 @@ def test_grow_refuses_another_checkpoint_and_too_many_codes(place, monkeypatch, 
         assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "grown" / "thesis.txt").read_text() == "mine"
     assert (tmp_path / "model" / "model.safetensors").exists()
+    cells = {"codebook_size": 96, "codebook_dim": 16, "num_cells": 5, "preview_size": 4}
+    model = UniCode2ForConditionalGeneration(make_config(codebook_config=cells))
+    model.get_quantizer().codebook.codes.copy_(load_codebook(place / "codebook").codes)
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *words, "--add", 8, "--model", tmp_path / "other", "--model-output", tmp_path / "new")
+    assert "4 pixels wide and those of" in capsys.readouterr().err and not (tmp_path / "new").exists()
     with pytest.raises(SystemExit):
         run(monkeypatch, *words, "--add", 10_000)
     assert "distinct features are too few for 10000 more codes" in capsys.readouterr().err
@@ -275,6 +285,12 @@ def test_preview_makes_thumbnails_and_a_picture(place, monkeypatch, tmp_path, ca
     made, built = load_codebook(tmp_path / "plain").previews, load_codebook(place / "codebook").previews
     assert (made.int() - built.int()).abs().float().mean() < 4  # built: nearest within the cell; made: of all codes
     assert Image.open(tmp_path / "plain" / "preview.png").size == (160, 160)
+    (tmp_path / "few").mkdir()
+    shutil.copy(sorted((place / "images").iterdir())[0], tmp_path / "few")
+    run(monkeypatch, "codebook", "preview", tmp_path / "plain", "--images", tmp_path / "few")
+    assert "the others are not in the images and keep theirs" in capsys.readouterr().out
+    kept = (load_codebook(tmp_path / "plain").previews == made).flatten(1).all(1)
+    assert 80 <= kept.sum() < 96  # the image has 16 patches
 
 
 def test_grown_codebook_finds_every_code_again(place, monkeypatch, tmp_path):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -95,6 +97,19 @@ def test_an_index_that_does_not_fit_or_finds_nothing_is_refused(model, pixel_val
     features = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
     assert (quantizer.use_faiss(index).encode_features(features) >= 0).all()
     quantizer.index = None
+
+
+def test_an_index_does_not_outlive_its_codes(model):
+    pytest.importorskip("faiss")
+    quantizer = copy.deepcopy(model.get_quantizer()).use_faiss()
+    features = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="`num_probes` is 3, but a FAISS index is in use"):
+        quantizer.encode_features(features, num_probes=3)
+    quantizer.encode_features(features)
+    quantizer.codebook.codes[7] = features[0]
+    with pytest.raises(ValueError, match="The codes have changed since the FAISS index was made"):
+        quantizer.encode_features(features)
+    assert quantizer.use_faiss().encode_features(features)[0] == 7
 
 
 def test_images_of_another_size_are_refused(model):

@@ -39,7 +39,9 @@ def make_search(codes: torch.Tensor, cells: Cells, way: str) -> NearestCodeSearc
         pytest.skip("no C compiler")
     search = NearestCodeSearch(codes, cells.offsets)
     search.screen = None
-    if way != "scan" and search.moderate and search.all_finite:
+    if way != "scan":
+        if not (search.moderate and search.all_finite):
+            pytest.skip("such codes are always scanned")
         kernel = load_kernel() if way == "kernel" else None
         search.screen = Screen(codes, search.mean, search.half_norm, search.unused, cells.offsets, kernel)
     return search
@@ -200,6 +202,41 @@ def test_ids_do_not_depend_on_batch_dtype_layout_workspace_or_precision(codebook
         assert torch.equal(fresh.search.scan(features, fresh.codes, 2**28), expected)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("setting", ["autocast", "default dtype", "default device", "float32 products by oneDNN"])
+def test_tables_do_not_depend_on_what_is_set_around_them(setting, codebook, features, monkeypatch):
+    expected, fresh = brute_force(features, codebook.codes), copy.deepcopy(codebook)
+    codebook.encode(features)
+    if setting == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            found = fresh.encode(features)
+    elif setting == "float32 products by oneDNN":  # what it does to them shows on some processors only
+        monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+        found = fresh.encode(features)
+        assert (fresh.search.screen.projected - codebook.search.screen.projected).abs().max() < 1e-5
+        return
+    else:
+        change, before = {
+            "default dtype": (torch.set_default_dtype, torch.float32),
+            "default device": (torch.set_default_device, None),
+        }[setting]
+        change(torch.bfloat16 if setting == "default dtype" else "meta")
+        try:
+            found = fresh.encode(features)
+        finally:
+            change(before)
+    assert torch.equal(found, expected)
+    if load_kernel():
+        own, other = fresh.search.screen, codebook.search.screen
+        assert all(
+            torch.equal(getattr(own, name), getattr(other, name)) for name in ("prefix", "rest", "constant", "extents")
+        )
+
+
+def test_large_float64_features_are_refused(codebook):
+    with pytest.raises(ValueError, match="1 of 2 features are not finite; the first is number 1"):
+        codebook.encode(torch.stack([torch.zeros(DIM), torch.full((DIM,), 1.0)]).double() * 1e300)
 
 
 def test_bad_features_are_refused_by_position(codebook):

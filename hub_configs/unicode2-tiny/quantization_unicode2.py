@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
 from .faiss_unicode2 import make_index, search_index
-from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch
+from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch, have_changed, state_of
 
 TABLES_LOCK = threading.Lock()  # tables are derived once, whichever thread is first
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -44,7 +44,8 @@ class UniCode2Codebook(nn.Module):
 
     All state is in buffers, so nothing here is ever trained. The codes are rounded to bfloat16 when they are built and kept
     in float32, so that the dtype of a model does not change its codes. The tables of the search are derived from the codes when they are
-    first needed, and again when the codes have changed or moved; they are never saved.
+    first needed, and again when the codes have changed or moved; they are never saved. A write to a few codes that torch does not count,
+    through `.data` or a NumPy array, may go unnoticed: set `search` to `None` after it.
 
     Buffers:
         codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes, sorted by cell.
@@ -83,7 +84,8 @@ class UniCode2Codebook(nn.Module):
     ) -> torch.LongTensor:
         r"""
         Nearest code of each feature in Euclidean distance, Eq. 5: the smallest distance in float64 on the values as given, ties to the
-        lowest code. The codes are the same on every device, for every split of a batch, and for a feature in bfloat16 or in float32.
+        lowest code. The codes are the same on every device, for every split of a batch, and for a feature in bfloat16 or in float32;
+        with `num_probes` they may differ where two cells are equally near but for rounding.
 
         Args:
             features (`torch.Tensor` of shape `(..., codebook_dim)`): bfloat16, float16 or float32; float64 is rounded to float32.
@@ -179,7 +181,7 @@ class UniCode2Quantizer(PreTrainedModel):
         super().__init__(config)
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.codebook = UniCode2Codebook(config.codebook_config)
-        self.index = None
+        self.index = self.index_of = None
         self.post_init()
         self.float().freeze()
 
@@ -258,9 +260,12 @@ class UniCode2Quantizer(PreTrainedModel):
         return self.encode_features(self.get_image_features(pixel_values).last_hidden_state, num_probes)
 
     def encode_features(self, features: torch.Tensor, num_probes: int | None = None) -> torch.LongTensor:
-        """Features `(..., codebook_dim)` to codes `(...)`, Eq. 5, as `UniCode2Codebook.encode`; searched with FAISS after `use_faiss`."""
+        """Features `(..., codebook_dim)` to codes `(...)`, Eq. 5, as `UniCode2Codebook.encode`; searched with FAISS after `use_faiss`,
+        which knows how many lists to look into: `ValueError` if `num_probes` is given then."""
         if self.index is None:
             return self.codebook(features, num_probes=num_probes)
+        if num_probes is not None:
+            raise ValueError(f"`num_probes` is {num_probes}, but a FAISS index is in use; give it to `use_faiss`.")
         return self.search_index(features)
 
     def make_faiss_index(self, kind: str = "flat", num_probes: int | None = None):
@@ -268,7 +273,7 @@ class UniCode2Quantizer(PreTrainedModel):
         return make_index(self.codebook, kind, num_probes)
 
     def use_faiss(self, index="flat", num_probes: int | None = None) -> "UniCode2Quantizer":
-        """Searches with FAISS on the CPU from now on. The codes stay the same unless the index looks into a part of its lists only.
+        """Searches with FAISS on the CPU from now on. The codes stay the same with `"flat"`, and with `"ivf"` when it looks into all lists.
 
         Args:
             index (`str` or `faiss.Index`, *optional*, defaults to `"flat"`): `"flat"`, `"ivf"`, whose lists are the cells of the
@@ -284,12 +289,17 @@ class UniCode2Quantizer(PreTrainedModel):
             raise ValueError(
                 f"The index holds {index.ntotal} vectors of width {index.d}, the codebook {size} of width {width}."
             )
-        self.index = index
+        self.index, self.index_of = index, state_of(self.codebook.codes)
         return self
 
     def search_index(self, features: torch.Tensor) -> torch.LongTensor:
-        """Nearest code of features `(..., codebook_dim)` by the FAISS index, compared in float64; ties go to the lowest code."""
+        """Nearest code of features `(..., codebook_dim)` by the FAISS index, compared in float64; ties go to the lowest code.
+
+        Raises `ValueError` when the codes have changed since `use_faiss`.
+        """
         check_features(features, self.codebook.codes.shape[1])
+        if have_changed(self.codebook.codes, self.index_of):
+            raise ValueError("The codes have changed since the FAISS index was made; call `use_faiss` again.")
         query = features.reshape(-1, features.shape[-1]).float().cpu()  # (num_queries, codebook_dim)
         return search_index(self.index, self.codebook, query).reshape(features.shape[:-1]).to(features.device)
 
@@ -328,7 +338,7 @@ def check_features(features: torch.Tensor, width: int) -> None:
     """Raises `ValueError` on features `(..., width)` of another width, or that are not finite."""
     if features.shape[-1] != width:
         raise ValueError(f"The features are {features.shape[-1]} wide and the codes {width}.")
-    finite = torch.isfinite(features).all(-1).flatten()
+    finite = torch.isfinite(features.float() if features.dtype == torch.float64 else features).all(-1).flatten()
     if not finite.all():
         bad = (~finite).nonzero().flatten()
         raise ValueError(f"{len(bad)} of {len(finite)} features are not finite; the first is number {bad[0].item()}.")

@@ -13,6 +13,8 @@ the `slack` of the feature. The feature is rounded once for all parts: the produ
 Rounding in float32 is covered by enlarging tails, weights and slack.
 """
 
+import os
+
 import torch
 
 from .kernel_unicode2 import BLOCK
@@ -28,6 +30,7 @@ HALF_STEP = 0.168  # of the four-bit grid, in standard deviations
 TINY = 1e-17  # of a norm: what squares in float32 may not hold, see `moderate` of NearestCodeSearch
 UNIT = 2**-23
 NORM_MARGIN = 1e-5  # of the squared norm: what float32 may lose, and more than that
+FPMATH_MODES = ("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE")  # environment variables of oneDNN
 
 
 class Screen:
@@ -62,30 +65,29 @@ class Screen:
 
     def find_centres(self, codes: torch.Tensor, half_norm: torch.Tensor) -> None:
         """Of each part: `centres` less the mean, and the same in the directions of the basis."""
-        centres = torch.empty(len(self.ends) - 1, self.dim, device=codes.device)
+        centres = torch.empty(len(self.ends) - 1, self.dim, dtype=torch.float32, device=codes.device)
         for part, (first, last) in enumerate(zip(self.ends[:-1].tolist(), self.ends[1:].tolist())):
             norm = half_norm[first:last].float().sqrt()
-            near = (norm <= WIDEST * norm.median()).to(codes.dtype)
-            centres[part] = (near @ codes[first:last]).float() / near.sum()
+            near = (norm <= WIDEST * norm.median()).float()
+            centres[part] = near @ codes[first:last].float() / near.sum()
         self.origins = centres
         self.centres = (centres.double() - self.mean).float()
         self.projected, self.centre_norms = self.project(self.centres), self.centres.norm(dim=-1)
 
     def project(self, centred: torch.Tensor) -> torch.Tensor:
         """Rows `(num_rows, dim)` in the directions of the basis, `(num_rows, lead + rest_size)`."""
-        dtype = torch.float32 if products_are_exact() else torch.float64
-        return (centred.to(dtype) @ self.basis.to(dtype)).float()
+        return multiply(centred, self.basis)
 
     def measure(self, codes: torch.Tensor, unused: torch.Tensor) -> None:
         """Rounds the codes, and measures what that and the directions leave out."""
         size, device = self.size, codes.device
         self.prefix = torch.empty(size, self.lead, dtype=torch.int8, device=device)
         self.rest = torch.empty(size, self.rest_size // 2, dtype=torch.uint8, device=device)
-        self.constant = torch.empty(size, device=device)
+        self.constant = torch.empty(size, dtype=torch.float32, device=device)
         self.units, self.rest_units = (torch.empty(size, 2, dtype=torch.bfloat16, device=device) for _ in range(2))
         self.more = torch.empty(size, 2, dtype=torch.bfloat16, device=device)
-        self.extents = torch.full((4, len(self.centres)), torch.inf, device=device)  # see `find_extents`
-        self.largest = torch.zeros(4, device=device)  # norm of whole numbers and of errors in steps, of both grids
+        self.extents = torch.full_like(self.centre_norms, torch.inf).repeat(4, 1)  # see `find_extents`
+        self.largest = torch.zeros_like(self.mean[:4])  # norm of whole numbers and of errors in steps, of both grids
         rows = max(1, 2**20 // self.dim)
         for part, (first, last) in enumerate(self.spans().tolist()):
             for start in range(first, last, rows):
@@ -100,7 +102,7 @@ class Screen:
         values, centres = (
             x.split((self.lead, self.rest_size), -1) for x in (self.project(centred), self.projected[part])
         )
-        extents = self.find_extents(values[0] @ self.outline, squared).amin(-1)
+        extents = self.find_extents(multiply(values[0], self.outline), squared).amin(-1)
         self.extents[:, part] = torch.minimum(self.extents[:, part], extents)
         tail = squared * (1 + self.margin)
         units, constants, largest = [], [], []
@@ -169,7 +171,7 @@ class Screen:
         centred = centred.masked_fill(~usable[:, None], 0)
         query = {"usable": usable, "norm": norm.masked_fill(~usable, 0)}
         values, centres = (x.split((self.lead, self.rest_size), -1) for x in (self.project(centred), self.projected))
-        outlined = (part[0] @ self.outline for part in (centres, values))
+        outlined = (multiply(part[0], self.outline) for part in (centres, values))
         pairs = ((self.centres, centred), outlined, *zip(centres, values))
         query["squares"] = torch.stack([square_distances(*pair) for pair in pairs])
         scales, lost = [], []
@@ -253,9 +255,28 @@ class Screen:
 
 def products_are_exact() -> bool:
     """Whether products of float32 matrices are in float32, as by default, and not in TF32 or bfloat16."""
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1" or any(
+        os.environ.get(name, "STRICT").upper() != "STRICT" for name in FPMATH_MODES
+    ):
+        return False
     try:
         return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:  # set by other means
+        return False
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product of two matrices with the accuracy of float32, whatever is set for faster ones."""
+    dtype = torch.float32 if products_are_exact() else torch.float64
+    return (a.to(dtype) @ b.to(dtype)).float()
+
+
+def integer_products_work(device: torch.device) -> bool:
+    """Whether a device multiplies int8 matrices, as some GPUs do not."""
+    try:
+        ones = torch.ones(32, 32, dtype=torch.int8, device=device)
+        return torch._int_mm(ones, ones)[0, 0].item() == 32
+    except RuntimeError:
         return False
 
 
@@ -306,8 +327,8 @@ def turn(directions: torch.Tensor, lead: int) -> torch.Tensor:
 
 def draw(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """Normal numbers, float64, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, columns, dtype=torch.double, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(rows, columns, dtype=torch.double, generator=generator, device="cpu").to(device)
 
 
 def find_skew(basis: torch.Tensor) -> float:

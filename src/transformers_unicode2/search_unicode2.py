@@ -13,7 +13,7 @@ import weakref
 import torch
 
 from .kernel_unicode2 import Queries, Tables, load_kernel
-from .screen_unicode2 import UNIT, Screen, products_are_exact
+from .screen_unicode2 import UNIT, Screen, integer_products_work, products_are_exact
 
 WORKSPACE = 256 * 2**20
 MIN_SIZE, MIN_DIM = 8192, 160  # of the codes: below, a plain scan is as fast
@@ -38,13 +38,17 @@ class NearestCodeSearch:
     """
 
     def __init__(self, codes: torch.Tensor, offsets: torch.LongTensor):
+        with torch.autocast(codes.device.type, enabled=False):
+            self.make_tables(codes, offsets)
+
+    def make_tables(self, codes: torch.Tensor, offsets: torch.LongTensor) -> None:
         self.size, self.dim = size, dim = codes.shape
         self.offsets = offsets.clone()
         self.dtype, device, rows = codes.dtype, codes.device, max(1, CHUNK // dim)
         middle = (
             codes[:: max(1, size // 1024)].float().median(0).values
         )  # what to subtract: any will do, a few far codes do not move it
-        self.mean = middle if middle.abs().max() < 1e15 else torch.zeros(dim, device=device)
+        self.mean = middle if middle.abs().max() < 1e15 else torch.zeros_like(middle)
         parts = [(hash_rows(part), (part.float() - self.mean).norm(dim=-1)) for part in codes.split(rows)]
         hashes, norm = (torch.cat(values) for values in zip(*parts))
         if not norm.isfinite().all():
@@ -63,7 +67,9 @@ class NearestCodeSearch:
         self.screen = None
         if size >= MIN_SIZE and dim >= MIN_DIM and self.moderate and self.all_finite and device.type in ("cpu", "cuda"):
             kernel = load_kernel() if device.type == "cpu" and codes.dtype == torch.float32 else None
-            if kernel or device.type == "cuda":  # integer products in plain torch pay on a GPU only
+            if kernel or (
+                device.type == "cuda" and integer_products_work(device)
+            ):  # in plain torch they pay on a GPU only
                 self.screen = Screen(codes, self.mean, self.half_norm, self.unused, offsets, kernel)
 
     def fits(self, codes: torch.Tensor, offsets: torch.LongTensor) -> bool:
@@ -103,9 +109,11 @@ class NearestCodeSearch:
         """
         if not len(features):
             return torch.zeros(0, dtype=torch.long, device=features.device)
-        rows = max(1, min(4096, workspace // (64 * self.dim), workspace // (64 * len(cells.centroids))))
+        rows = min(4096, workspace // (64 * self.dim), workspace // (64 * len(cells.centroids)))
+        if self.screen and not self.screen.kernel:  # squares, bounds and thresholds, in torch
+            rows = min(rows, workspace // (192 * len(self.screen.centres)))
         with torch.autocast(features.device.type, enabled=False):
-            parts = [self.search(part, codes, cells, num_probes, workspace) for part in features.split(rows)]
+            parts = [self.search(part, codes, cells, num_probes, workspace) for part in features.split(max(1, rows))]
         return torch.cat(parts)
 
     def search(self, features, codes, cells: "Cells", num_probes: int | None, workspace: int) -> torch.LongTensor:
@@ -115,7 +123,8 @@ class NearestCodeSearch:
             query = self.screen.prepare(centred)
             way = self.search_with_kernel if self.screen.kernel else self.search_with_torch
             if num_probes:
-                way(query, best, cells.spans(), cells.find(centred, self.mean, num_probes), True)
+                spans = cells.spans().clamp(0, self.size)  # whatever a file said
+                way(query, best, spans, cells.find(centred, self.mean, num_probes), True)
             else:
                 way(query, best, self.screen.spans(), self.screen.find(query, NUM_NEAR), False)
             best.forget(~query["usable"])
@@ -142,7 +151,7 @@ class NearestCodeSearch:
 
         group = min(GROUP, -(-count // torch.get_num_threads()))
         bytes_of_group = screen.kernel.workspace_size(group, near.shape[1], len(spans))
-        space = torch.empty(-(-count // group) * bytes_of_group, dtype=torch.uint8)
+        space = torch.empty(-(-count // group) * bytes_of_group, dtype=torch.uint8, device="cpu")
         budget = KERNEL_SHARE * self.dim / 16 * self.size
         screen.kernel.search(tables, queries, group, near_only, budget, space.data_ptr())
 
@@ -330,10 +339,24 @@ def sample_sum(codes: torch.Tensor, count: int = 64) -> int:
     return sum_up(hash_rows(codes[:: max(1, len(codes) // count)]))
 
 
+def state_of(codes: torch.Tensor) -> tuple[int, int | None, int] | None:
+    """What tells later that codes have been written to; `None` where they are not there to be looked at."""
+    return None if codes.is_meta else (codes.data_ptr(), version_of(codes), sample_sum(codes))
+
+
+def have_changed(codes: torch.Tensor, before: tuple[int, int | None, int] | None) -> bool:
+    """Whether codes have been written to since `state_of`; that they moved is no change."""
+    now = state_of(codes)
+    if now is None or before is None:
+        return False
+    return now[2] != before[2] or (now[0] == before[0] and now[1] != before[1])
+
+
 def hash_rows(codes: torch.Tensor) -> torch.LongTensor:
     """A number for each row, `(len(codes),)`, equal for equal rows."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**31), 2**31, (codes.shape[1],), generator=generator).int().to(codes.device) | 1
+    generator = torch.Generator("cpu").manual_seed(0)
+    factors = torch.randint(-(2**31), 2**31, (codes.shape[1],), generator=generator, device="cpu")
+    factors = factors.int().to(codes.device) | 1
     hashes = []
     for part in codes.split(max(1, CHUNK // codes.shape[1])):
         bits = (part.float() + 0.0).view(torch.int32)  # -0.0 equals 0.0

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .clustering import allocate, hash_rows, make_backend, round_to_bfloat16
+from .clustering import allocate, contains, hash_rows, make_backend, round_to_bfloat16
 from .features import (
     Encoder,
     check_unreadable,
@@ -149,7 +149,14 @@ class Build:
         self.check_memory(sum(weight.nbytes for weight in self.encoder.model.state_dict().values()))
         self.shard_bytes = patches * (2 * self.dim + 3 * args.preview_size**2)  # of one image
         fitting = max(1, min(4096, self.memory // 16 // self.shard_bytes))
-        self.images_per_shard = args.images_per_shard or fitting
+        self.images_per_shard = min(args.images_per_shard or fitting, self.num_images)
+        shard = self.images_per_shard * self.shard_bytes
+        if shard > self.memory // 8:  # it is held several times
+            raise ValueError(
+                f"--images-per-shard is {self.images_per_shard}; a shard of {shard / GIB:.2f} GiB needs --max-memory-gib of at "
+                f"least {8 * shard / GIB:.1f}, and it is {args.max_memory_gib:g}."
+            )
+        self.batch_size = max(1, min(64, self.memory // 4 // self.encoder.activation_bytes))
         self.num_shards = -(-self.num_images // self.images_per_shard)
 
     def check_memory(self, encoder_bytes: int) -> None:
@@ -260,6 +267,7 @@ class Build:
             self.features,
             missing,
             self.images_per_shard,
+            self.batch_size,
             self.args.patches_per_image,
             self.args.preview_size,
             self.args.max_unreadable,
@@ -341,6 +349,10 @@ class Build:
         max_points = max(1024, share, min(512 * share, self.memory // 4 // (16 * self.dim)))
         seed, iterations = self.args.seed + 1 + cell, self.args.iterations
         codes, assigned = train_cell(self.reader, cell, share, max_points, self.backend, seed, forbidden, iterations)
+        if len(codes) < share:
+            raise ValueError(
+                f"Cell {cell} has distinct features for {len(codes)} of its {share} codes only; add images or ask for fewer codes."
+            )
         arrays = {"codes": codes}
         if not self.args.polish:  # which finds that out for its own codes
             thumbnails = "thumbnails" if self.args.preview_size else None
@@ -357,15 +369,10 @@ class Build:
         seen = np.zeros(0, np.uint64)
         for cell in tqdm(range(self.args.num_cells), unit="cell", desc="codes of two cells"):
             hashes = hash_rows(self.read_fine(cell, "codes"))
-            if np.isin(hashes, seen).any():
+            if contains(seen, hashes).any():
                 self.train_cell(cell, seen)
                 hashes = hash_rows(self.read_fine(cell, "codes"))
-            if len(hashes) < self.shares[cell]:
-                raise ValueError(
-                    f"Cell {cell} has distinct features for {len(hashes)} of its {self.shares[cell]} codes only; "
-                    "add images or ask for fewer codes."
-                )
-            seen = np.concatenate([seen, hashes])
+            seen = np.sort(np.concatenate([seen, hashes]), kind="stable")
 
     def read_fine(self, cell: int, name: str) -> np.ndarray:
         with open_shard(shard_path(self.fine, cell)) as file:

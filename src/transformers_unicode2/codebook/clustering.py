@@ -256,12 +256,16 @@ def cluster_cell(
     what `Backend.assign` says of the points and these codes, if it was asked.
 
     Centroids that are not finite, that no point is nearest to, that fall together once rounded or whose hash is among `forbidden`
-    (uint64, the codes of other cells) start again from points far from their code. Returns fewer codes when the points,
+    (uint64 and ascending, the codes of other cells) start again from points far from their code. Returns fewer codes when the points,
     float32 `(num_points, dim)`, do not hold as many distinct ones.
     """
     held = backend.put(points)
     codes = round_to_bfloat16(backend.kmeans(held, num_codes, seed, num_iterations))
     codes = keep_distinct(codes, forbidden)
+    if not len(codes):
+        codes = keep_distinct(round_to_bfloat16(points), forbidden)[:num_codes]
+    if not len(codes):
+        return codes, None
     for attempt in range(10):
         indices, distances = backend.assign(held, codes)
         counts = np.bincount(indices, minlength=len(codes))
@@ -282,11 +286,19 @@ def first_of_each(indices: np.ndarray) -> np.ndarray:
 
 
 def keep_distinct(codes: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
-    """Finite rows, each once, in their order, without those whose hash is among `forbidden`."""
+    """Finite rows, each once, in their order, without those whose hash is among `forbidden`, ascending."""
     codes = codes[np.isfinite(codes).all(-1)]
     hashes = hash_rows(codes)
     first = first_of_each(hashes)
-    return codes[first[~np.isin(hashes[first], forbidden)]]
+    return codes[first[~contains(forbidden, hashes[first])]]
+
+
+def contains(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Which of the values are in an array that ascends: as `np.isin`, which would sort it each time."""
+    place = np.searchsorted(ascending, values)
+    inside = place < len(ascending)
+    inside[inside] = ascending[place[inside]] == values[inside]
+    return inside
 
 
 def to_float32(points: np.ndarray) -> np.ndarray:

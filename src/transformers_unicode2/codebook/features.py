@@ -11,6 +11,7 @@ import numpy as np
 
 from .images import ImageSource, decode_image
 
+MADE_AGAIN = ("features", "cells", "fine")  # folders whose files a build makes again when they are gone
 CLIP_TYPES = ("clip", "clip_vision_model")
 NOT_HASHED = (
     "transformers_version",
@@ -49,6 +50,9 @@ class Encoder:
         config = self.model.config
         self.patch_size, self.dim = config.patch_size, config.hidden_size
         self.num_patches = (config.image_size // config.patch_size) ** 2
+        self.activation_bytes = (
+            4 * self.num_patches * (2 * config.intermediate_size + 8 * self.dim)
+        )  # about, of an image
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights in float32 and of the configurations of model and image processor."""
@@ -139,12 +143,13 @@ def extract_features(
     folder: Path,
     todo: list[int],
     images_per_shard: int,
+    batch_size: int,
     patches_per_image: int | None,
     preview_size: int,
     max_unreadable: float,
     seed: int,
 ) -> None:
-    """Writes the shards `todo` of `images_per_shard` images each, `{folder}/00000.safetensors`.
+    """Writes the shards `todo` of `images_per_shard` images each, `{folder}/00000.safetensors`; the encoder reads `batch_size` at a time.
 
     A shard holds float16 `features` `(num_rows, dim)` and, with previews, uint8 `thumbnails` `(num_rows, side * side * 3)`; its
     `00000.skipped.txt` names the images that could not be read. Raises `ValueError` when these are more than `max_unreadable` of all.
@@ -157,7 +162,7 @@ def extract_features(
     with tqdm(total=sum(stop - start for start, stop in spans.values()), unit="image", desc="features") as bar:
         for shard, (start, stop) in spans.items():
             rows, skipped = {"features": [], "thumbnails": []}, []
-            for positions, pixel_values, lines in read_batches(source, encoder, start, stop):
+            for positions, pixel_values, lines in read_batches(source, encoder, start, stop, batch_size):
                 skipped += lines
                 if positions:
                     part = sample_rows(encoder, positions, pixel_values, patches_per_image, preview_size, seed)
@@ -251,7 +256,9 @@ def open_shard(path: Path):
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run the same command again.") from error
+        work = next((folder for folder in path.parents if folder.name == "work"), None)
+        again = "it" if work is None or path.parent.name in MADE_AGAIN else f"the folder {work}"
+        raise ValueError(f"{path} is damaged ({error}); delete {again} and run the same command again.") from error
 
 
 def count_rows(path: Path, name: str = "features") -> int:

@@ -10,9 +10,19 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from .build import GIB, make_folders
-from .clustering import Backend, add_groups, find_codes, hash_rows, keep_distinct, make_backend, round_to_bfloat16
+from .clustering import (
+    Backend,
+    add_groups,
+    contains,
+    find_codes,
+    hash_rows,
+    keep_distinct,
+    make_backend,
+    round_to_bfloat16,
+)
 from .features import Encoder, patch_thumbnails, read_batches
 from .images import ImageSource
 from .statistics import compute_probe_recall, compute_statistics
@@ -57,7 +67,11 @@ def main(args: argparse.Namespace) -> dict:
     grown.probe_recall = compute_probe_recall(grown, held_out["features"])
     provenance["probe_recall_of"] = f"{len(held_out['features'])} features that it was not grown on"
     if args.model:
-        grow_checkpoint(args.model, args.model_output, codebook, grown, parents[order])
+        try:
+            grow_checkpoint(args.model, args.model_output, codebook, grown, parents[order])
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary_folder(args.model_output), ignore_errors=True)
+            raise OSError(f"{args.model_output} could not be written ({error}); nothing of it is left.") from error
     save_codebook(grown, args.output, {**provenance, "grown": [*provenance.get("grown", []), report]})
     print(
         f"{args.output}: {len(codes)} codes and {len(new)} more; on features of every fifth image, which were not used:"
@@ -83,13 +97,23 @@ def check_places(args: argparse.Namespace, codebook) -> None:
             if name in tensors.keys():
                 codes = tensors.get_tensor(name).float()
                 if codes.shape == codebook.codes.shape and (codes == codebook.codes).all():
-                    return
+                    return check_thumbnails(args, codebook)
     raise ValueError(f"{args.model} does not hold the codebook {args.codebook}; nothing was written.")
+
+
+def check_thumbnails(args: argparse.Namespace, codebook) -> None:
+    """Raises `ValueError` when the thumbnails of the checkpoint are of another size than those of the codebook."""
+    config = json.loads((Path(args.model) / "config.json").read_text())["codebook_config"]
+    own, other = config.get("preview_size", 0), 0 if codebook.previews is None else codebook.previews.shape[1]
+    if own != other:
+        raise ValueError(
+            f"The thumbnails of {args.model} are {own} pixels wide and those of {args.codebook} {other}; nothing was written."
+        )
 
 
 def open_tensors(file: Path):
     """`safetensors.safe_open` for torch; raises `ValueError` on a damaged file."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         return safe_open(file, framework="pt")
@@ -157,8 +181,10 @@ def split_codes(
     order = np.argsort(indices, kind="stable")
     parents, starts = np.unique(indices[order], return_index=True)
     members = np.split(order, starts[1:])
-    known = hash_rows(codes)
-    room = np.array([len(keep_distinct(round_to_bfloat16(points[m]), known)) for m in members])
+    known, hashes = np.sort(hash_rows(codes)), hash_rows(points)
+    fresh = ~contains(known, hashes)
+    pairs = np.unique(np.stack([indices[fresh].astype(np.uint64), hashes[fresh]]), axis=1)  # distinct in each region
+    room = np.bincount(pairs[0].astype(np.int64), minlength=len(codes))[parents]
     if room.sum() < num_new:
         raise ValueError(
             f"{room.sum()} distinct features are too few for {num_new} more codes; add images or ask for fewer."
@@ -169,7 +195,7 @@ def split_codes(
         region, share, parent = points[members[i]], int(shares[i]), codes[parents[i]]
         part = split_region(region, parent, share, known, np.random.default_rng([seed, parents[i]]))
         if not seen.isdisjoint(hash_rows(part).tolist()):  # rounded to a new code of a region next to it
-            taken = np.concatenate([known, np.fromiter(seen, np.uint64, len(seen))])
+            taken = np.sort(np.concatenate([known, np.fromiter(seen, np.uint64, len(seen))]))
             part = split_region(region, parent, share, taken, np.random.default_rng([seed, parents[i]]))
         if len(part) < share:
             raise ValueError(
@@ -253,6 +279,10 @@ def mean_previews(fit: dict, codes: np.ndarray, new: np.ndarray, backend: Backen
     return np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8).reshape(-1, side, side, 3)
 
 
+def temporary_folder(output: str) -> Path:
+    return Path(output).with_name(f".{Path(output).name}.tmp")
+
+
 def grow_checkpoint(model: str, output: str, before, after, parents: np.ndarray) -> None:
     """A checkpoint with the larger codebook: C2 gets a row for each new code, a copy of its parent's, so do the scores of new cells.
 
@@ -269,7 +299,7 @@ def grow_checkpoint(model: str, output: str, before, after, parents: np.ndarray)
     from safetensors.torch import load_file, save_file
 
     source, final = Path(model), Path(output)
-    target = final.with_name(f".{final.name}.tmp")
+    target = temporary_folder(output)
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
     make_folders(target)
     config = json.loads((source / "config.json").read_text())

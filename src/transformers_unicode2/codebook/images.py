@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")  # of a data set; the others are WebDataset's
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -35,6 +36,7 @@ class ImageSource:
             if limit is None:
                 raise ValueError(f"The length of the stream {path} is unknown; say --num-images.")
             self.files, self.kind, self.items = [], "stream", range(limit)
+            self.stream = Stream(path)
         else:
             self.files, self.kind = find_files(path)
             self.items = INDEXERS[self.kind](self.files)
@@ -53,7 +55,8 @@ class ImageSource:
         if self.streaming:
             from datasets import load_dataset_builder
 
-            files = load_dataset_builder(self.path).config.data_files["train"]
+            files = load_dataset_builder(self.path).config.data_files
+            files = files[choose_split(self.path, files)]
             versions = ["\t".join(map(str, version)) for version in files.origin_metadata]
             return [self.path, *map(str, files), *versions, str(len(self))]
         stats = [(file, file.stat()) for file in self.files]
@@ -67,10 +70,10 @@ class ImageSource:
             lines = [line.removeprefix(root) for line in lines]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
-        """Name and file content of the images from `start` to `stop`."""
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | OSError]]:
+        """Name and file content of the images from `start` to `stop`; instead of the content why it cannot be read."""
         if self.streaming:
-            yield from read_stream(self.path, start, stop)
+            yield from self.stream.read(start, stop)
         else:
             yield from READERS[self.kind](self.items, start, min(stop, len(self)))
 
@@ -171,9 +174,16 @@ def check_column(names: list[str], file: Path) -> None:
         raise ValueError(f"{file} has the columns {', '.join(names)}, none of them named image.")
 
 
-def read_files(items: list[Path], start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+def read_files(items: list[Path], start: int, stop: int) -> Iterator[tuple[str, bytes | OSError]]:
     for file in items[start:stop]:
-        yield str(file), file.read_bytes()
+        yield str(file), read_file(file)
+
+
+def read_file(file: Path) -> bytes | OSError:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        return error
 
 
 def read_tars(items: list, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
@@ -192,34 +202,66 @@ def read_tables(items, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
             yield f"row {index}", read_content(items[index]["image"])
 
 
-def read_content(value) -> bytes:
+def read_content(value) -> bytes | OSError:
     """An image file's content out of a table: bytes, a path, or both as `datasets` keeps them; nothing when there is none."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        return Path(value).read_bytes() if Path(value).is_file() else b""
+        return read_file(Path(value)) if Path(value).is_file() else b""
     return value or b""
 
 
-def read_stream(name: str, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+class Stream:
+    """A data set of `datasets.load_dataset` in its order; to read on from where the last reading ended costs nothing more."""
+
+    def __init__(self, name: str):
+        self.name, self.rows, self.position = name, None, 0
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | OSError]]:
+        if self.rows is None or start < self.position:
+            self.rows, self.position = iter(open_stream(self.name).skip(start)), start
+        while self.position < stop:
+            row = next(self.rows, None)
+            if row is None:
+                return
+            self.position += 1
+            if self.position > start:
+                column = next((name for name in IMAGE_COLUMNS if name in row), None)
+                if column is None:
+                    raise ValueError(
+                        f"{self.name} has the columns {', '.join(row)}, none of them {', '.join(IMAGE_COLUMNS)}."
+                    )
+                yield f"row {self.position - 1}", read_content(row[column])
+
+
+def open_stream(name: str):
+    """The images of a data set, undecoded, to be iterated over."""
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
-    rows = load_dataset(name, split="train", streaming=True)
-    if isinstance(
-        (rows.features or {}).get("image"), ImageFeature
-    ):  # a table without a schema of its own is not decoded
-        rows = rows.cast_column("image", ImageFeature(decode=False))
-    for index, row in enumerate(rows.skip(start).take(stop - start), start):
-        yield f"row {index}", read_content(row["image"])
+    splits = load_dataset(name, streaming=True)
+    rows = splits[choose_split(name, splits)]
+    for column, feature in (rows.features or {}).items():  # a table without a schema of its own is not decoded
+        if column in IMAGE_COLUMNS and isinstance(feature, ImageFeature):
+            rows = rows.cast_column(column, ImageFeature(decode=False))
+    return rows
+
+
+def choose_split(name: str, splits: dict) -> str:
+    """`train`, or the only split that there is; raises `ValueError` otherwise."""
+    if "train" in splits or len(splits) == 1:
+        return "train" if "train" in splits else next(iter(splits))
+    raise ValueError(f"{name} has the splits {', '.join(map(str, splits))}, none of them named train.")
 
 
 INDEXERS = {"image": list, "tar": index_tars, "parquet": index_tables, "arrow": index_tables}
 READERS = {"image": read_files, "tar": read_tars, "parquet": read_tables, "arrow": read_tables}
 
 
-def decode_image(content: bytes) -> Image.Image:
-    """An image file's content as RGB, turned as its EXIF data say. Raises `ValueError` when it cannot be read."""
+def decode_image(content: bytes | OSError) -> Image.Image:
+    """An image file's content as RGB, turned as its EXIF data say. Raises `ValueError` when it cannot be read, or could not."""
+    if isinstance(content, OSError):
+        raise ValueError(f"the file cannot be read: {content.strerror}")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", "Palette images")

@@ -132,7 +132,7 @@ def train_cell(
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
     """Fine k-means inside one cell (Algorithm 1): float32 codes `(num_codes, dim)` and, if it is known, `assign_rows` of the cell.
 
-    `forbidden` are hashes of codes that it may not have. There are fewer codes when the cell has fewer distinct features.
+    `forbidden` are hashes of codes that it may not have, ascending. There are fewer codes when the cell has fewer distinct features.
     """
     if num_codes == 0:
         return np.zeros((0, reader.width("features")), np.float32), None

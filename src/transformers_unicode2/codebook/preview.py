@@ -43,6 +43,9 @@ def main(args: argparse.Namespace) -> None:
         encoder = load_encoder(args.codebook, codebook, args.encoder)
         source = ImageSource(args.images, args.num_images)
         previews, counts = compute_previews(source, encoder, codebook, args.preview_size)
+        kept = codebook.previews is not None and codebook.previews.shape[1] == args.preview_size
+        if kept:
+            previews[counts == 0] = codebook.previews.numpy()[counts == 0]
         arrays = (codebook.codes, codebook.cell_centroids, codebook.cell_offsets, previews)
         recall, codebook = codebook.probe_recall, codebook_from_arrays(*arrays)
         codebook.probe_recall = recall
@@ -50,7 +53,8 @@ def main(args: argparse.Namespace) -> None:
             codebook, args.codebook, {**provenance, "previews": {"images": args.images, "num_images": len(source)}}
         )
         print(
-            f"{args.codebook}: thumbnails of {(counts > 0).sum()} of {len(counts)} codes; the others are not in the images"
+            f"{args.codebook}: thumbnails of {(counts > 0).sum()} of {len(counts)} codes; the others are not in the images and "
+            f"{'keep theirs' if kept else 'are black'}"
         )
     elif codebook.previews is None:
         raise ValueError(f"{args.codebook} has no thumbnails; say --images to make them.")

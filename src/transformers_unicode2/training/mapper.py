@@ -24,6 +24,9 @@ class MapperArguments:
     mapper: dict = field(default_factory=dict, metadata={"help": "fields of UniCode2ConditionMapper"})
     contrastive_weight: float = 1.0
     flow_matching_weight: float = 1.0
+    flow_matching_share: float = field(
+        default=1.0, metadata={"help": "share of the steps with flow matching, which takes most of a step's time"}
+    )
     regression_weight: float = field(default=0.0, metadata={"help": "of the squared distance to the image prompts"})
     image_prompts: str | None = field(
         default=None, metadata={"help": "UniCode2ConditionMapper from patch features to prompts of this decoder"}
@@ -100,7 +103,8 @@ class MapperWithLosses(torch.nn.Module):
         contrastive = contrastive_loss(condition.pooled_prompt_embeds, text, self.args.temperature)
         loss = self.args.contrastive_weight * contrastive
         losses = {"contrastive": contrastive.detach()}
-        if self.args.flow_matching_weight:  # a pass through the decoder, by far the largest part of a step
+        # a pass through the decoder, by far the largest part of a step
+        if self.args.flow_matching_weight and torch.rand(()) < self.args.flow_matching_share:
             flow = flow_matching_loss(
                 decoder.transformer, latents, condition.prompt_embeds, condition.pooled_prompt_embeds
             )
