@@ -202,6 +202,7 @@ def test_grow_keeps_all_that_there_was_and_serves_new_images_better(
     assert torch.equal(after.cell_offsets[:6], before.cell_offsets) and after.cell_offsets[-1] == 120
     report = json.loads((tmp_path / "larger" / "codebook.json").read_text())["provenance"]["grown"][0]
     assert report["after"]["distortion"] < 0.95 * report["before"]["distortion"]
+    assert "24 of the codes were added by `unicode2 codebook grow`" in (tmp_path / "larger" / "README.md").read_text()
     grown = UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "grown")
     c2, old = grown.model.visual_embeddings.weight, model.model.visual_embeddings.weight
     assert torch.equal(c2[:96], old)

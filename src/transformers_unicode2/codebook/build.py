@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -137,6 +137,7 @@ class Build:
             **{name: value for name, value in vars(args).items() if name not in NOT_RECORDED},
             "images_sha256": self.source.fingerprint(),
             "encoder_sha256": self.encoder.fingerprint(),
+            "products": str(getattr(self.backend, "fast_dtype", "float32")),  # they depend on the processor
         }
         self.dim, self.num_images = self.encoder.dim, len(self.source)
         patches = min(args.patches_per_image or self.encoder.num_patches, self.encoder.num_patches)
@@ -177,29 +178,37 @@ class Build:
         """
         from filelock import FileLock, Timeout
 
-        make_folders(self.features, self.cells, self.fine)
         if not self.state.is_main_process:
-            self.state.wait_for_everyone()
-            yield (
-                json.loads((self.output / "codebook.json").read_text())["provenance"]["statistics"]
-                if (self.output / "codebook.json").exists()
-                else None
-            )
+            yield self.hear(None)
             return
-        try:
-            lock = FileLock(self.work / "lock").acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"Another run is building in {self.output}; wait for it or choose another --output."
-            ) from None
-        with lock:
-            finished = self.compare_with_record()
-            if not finished:
-                self.announce()
-            self.state.wait_for_everyone()
-            yield finished
+        with ExitStack() as held:
+            try:
+                if not (self.output / "codebook.json").exists():  # a finished build needs no lock, and no room to write
+                    make_folders(self.features, self.cells, self.fine)
+                    held.enter_context(FileLock(self.work / "lock").acquire(timeout=0))
+                finished = self.compare_with_record()
+                if not finished:
+                    self.begin()
+            except Timeout:
+                message = f"Another run is building in {self.output}; wait for it or choose another --output."
+                self.hear({"refused": message})
+                raise ValueError(message) from None
+            except (OSError, ValueError) as error:
+                self.hear({"refused": str(error)})
+                raise
+            yield self.hear(finished)
         if not self.args.keep_work:
-            shutil.rmtree(self.work)
+            shutil.rmtree(self.work, ignore_errors=finished is not None)
+
+    def hear(self, news: dict | None) -> dict | None:
+        """What the main process says, the same on all; if it refuses the build, the others end."""
+        if self.state.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            (news,) = broadcast_object_list([news], from_process=0)
+        if news and "refused" in news and not self.state.is_main_process:
+            sys.exit(2)
+        return news
 
     def compare_with_record(self) -> dict | None:
         done, begun = self.output / "codebook.json", self.work / "run.json"
@@ -219,9 +228,15 @@ class Build:
         if provenance:
             self.say(f"{self.output} is finished; nothing to do")
             return provenance["statistics"]
-        write_file(self.work / "images.txt", "\n".join(self.source.listing()).encode())
-        write_file(begun, json.dumps(self.record, indent=2).encode())
         return None
+
+    def begin(self) -> None:
+        """Notes what is built, and says what it needs; nothing of a run that was killed is in the way."""
+        for file in (*self.output.glob(".*.tmp"), *self.work.rglob(".*.tmp")):
+            file.unlink()
+        write_file(self.work / "images.txt", "\n".join(self.source.listing()).encode())
+        write_file(self.work / "run.json", json.dumps(self.record, indent=2).encode())
+        self.announce()
 
     def compare_listings(self) -> list[str]:
         """What the first of the image files that are not as they were was, and is."""

@@ -172,7 +172,7 @@ class TorchBackend:
     def describe(self) -> str:
         import torch
 
-        return f"torch {torch.__version__} on {self.device.type}"
+        return f"torch {torch.__version__} on {self.device.type}, iterations in {self.fast_dtype}"
 
 
 def make_backend(name: str, device: str = "cpu") -> Backend:
@@ -214,7 +214,8 @@ def farthest_points(indices, distances, num_centroids: int, count: int):
     of the clusters that are left over the next ones. All arguments and the result are torch tensors of one device."""
     import torch
 
-    total = torch.zeros(num_centroids, device=distances.device).index_add_(0, indices, distances)
+    total = torch.zeros(num_centroids).index_add_(0, indices.cpu(), distances.cpu())  # in one order, unlike on a GPU
+    total = total.to(distances.device)
     order = torch.argsort(distances, descending=True, stable=True)
     order = order[torch.argsort(total[indices[order]], descending=True, stable=True)]  # by cluster, then by distance
     clusters = indices[order]

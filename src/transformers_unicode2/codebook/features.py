@@ -229,7 +229,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def write_file(path: Path, content: bytes) -> None:
     """All of it or nothing: under a temporary name first. What is left of a failed write is removed."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of a process alone
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -1,4 +1,4 @@
-"""The codebook folder: `codebook.safetensors` and `codebook.json` (its configuration and where it comes from)."""
+"""The codebook folder: `codebook.safetensors`, `codebook.json` (its configuration and where it comes from) and a card, `README.md`."""
 
 import json
 import os
@@ -9,7 +9,25 @@ import torch
 
 from ..configuration_unicode2 import UniCode2CodebookConfig
 from ..quantization_unicode2 import UniCode2Codebook
-from .features import Encoder
+from .features import Encoder, write_file
+
+CARD = """---
+tags: [unicode2, codebook]
+---
+
+# A codebook of {codebook_size:,} codes
+
+Codes of width {codebook_dim} in {num_cells:,} cells, for UniCode², built from the patch features of {num_images:,} images by
+
+    unicode2 codebook build {options}
+
+**The encoder in {dtype} defines the ids**: features that it computes in another dtype, or that another encoder computes, have other
+ids where two codes are about equally near. In a checkpoint the encoder and this codebook are kept in float32.{added}
+
+| of the features that it was built from ({scope}) | |
+| --- | ---: |
+{statistics}
+"""
 
 
 def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: dict) -> None:
@@ -35,6 +53,7 @@ def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: di
     try:
         new_description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
         save_file(tensors, new_weights)
+        write_file(folder / "README.md", make_card(config, provenance).encode())
         shutil.copymode(new_description, new_weights)  # safetensors keeps its files from all others
         for new, file in ((new_weights, weights), (new_description, description)):
             with open(new, "rb") as written:
@@ -44,6 +63,28 @@ def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: di
         new_weights.unlink(missing_ok=True)
         new_description.unlink(missing_ok=True)
         raise OSError(f"{weights} could not be written ({error}); make room and run the same command again.") from error
+
+
+def make_card(config: dict, provenance: dict) -> str:
+    """The text of a codebook's card."""
+    command = provenance.get("command", {})
+    hidden = ("images", "encoder", "images_sha256", "encoder_sha256")  # paths of a machine, and what is no option
+    options = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in command.items()
+        if name not in hidden and value
+    ]
+    added = sum(report["added"] for report in provenance.get("grown", []))
+    rows = [f"| {name} | {value:.5g} |" for name, value in provenance.get("statistics", {}).items()]
+    return CARD.format(
+        **config,
+        added=f" {added:,} of the codes were added by `unicode2 codebook grow`." if added else "",
+        num_images=provenance.get("num_images", 0),
+        options=" ".join(options),
+        dtype=command.get("dtype", "float32"),
+        scope=provenance.get("statistics_of", "nearest code"),
+        statistics="\n".join(rows),
+    )
 
 
 def load_codebook(folder: str | Path) -> UniCode2Codebook:
