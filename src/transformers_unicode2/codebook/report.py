@@ -225,7 +225,10 @@ def make_page(report, codebook, codes, images, gallery, encoder: Encoder, neighb
     rows += [(f"Eq. 14, beta {report['beta']:g}", report["objective"]["regularised"])]
     rows += [("Eq. 17 exponent", report["rate_distortion"]["exponent"])]
     rows += [
-        *zip(("codes of a cell, least", "median", "most"), report["cells"]["codes_per_cell"]),
+        *zip(
+            ("codes of a cell, least", "codes of a cell, median", "codes of a cell, most"),
+            report["cells"]["codes_per_cell"],
+        ),
         ("uses of cells, gini", report["cells"]["gini"]),
         ("largest cell, share", report["cells"]["largest_share"]),
     ]
