@@ -24,6 +24,7 @@ from transformers import (
 
 from transformers_unicode2 import cli
 from transformers_unicode2.codebook import images
+from transformers_unicode2.codebook.build import make_parser
 from transformers_unicode2.codebook.features import write_arrays
 from transformers_unicode2.codebook.images import ImageSource, open_stream
 from transformers_unicode2.codebook.storage import load_codebook
@@ -92,12 +93,19 @@ def test_build_makes_distinct_finite_bfloat16_codes_and_leaves_nothing_else(plac
     assert codes.shape == (96, 16) and np.isfinite(codes).all() and len(np.unique(codes, axis=0)) == 96
     assert np.array_equal(codes, codebook.codes.bfloat16().float().numpy())
     assert codebook.previews.shape == (96, 8, 8, 3) and codebook.cell_offsets[-1] == 96
+    provenance = json.loads((place / backend / "codebook.json").read_text())["provenance"]
     names = ["README.md", "codebook.json", "codebook.safetensors"]
     assert sorted(file.name for file in (place / backend).iterdir()) == names
     card = (place / backend / "README.md").read_text()
     assert "**The encoder in float32 defines the ids**" in card and "--codebook-size 96 --num-cells 5" in card
     assert str(place) not in card
-    provenance = json.loads((place / backend / "codebook.json").read_text())["provenance"]
+    options = next(line for line in card.splitlines() if line.startswith("    unicode2 codebook build ")).split()[3:]
+    again = vars(make_parser().parse_args(["--images", "-", "--encoder", "-", "--output", "-", *options]))
+    assert all(
+        again[name] == value
+        for name, value in provenance["command"].items()
+        if name in again and name not in ("images", "encoder")
+    )
     assert provenance["statistics"]["num_features"] == 40 * 16
     before, after = provenance["polish_distortions"]
     assert after < before

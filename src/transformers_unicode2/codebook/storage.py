@@ -68,11 +68,17 @@ def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: di
 def make_card(config: dict, provenance: dict) -> str:
     """The text of a codebook's card."""
     command = provenance.get("command", {})
-    hidden = ("images", "encoder", "images_sha256", "encoder_sha256")  # paths of a machine, and what is no option
+    hidden = (
+        "images",
+        "encoder",
+        "images_sha256",
+        "encoder_sha256",
+        "products",
+    )  # paths of a machine, and what is no option
     options = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
         for name, value in command.items()
-        if name not in hidden and value
+        if name not in hidden and value is not None and value is not False
     ]
     added = sum(report["added"] for report in provenance.get("grown", []))
     rows = [f"| {name} | {value:.5g} |" for name, value in provenance.get("statistics", {}).items()]
