@@ -75,6 +75,8 @@ def test_codes_do_not_change_with_the_dtype_of_the_model(model, pixel_values, tm
     loaded = UniCode2ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.lm_head.weight.dtype == dtype
     assert torch.equal(loaded.get_image_tokens(pixel_values), model.get_image_tokens(pixel_values))
+    codebook = loaded.get_quantizer().codebook
+    assert codebook.codes.dtype == torch.float32 and codebook.cell_offsets.dtype == torch.int64
 
 
 def test_checkpoint_without_codebook_is_refused(model, tmp_path):

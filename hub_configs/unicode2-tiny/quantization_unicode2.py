@@ -169,7 +169,7 @@ class UniCode2Quantizer(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["UniCode2Codebook"]
-    _keep_in_fp32_modules_strict = ["vision_model", "codebook"]
+    _keep_in_fp32_modules_strict = ["vision_model", "codebook.codes", "codebook.cell_centroids"]  # not its integers
     _keys_to_ignore_on_load_unexpected = [
         r"^(model\.)?(language_model|visual_embeddings|projector)\.",
         r"^(lm_head|visual_head)\.",
