@@ -1,5 +1,7 @@
 """Bad input is one sentence on stderr and exit status 2; nothing half-written stays."""
 
+import os
+import shutil
 import sys
 
 import pytest
@@ -60,3 +62,45 @@ def test_codebook_build_without_images_is_one_sentence(monkeypatch, capsys, tmp_
 def test_missing_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path):
     code, printed = run(monkeypatch, capsys, "demo", "--model", tmp_path / "nothing", "--output", tmp_path / "out")
     assert code == 2 and printed.err.count("\n") == 1 and "nothing" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("demo --steps 0", "--steps is 0; it must be at least 1."),
+        ("demo --image {}", "is a folder; give an image file."),
+        ("evaluate scenes --model m --steps 0", "--steps is 0"),
+        ("evaluate scenes --model m --batch-size -1", "--batch-size is -1"),
+        ("evaluate scenes --model m --num-scenes 2", "--num-scenes is 2; it must be at least 6."),
+        ("evaluate scenes --model m --json {}/no/x.json", "there is no folder"),
+        ("evaluate scenes --model m --sheet x.txt", "has no ending of an image file"),
+        ("evaluate scenes --model m --emoji-dir {}", "has no captions.tsv"),
+        ("evaluate scenes --model m --clip {}", "give --emoji-dir, too"),
+        ("scenes --output {}/out --num-scenes -5", "--num-scenes is -5"),
+        ("scenes --output {}/out --num-emoji 1 --emoji-dir {}", "has no captions.tsv"),
+        ("tokenize --data {} --model m --output {}/out", "has no train-*.parquet"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(monkeypatch, capsys, tmp_path, words, sentence):
+    code, printed = run(monkeypatch, capsys, *words.replace("{}", str(tmp_path)).split())
+    assert code == 2 and sentence in printed.err and printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_scenes_of_other_options_are_refused(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, capsys, "scenes", "--output", tmp_path, "--num-scenes", 2)[0] == 0
+    code, printed = run(monkeypatch, capsys, "scenes", "--output", tmp_path, "--num-scenes", 2, "--seed", 7)
+    assert code == 2 and "seed was 0 and is 7" in printed.err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "sizes"])
+def test_damaged_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path, tiny_checkpoint, damage):
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    if damage == "truncated":
+        os.truncate(tmp_path / "model" / "model.safetensors", 100_000)
+    else:
+        path = tmp_path / "model" / "config.json"
+        path.write_text(path.read_text().replace('"codebook_size": 4096', '"codebook_size": 4000'))
+    code, printed = run(monkeypatch, capsys, "demo", "--model", tmp_path / "model", "--output", tmp_path / "out")
+    assert code == 2 and "damaged or its sizes disagree" in printed.err
+    assert not (tmp_path / "out").exists()

@@ -1,8 +1,11 @@
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import pipeline
 
 from transformers_unicode2 import UniCode2AnyToAnyPipeline
+from transformers_unicode2.demo import load_image
 
 
 def write_odd_images(folder):
@@ -12,9 +15,13 @@ def write_odd_images(folder):
     exif[0x0112] = 6  # to be turned by 90 degrees
     base.save(folder / "exif.jpg", exif=exif)
     base.convert("CMYK").save(folder / "cmyk.jpg")
-    base.convert("RGBA").save(folder / "rgba.png")
+    base_with_alpha = Image.new("RGBA", base.size)  # black where nothing is seen
+    base_with_alpha.paste(
+        base, mask=Image.linear_gradient("L").resize(base.size).point(lambda value: value // 128 * 255)
+    )
+    base_with_alpha.save(folder / "rgba.png")
     base.convert("P").save(folder / "palette.png")
-    Image.linear_gradient("L").convert("I;16").save(folder / "grey16.png")
+    Image.fromarray(np.asarray(Image.linear_gradient("L")).astype(np.uint16) * 257).save(folder / "grey16.png")
     base.save(folder / "photo.webp")
     base.resize((4000, 50)).save(folder / "panorama.png")
     return sorted(folder.iterdir())
@@ -69,3 +76,29 @@ def test_any_to_any_writes_text_and_images_in_turn(tiny_checkpoint):
             assert part["image"].size == (64, 64)
         else:
             assert begin not in part["text"]
+
+
+def test_codes_of_a_picture_do_not_depend_on_how_it_is_handed_over(tiny_checkpoint, tiny_model, processor, files):
+    chats = [chat(str(file), "what is this?") for file in files]
+    for file, messages in zip(files, chats):
+        pixels = processor(images=load_image(file), return_tensors="pt")["pixel_values"]
+        with Image.open(file) as raw:
+            assert torch.equal(processor(images=raw, return_tensors="pt")["pixel_values"], pixels), file
+        assert torch.equal(processor(images=str(file), return_tensors="pt")["pixel_values"], pixels), file
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        assert torch.equal(inputs["pixel_values"], pixels), file
+
+
+def test_saved_stock_pipeline_reads_images(tiny_checkpoint, files, tmp_path):
+    pipe = pipeline("image-text-to-text", model=str(tiny_checkpoint))
+    pipe.save_pretrained(tmp_path)
+    again = pipeline("image-text-to-text", model=str(tmp_path))
+    messages = chat(str(files[0]), "what is this?")
+    assert again(text=messages, max_new_tokens=4) == pipe(text=messages, max_new_tokens=4)
+
+
+def test_message_that_says_nothing_is_refused(processor):
+    with pytest.raises(ValueError, match="Message 1 of 1 is empty"):
+        processor.apply_chat_template([{"role": "user", "content": " "}])

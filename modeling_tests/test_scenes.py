@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from transformers_unicode2.evaluation import emoji, scenes
 
@@ -26,6 +26,32 @@ def test_checker_accepts_what_was_asked_for_and_nothing_else(category):
         if sorted(other.wanted, key=str) != sorted(prompt.wanted, key=str):
             accepted_others += scenes.check_drawing(other, image)
     assert accepted_others == 0
+
+
+@pytest.mark.parametrize("color", ["red", "yellow", (90, 60, 40)])
+def test_checker_takes_no_ground_for_an_object(color):
+    ground = Image.new("RGB", (64, 64), scenes.COLORS.get(color, color))
+    disc = ground.copy()
+    ImageDraw.Draw(disc).ellipse((20, 20, 40, 40), fill="white")
+    for image in (ground, disc):
+        assert not any(
+            scenes.check_drawing(scenes.ScenePrompt("", "", ((None, shape),)), image) for shape in scenes.SHAPES
+        )
+
+
+def test_checker_counts_specks_and_wants_a_distance():
+    circle = scenes.SceneObject("circle", "red", "large", 0.3, 0.3, 0.2)
+    image = scenes.draw_scene(scenes.Scene((circle,)))
+    prompt = scenes.ScenePrompt("colors", "a red circle", (("red", "circle"),))
+    assert scenes.check_drawing(prompt, image)
+    for i in range(12):
+        ImageDraw.Draw(image).rectangle(
+            (2 + i % 6 * 10, 44 + i // 6 * 10, 7 + i % 6 * 10, 50 + i // 6 * 10), fill="blue"
+        )
+    assert not scenes.check_drawing(prompt, image)
+    beside = scenes.SceneObject("square", "blue", "small", 0.31, 0.8, 0.15)
+    prompt = scenes.ScenePrompt("position", "", ((None, "circle"), (None, "square")), "left of")
+    assert not scenes.check_drawing(prompt, scenes.draw_scene(scenes.Scene((circle, beside))))
 
 
 @pytest.mark.parametrize("flaw", ["blank", "noise", "extra object", "other side"])

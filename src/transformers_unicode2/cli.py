@@ -47,8 +47,23 @@ def main() -> None:
         print(f"unicode2 {name}: needs {error.name}; pip install 'transformers_unicode2[{extra}]'", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError, ImportError) as error:
-        print(f"unicode2 {name}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"unicode2 {name}: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:  # a damaged checkpoint is known by the class of the error only
+        if not is_damage(error):
+            raise
+        print(f"unicode2 {name}: the checkpoint is damaged or its sizes disagree: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error is what the libraries raise of a truncated file or of a config that does not fit the weights."""
+    known = type(error).__name__ in ("SafetensorError", "StrictDataclassFieldValidationError")
+    return known or isinstance(error, RuntimeError) and "mismatched" in str(error)
 
 
 if __name__ == "__main__":

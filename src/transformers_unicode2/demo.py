@@ -7,8 +7,11 @@ unicode2 demo --image cat.jpg --question "what is this?" --prompt "two red circl
 import argparse
 import time
 from pathlib import Path
+from textwrap import shorten, wrap
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .processing_unicode2 import load_image
 
 # Bundled images with what the demo asks about them and what it draws beside them.
 EXAMPLES = (
@@ -41,44 +44,20 @@ def embedded_checkpoint() -> Path:
     return Path(str(files("transformers_unicode2.unicode2_tiny").joinpath("config.json"))).parent
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Any image file as RGB: turned as its EXIF says, transparency on white, 16 bit brought to 8.
-
-    Raises `ValueError` when the file is missing, empty, truncated or no image.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no image file {path}.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes); give an image file.")
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) cannot be read as an image: {error}.") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        return image.point(lambda value: value / 256).convert("L").convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
 def main(args: argparse.Namespace) -> None:
     for name in ("question", "prompt"):
         if getattr(args, name) is not None and not getattr(args, name).strip():
             raise ValueError(f"--{name} is empty; write some text.")
+    if args.steps < 1:
+        raise ValueError(f"--steps is {args.steps}; it must be at least 1.")
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; give a folder.")
     root = args.model or str(embedded_checkpoint())
     examples = [(embedded_checkpoint() / "examples" / file, question, prompt) for file, question, prompt in EXAMPLES]
-    if args.image or args.question or args.prompt:
-        image, question, prompt = examples[0]
-        examples = [(args.image or image, args.question or question, args.prompt or prompt)]
+    own = (args.image, args.question, args.prompt)
+    if any(given is not None for given in own):
+        examples = [tuple(default if given is None else given for given, default in zip(own, examples[0]))]
     images = [load_image(path) for path, _, _ in examples]
 
     import torch
@@ -87,6 +66,7 @@ def main(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     pipe = UniCode2FluxPipeline.from_pretrained(root)
+    output.mkdir(parents=True, exist_ok=True)
     print(f"model loaded in {time.perf_counter() - start:.1f} s")
     generator = torch.Generator().manual_seed(args.seed)
     rows = []
@@ -109,8 +89,6 @@ def main(args: argparse.Namespace) -> None:
                 prompt,
             ]
         )
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     for i, row in enumerate(rows):
         row[3].save(output / f"drawing-{i + 1}.png")
     contact_sheet(rows).save(output / "contact-sheet.png")
@@ -139,6 +117,14 @@ def mosaic(pipe, visual_token_ids) -> Image.Image:
     return Image.fromarray(model.get_quantizer().codebook.preview(codes).permute(1, 2, 0).numpy())
 
 
+def fit(text: str, width: int = 33) -> str:
+    """A caption in two lines of at most `width` characters; of two lines that are there, each is kept."""
+    lines = text.split("\n")
+    if len(lines) == 1:
+        return "\n".join(wrap(text, width, max_lines=2, placeholder=" …"))
+    return "\n".join(shorten(line, width, placeholder=" …") for line in lines)
+
+
 def contact_sheet(rows: list[list]) -> Image.Image:
     """One row an example: input, its codes, the image redrawn from them, the drawing; captions below."""
     margin, caption = 12, 44
@@ -150,10 +136,11 @@ def contact_sheet(rows: list[list]) -> Image.Image:
         for j, (picture, text) in enumerate(zip(pictures, texts)):
             left = margin + j * (TILE + margin)
             small = picture.width < TILE
-            tile = picture.resize((TILE, TILE), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+            resample = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+            tile = ImageOps.pad(picture, (TILE, TILE), resample, color="white")
             sheet.paste(tile, (left, top))
             pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), outline=(200, 200, 200))
-            pen.multiline_text((left, top + TILE + 4), text[:64], fill="black", font=font)
+            pen.multiline_text((left, top + TILE + 4), fit(text), fill="black", font=font)
     return sheet
 
 

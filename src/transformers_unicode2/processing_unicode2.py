@@ -1,6 +1,7 @@
 """Images and text to ids, and back."""
 
 import copy
+from pathlib import Path
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
@@ -54,6 +55,51 @@ CHAT_TEMPLATE = """\
 AUTO_MAP = {"AutoProcessor": "processing_unicode2.UniCode2Processor"}  # where a repository has the code of this class
 
 
+def to_rgb(image):
+    """A `PIL.Image` as RGB: turned as its EXIF says, transparency on white, 16 bit brought to 8."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return image.point(lambda value: value / 256).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_image(path: str | Path):
+    """Any image file as RGB, see `to_rgb`.
+
+    Raises `ValueError` when the file is missing, a folder, empty, truncated or no image.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give an image file.")
+    if not path.is_file():
+        raise ValueError(f"There is no image file {path}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes); give an image file.")
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} ({path.stat().st_size} bytes) cannot be read as an image: {error}.") from error
+
+
+def open_images(images):
+    """Images as RGB in any nesting of lists: paths and `PIL.Image`s; arrays, and addresses, which are fetched later, stay as they are."""
+    if isinstance(images, (list, tuple)):
+        return [open_images(image) for image in images]
+    if isinstance(images, str) and not images.startswith(("http://", "https://", "data:")) and len(images) < 4096:
+        return load_image(images)
+    if isinstance(images, Path):
+        return load_image(images)
+    return to_rgb(images) if hasattr(images, "getexif") else images
+
+
 class UniCode2Processor(ProcessorMixin):
     r"""
     Image processor and tokenizer in one. An image's place in a prompt is `image_token`; it becomes the begin-of-image token,
@@ -64,7 +110,8 @@ class UniCode2Processor(ProcessorMixin):
     Args:
         image_processor (`SiglipImageProcessor`): resizes and normalises images.
         tokenizer (`Qwen2Tokenizer`): knows `image_token`, `boi_token` and `eoi_token`, none of the visual ids.
-        patch_size (`int`, *optional*, defaults to 14): side of a patch of the vision encoder, in pixels.
+        patch_size (`int`, *optional*): side of a patch of the vision encoder, in pixels; by default the image processor's, which has it
+            from an earlier processor, or else 14.
         chat_template (`str`, *optional*): ChatML with images by default.
         image_token, boi_token, eoi_token (`str`): the three tokens; Qwen2.5's own by default.
     """
@@ -73,14 +120,15 @@ class UniCode2Processor(ProcessorMixin):
         self,
         image_processor=None,
         tokenizer=None,
-        patch_size: int = 14,
+        patch_size: int | None = None,
         chat_template: str | None = None,
         image_token: str = "<|image_pad|>",
         boi_token: str = "<|vision_start|>",
         eoi_token: str = "<|vision_end|>",
         **kwargs,
     ):
-        self.patch_size = patch_size
+        self.patch_size = patch_size or getattr(image_processor, "patch_size", None) or 14
+        image_processor.patch_size = self.patch_size  # so that it is saved by pipelines, which save no processor
         self.image_token, self.boi_token, self.eoi_token = image_token, boi_token, eoi_token
         self.image_token_id, self.boi_token_id, self.eoi_token_id = tokenizer.convert_tokens_to_ids(
             [image_token, boi_token, eoi_token]
@@ -107,7 +155,8 @@ class UniCode2Processor(ProcessorMixin):
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            images (image or list of images, *optional*): in the order of their `image_token`s in the texts.
+            images (image or list of images, *optional*): in the order of their `image_token`s in the texts. `PIL.Image`s and
+                files become RGB as `to_rgb` has it.
             text (`str` or `list[str]`, *optional*): prompts.
 
         Returns:
@@ -119,6 +168,7 @@ class UniCode2Processor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
             self.check_texts(texts, images)
+        images = open_images(images)
         batch = super().__call__(images=images, text=text, **kwargs)
         if "pixel_values" in batch and "input_ids" in batch:
             height, width = batch["pixel_values"][0].shape[-2:]
@@ -135,6 +185,21 @@ class UniCode2Processor(ProcessorMixin):
             rows = [[next(tokens) if id_ == self.image_token_id else id_ for id_ in row] for row in rows]
             batch["input_ids"] = torch.tensor(rows) if isinstance(batch["input_ids"], torch.Tensor) else rows
         return batch
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """Stock.
+
+        Raises:
+            `ValueError`: on a message that says nothing.
+        """
+        for chat in [conversation] if conversation and isinstance(conversation[0], dict) else conversation:
+            for number, message in enumerate(chat, 1):
+                content = message.get("content")
+                parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+                says = any(part.get("type") != "text" or part.get("text", "").strip() for part in parts)
+                if message.get("role") == "user" and not says:
+                    raise ValueError(f"Message {number} of {len(chat)} is empty; write some text.")
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def check_texts(self, texts, images) -> None:
         if not isinstance(texts, (list, tuple)) or not all(isinstance(t, (str, list, tuple)) for t in texts):

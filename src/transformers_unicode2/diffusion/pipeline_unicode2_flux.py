@@ -202,7 +202,7 @@ class UniCode2FluxPipeline(FluxPipeline):
             )
         else:
             if image is not None:
-                pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+                pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"]
                 visual_token_ids = self.vision_language_encoder.get_image_tokens(
                     pixel_values.to(self._execution_device)
                 )

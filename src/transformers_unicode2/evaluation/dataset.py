@@ -8,6 +8,7 @@ Row i of a split depends on the seed and on i alone, so a data set can be made i
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,11 @@ def main(args: argparse.Namespace) -> None:
 
     if args.num_emoji and not args.emoji_dir:
         raise ValueError(f"--num-emoji is {args.num_emoji}, so --emoji-dir must name the folder with the emoji.")
+    for name, least in (("num_scenes", 0), ("num_emoji", 0), ("seed", 0), ("image_size", 16)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}.")
+    if args.num_emoji and not (Path(args.emoji_dir) / "captions.tsv").is_file():
+        raise ValueError(f"--emoji-dir {args.emoji_dir} has no captions.tsv.")
     text = Value("string")
     features = Features(
         {
@@ -76,6 +82,7 @@ def main(args: argparse.Namespace) -> None:
     order = [order[i] for i in np.random.default_rng(args.seed).permutation(len(order))]
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    refuse_other_arguments(output / f"{args.split}.json", args)
     progress = tqdm(total=len(order), unit="image", desc=f"rendering {args.split}")
     for start in range(0, len(order), ROWS_PER_SHARD):
         path = output / f"{args.split}-{start // ROWS_PER_SHARD:05d}.parquet"
@@ -91,6 +98,18 @@ def main(args: argparse.Namespace) -> None:
         else:
             progress.update(len(kinds))
     progress.close()
+
+
+def refuse_other_arguments(path: Path, args) -> None:
+    """Keeps what a split is made of beside its shards. Raises `ValueError` when they were begun with something else."""
+    names = ("num_scenes", "num_emoji", "seed", "image_size")
+    asked = {name: getattr(args, name) for name in names}
+    if path.is_file():
+        begun = json.loads(path.read_text())
+        other = [f"{name} was {begun[name]} and is {asked[name]}" for name in names if begun[name] != asked[name]]
+        if other:
+            raise ValueError(f"{path.parent} was begun with other options: {', '.join(other)}. Name another --output.")
+    path.write_text(json.dumps(asked) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
     unicode2 evaluate scenes --model hub_configs/unicode2-tiny --num-scenes 300 --seed 0 --json scores.json
 
-All figures are shares in percent over scenes that no training stage has seen: `new scenes` are put together from known
-(color, shape) pairs, `unseen pairs` from pairs that never occur in training. Drawing from the codes of another prompt
-(`shuffled codes`) shows what chance gives. With --emoji-dir, emoji are named, too, and with --clip their drawings are
+All figures are shares in percent. No training stage has seen the scenes: `new scenes` are put together from known (color, shape)
+pairs, `unseen pairs` from pairs that never occur in training (of the prompts, only those that name a pair). Short prompts, such as
+"a star", do occur as captions in training. What chance gives is shown by drawing from the codes of another prompt (`other prompts`) and
+from codes that are dealt out singly (`shuffled codes`). With --emoji-dir, emoji are named, too, and with --clip their drawings are
 compared in the space of a CLIP image tower that the model never met.
 """
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,12 +67,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict:
     from transformers_unicode2 import UniCode2FluxPipeline
 
-    if args.num_scenes < 1:
-        raise ValueError(f"--num-scenes is {args.num_scenes}; it must be at least 1.")
+    check_arguments(args)
     pipe = UniCode2FluxPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     report = {"model": args.model, "seed": args.seed, "num_scenes": args.num_scenes}
-    report |= {"understanding": {}, "drawing": {}, "redrawing": {}}
+    report |= {"understanding": {}, "drawing": {}, "redrawing": {}, "counts": {"understanding": {}, "drawing": {}}}
     for number, (part, pairs) in enumerate(PARTS.items()):
         rng = np.random.default_rng([args.seed, number])
         scenes = [sample_scene(rng, "test", pairs) for _ in range(args.num_scenes)]
@@ -79,15 +79,19 @@ def main(args: argparse.Namespace) -> dict:
         asked = [questions(scene, rng, pairs)[0] for scene in scenes]
         answers = answer(pipe, images, [question.text for question in asked], args.batch_size)
         right = [given == question.answer for given, question in zip(answers, asked)]
+        report["counts"]["understanding"][part] = Counter(question.kind for question in asked)
         report["understanding"][part] = shares([question.kind for question in asked], right)
         categories = CATEGORIES if part == "new scenes" else COLOR_CATEGORIES
         prompts = [sample_prompt(categories[i % len(categories)], rng, pairs) for i in range(args.num_scenes)]
         drawn, tokens = draw(pipe, [prompt.text for prompt in prompts], args)
         kinds = [prompt.category for prompt in prompts]
+        report["counts"]["drawing"][part] = Counter(kinds)
         report["drawing"][part] = shares(kinds, [check_drawing(*pair) for pair in zip(prompts, drawn)])
         if part == "new scenes":
             if args.sheet:
                 write_sheet(args.sheet, drawn, images, paint(pipe, encode(pipe, images[:48]), args))
+            other = drawn[1:] + drawn[:1]
+            report["drawing"]["other prompts"] = shares(kinds, [check_drawing(*pair) for pair in zip(prompts, other)])
             shuffled = paint(pipe, shuffle(tokens, rng), args)
             report["drawing"]["shuffled codes"] = shares(
                 kinds, [check_drawing(*pair) for pair in zip(prompts, shuffled)]
@@ -102,6 +106,31 @@ def main(args: argparse.Namespace) -> dict:
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises `ValueError` before any work on what would fail after it."""
+    for name, least in (
+        ("num_scenes", len(CATEGORIES)),
+        ("steps", 1),
+        ("batch_size", 1),
+        ("seed", 0),
+        ("utilization_images", 1),
+    ):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}.")
+    for name in ("json", "sheet"):
+        path = getattr(args, name)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}.")
+    if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--sheet {args.sheet} has no ending of an image file; .png is one.")
+    if args.emoji_dir and not (Path(args.emoji_dir) / "captions.tsv").is_file():
+        raise ValueError(f"--emoji-dir {args.emoji_dir} has no captions.tsv.")
+    if args.clip and not args.emoji_dir:
+        raise ValueError("--clip judges drawn emoji; give --emoji-dir, too.")
+    if args.clip and not (Path(args.clip) / "config.json").is_file():
+        raise ValueError(f"--clip {args.clip} has no config.json; give the folder of a CLIP checkpoint.")
 
 
 def batches(items: list, size: int, description: str) -> Iterator[list]:
@@ -236,11 +265,14 @@ def write_sheet(path: str, *rows: list[Image.Image]) -> None:
 
 
 def print_report(report: dict) -> None:
-    print(f"\n{report['model']}: {report['num_scenes']} scenes per figure, seed {report['seed']}")
+    print(f"\n{report['model']}: {report['num_scenes']} scenes, and prompts, seed {report['seed']}")
     for task in ("understanding", "drawing", "redrawing"):
         for part, figures in report[task].items():
+            counts = report["counts"].get(task, {}).get(part, {})
             details = ", ".join(
-                f"{kind} {value:.1f}" for kind, value in figures.items() if kind not in ("all", "scene")
+                f"{kind} {value:.1f}" + (f" of {counts[kind]}" if counts else "")
+                for kind, value in figures.items()
+                if kind not in ("all", "scene")
             )
             print(f"{task:>14} | {part:<14} | {figures['all']:5.1f} % | {details}")
     print(

@@ -360,17 +360,20 @@ def find_objects(image: Image.Image) -> list[SceneObject]:
     """Reads a scene's objects back from pixels, whoever drew them.
 
     Each pixel goes to the nearest of the object and ground colors; connected pixels of one object color make an object; its
-    shape is decided by `classify_shape`.
+    shape is decided by `classify_shape`. What is larger than any object has the shape `"unknown"`, and so have specks that together
+    are as large as an object: both count as objects that nobody asked for.
     """
     from skimage.measure import label, regionprops
     from skimage.morphology import dilation, erosion
 
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)  # (height, width, 3)
-    labels, found = classify_pixels(pixels), []
+    labels, found, specks = classify_pixels(pixels), [], 0
     for index, color in enumerate(COLORS):
         regions = label(labels == index, connectivity=1)
         for region in regionprops(regions):
-            if region.area < MIN_OBJECT_AREA * labels.size or erosion(np.pad(region.image, 1)).sum() <= 4:
+            core = erosion(np.pad(region.image, 1)).sum()  # none in the thin seams between two colors
+            if region.area < MIN_OBJECT_AREA * labels.size or core <= 4:
+                specks += region.area if core else 0
                 continue
             near = dilation(dilation(regions == region.label)) & ((labels == -1) | (labels == index))
             coverage = compute_coverage(pixels, near, near & (labels == -1), COLORS[color])
@@ -381,7 +384,11 @@ def find_objects(image: Image.Image) -> list[SceneObject]:
             x, y = (left + right) / 2 / labels.shape[1], (top + bottom) / 2 / labels.shape[0]
             radius = max((right - left) / labels.shape[1], (bottom - top) / labels.shape[0]) / 2
             size = "small" if radius < (SIZES["small"][1] + SIZES["large"][0]) / 2 else "large"
-            found.append(SceneObject(classify_shape(coverage[top:bottom, left:right]), color, size, x, y, radius))
+            fits = radius <= 1.3 * SIZES["large"][1]
+            shape = classify_shape(coverage[top:bottom, left:right]) if fits else "unknown"
+            found.append(SceneObject(shape, color, size, x, y, radius))
+    if specks >= MIN_OBJECT_AREA * labels.size:
+        found.append(SceneObject("unknown", "unknown", "small", 0.5, 0.5, 0.0))
     return sorted(found, key=lambda o: o.x)
 
 
@@ -434,7 +441,7 @@ def check_drawing(prompt: ScenePrompt, image: Image.Image) -> bool:
     orders = [found, found[::-1]] if len(found) == 2 else [sorted(found, key=lambda o: o.shape)]
     for order in orders:
         matched = all(o.shape == shape and color in (None, o.color) for o, (color, shape) in zip(order, prompt.wanted))
-        if matched and (prompt.relation is None or holds(prompt.relation, order[0], order[1], margin=0)):
+        if matched and (prompt.relation is None or holds(prompt.relation, order[0], order[1])):
             return True
     return False
 

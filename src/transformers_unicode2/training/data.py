@@ -145,6 +145,9 @@ def main(args) -> None:
 
     from transformers_unicode2 import UniCode2ForConditionalGeneration
 
+    paths = sorted(Path(args.data).glob(f"{args.split}-*.parquet"))
+    if not paths:
+        raise ValueError(f"--data {args.data} has no {args.split}-*.parquet.")
     quantizer = UniCode2ForConditionalGeneration.from_pretrained(args.model).get_quantizer()
     image_processor = AutoImageProcessor.from_pretrained(args.model)
     output = Path(args.output)
@@ -154,7 +157,7 @@ def main(args) -> None:
         images = [decode_image({"image": image}) for image in batch["image"]]
         return {"codes": quantizer.encode_images(image_processor(images, return_tensors="pt")["pixel_values"]).tolist()}
 
-    for path in sorted(Path(args.data).glob(f"{args.split}-*.parquet")):
+    for path in paths:
         target = output / path.name
         if not target.is_file():
             from datasets import Image
