@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> dict:
         if part == "new scenes":
             if args.sheet:
                 write_sheet(args.sheet, drawn, images, paint(pipe, encode(pipe, images[:48]), args))
-            other = drawn[1:] + drawn[:1]
+            other = drawn[len(CATEGORIES) :] + drawn[: len(CATEGORIES)]  # of the same categories
             report["drawing"]["other prompts"] = shares(kinds, [check_drawing(*pair) for pair in zip(prompts, other)])
             shuffled = paint(pipe, shuffle(tokens, rng), args)
             report["drawing"]["shuffled codes"] = shares(
