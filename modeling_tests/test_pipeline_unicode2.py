@@ -1,3 +1,5 @@
+from base64 import b64encode
+
 import numpy as np
 import pytest
 import torch
@@ -78,17 +80,24 @@ def test_any_to_any_writes_text_and_images_in_turn(tiny_checkpoint):
             assert begin not in part["text"]
 
 
-def test_codes_of_a_picture_do_not_depend_on_how_it_is_handed_over(tiny_checkpoint, tiny_model, processor, files):
-    chats = [chat(str(file), "what is this?") for file in files]
-    for file, messages in zip(files, chats):
+def test_pixels_of_a_picture_do_not_depend_on_how_it_is_handed_over(processor, files):
+    for file in files:
         pixels = processor(images=load_image(file), return_tensors="pt")["pixel_values"]
         with Image.open(file) as raw:
             assert torch.equal(processor(images=raw, return_tensors="pt")["pixel_values"], pixels), file
         assert torch.equal(processor(images=str(file), return_tensors="pt")["pixel_values"], pixels), file
         inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            chat(file, "what is this?"), tokenize=True, return_dict=True, return_tensors="pt"
         )
         assert torch.equal(inputs["pixel_values"], pixels), file
+
+
+def test_images_that_are_no_files_are_read_or_named(processor, files):
+    base64 = b64encode(files[0].read_bytes()).decode()
+    for image in (base64, f"data:image/jpeg;base64,{base64}", np.zeros((64, 64, 3), np.uint8)):
+        assert processor(images=image, return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="There is no image file missing.png"):
+        processor(images="missing.png", return_tensors="pt")
 
 
 def test_saved_stock_pipeline_reads_images(tiny_checkpoint, files, tmp_path):

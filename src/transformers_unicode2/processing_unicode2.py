@@ -90,12 +90,11 @@ def load_image(path: str | Path):
 
 
 def open_images(images):
-    """Images as RGB in any nesting of lists: paths and `PIL.Image`s; arrays, and addresses, which are fetched later, stay as they are."""
+    """Images as RGB in any nesting of lists: files and `PIL.Image`s. Arrays, addresses and base64, which are fetched later, stay."""
     if isinstance(images, (list, tuple)):
         return [open_images(image) for image in images]
-    if isinstance(images, str) and not images.startswith(("http://", "https://", "data:")) and len(images) < 4096:
-        return load_image(images)
-    if isinstance(images, Path):
+    is_name = isinstance(images, str) and "." in images and not images.startswith(("http://", "https://", "data:"))
+    if is_name or isinstance(images, Path):  # base64 has no dots
         return load_image(images)
     return to_rgb(images) if hasattr(images, "getexif") else images
 
