@@ -83,7 +83,32 @@ def test_bad_input_is_refused_with_the_numbers(pipe, photo):
     with pytest.raises(ValueError, match="runs from 5 to 5; visual token ids are 768 to 4863"):
         pipe(visual_token_ids=torch.full((1, 64), 5))
     with pytest.raises(ValueError, match="takes 64 visual tokens an image and got 60"):
-        pipe(visual_token_ids=torch.full((1, 60), 768))
+        pipe.condition_mapper(torch.zeros(1, 60, pipe.condition_mapper.config.visual_dim))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"prompt": 5}, "`prompt` holds int"),
+        ({"prompt": ["a star", None]}, "`prompt` holds NoneType"),
+        ({"image": []}, "`image` is an empty list"),
+        ({"prompt": "a star", "num_images_per_prompt": 0}, "`num_images_per_prompt` is 0"),
+        ({"prompt": "a star", "num_inference_steps": 0}, "`num_inference_steps` is 0"),
+        ({"prompt": "a star", "height": -64}, "`height` is -64"),
+        (
+            {"prompt": "a star", "negative_prompt": "a ring", "true_cfg_scale": 2.0},
+            "`negative_prompt` needs FLUX's own",
+        ),
+        ({"visual_token_ids": [1, 2]}, "`visual_token_ids` is list"),
+        ({"visual_token_ids": torch.zeros(1, 64)}, "`visual_token_ids` is torch.float32"),
+        ({"visual_token_ids": torch.zeros(64, dtype=torch.long)}, r"has shape \(64,\); it must be \(batch_size, 64\)"),
+        ({"visual_token_ids": torch.zeros(1, 63, dtype=torch.long)}, r"has shape \(1, 63\)"),
+        ({"visual_token_ids": torch.zeros(0, 64, dtype=torch.long)}, r"has shape \(0, 64\)"),
+    ],
+)
+def test_odd_arguments_are_refused_before_any_work(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, **arguments)
 
 
 def test_mapper_sees_the_order_of_tokens_and_calibrates_its_output():

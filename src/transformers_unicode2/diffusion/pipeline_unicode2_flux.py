@@ -134,9 +134,17 @@ class UniCode2FluxPipeline(FluxPipeline):
         Visual token ids `(batch_size, num_image_tokens)` to `prompt_embeds` and `pooled_prompt_embeds` (Eq. 6 and 9).
 
         Raises:
-            `ValueError`: on ids outside the visual vocabulary.
+            `ValueError`: on ids outside the visual vocabulary, or that are not whole images.
         """
         config = self.vision_language_encoder.config
+        length = config.num_image_tokens
+        if not isinstance(visual_token_ids, torch.Tensor) or visual_token_ids.dtype not in (torch.int64, torch.int32):
+            kind = getattr(visual_token_ids, "dtype", type(visual_token_ids).__name__)
+            raise ValueError(f"`visual_token_ids` is {kind}; it must be a tensor of int64.")
+        if visual_token_ids.ndim != 2 or visual_token_ids.shape[1] != length or not len(visual_token_ids):
+            raise ValueError(
+                f"`visual_token_ids` has shape {tuple(visual_token_ids.shape)}; it must be (batch_size, {length}), {length} ids an image."
+            )
         low, high = config.visual_token_offset, config.visual_token_offset + config.codebook_config.codebook_size - 1
         if visual_token_ids.min() < low or visual_token_ids.max() > high:
             raise ValueError(
@@ -150,6 +158,30 @@ class UniCode2FluxPipeline(FluxPipeline):
         condition = self.condition_mapper(embeds)
         dtype = self.transformer.dtype
         return condition.prompt_embeds.to(dtype), condition.pooled_prompt_embeds.to(dtype)
+
+    def check_arguments(
+        self, prompt, image, num_images_per_prompt: int, num_inference_steps: int, height, width, kwargs: dict
+    ) -> None:
+        """Raises `ValueError` before any work on what would fail after it; [`FluxPipeline`] has a `check_inputs` of its own."""
+        if prompt is not None and not isinstance(prompt, str):
+            wrong = (
+                prompt
+                if not isinstance(prompt, (list, tuple))
+                else next((t for t in prompt if not isinstance(t, str)), "")
+            )
+            if not isinstance(wrong, str):
+                raise ValueError(f"`prompt` holds {type(wrong).__name__}; it must be a string or a list of strings.")
+        if isinstance(image, (list, tuple)) and not image:
+            raise ValueError("`image` is an empty list; give at least one image.")
+        counts = {"num_images_per_prompt": num_images_per_prompt, "height": height, "width": width}
+        for name, value in (counts | {"num_inference_steps": num_inference_steps}).items():
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
+        texts = [name for name in ("negative_prompt", "negative_prompt_2") if kwargs.get(name) is not None]
+        if texts and (self.text_encoder is None or self.text_encoder_2 is None):
+            raise ValueError(
+                f"`{texts[0]}` needs FLUX's own text encoders, which this pipeline was loaded without; load them or leave it out."
+            )
 
     @torch.no_grad()
     def __call__(
@@ -193,6 +225,7 @@ class UniCode2FluxPipeline(FluxPipeline):
             raise ValueError(
                 f"Give exactly one of `prompt`, `image` and `visual_token_ids`; got {' and '.join(given) or 'none'}."
             )
+        self.check_arguments(prompt, image, num_images_per_prompt, num_inference_steps, height, width, kwargs)
         # 1. Tokens
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -206,9 +239,13 @@ class UniCode2FluxPipeline(FluxPipeline):
                 visual_token_ids = self.vision_language_encoder.get_image_tokens(
                     pixel_values.to(self._execution_device)
                 )
-            visual_token_ids = visual_token_ids.repeat_interleave(num_images_per_prompt, dim=0)
         # 2. Conditioning
         prompt_embeds, pooled_prompt_embeds = self.encode_visual_tokens(visual_token_ids)
+        if prompt is None:
+            visual_token_ids, prompt_embeds, pooled_prompt_embeds = (
+                value.repeat_interleave(num_images_per_prompt, dim=0)
+                for value in (visual_token_ids, prompt_embeds, pooled_prompt_embeds)
+            )
         # 3. Painting
         images = (
             super()
