@@ -117,6 +117,9 @@ def test_emoji_split_and_captions():
 def test_missing_emoji_are_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no captions.tsv"):
         emoji.draw_emoji_scene(emoji.sample_emoji_scene(np.random.default_rng(0)), tmp_path)
+    (tmp_path / "captions.tsv").write_text("fox.png\tfox\nbear.png bear\n")
+    with pytest.raises(ValueError, match="Line 2 of .*captions.tsv is not `file<TAB>name`; it has 1 columns"):
+        emoji.draw_emoji_scene(emoji.sample_emoji_scene(np.random.default_rng(0)), tmp_path)
 
 
 def test_shares_and_shuffle():

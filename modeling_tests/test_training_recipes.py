@@ -61,6 +61,28 @@ def run_stage(recipe, folder, output, *extra):
     return run
 
 
+def test_codes_of_two_codebooks_do_not_mix(tiny_checkpoint, tmp_path, photo):
+    """The same model goes on in a folder of codes; a model with another codebook is refused and changes nothing."""
+    from transformers_unicode2.training import data
+
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"image": [photo] * 2}).to_parquet(str(tmp_path / "data/train-00000.parquet"))
+    arguments = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "tokens"), "--model"]
+    for _ in range(2):
+        data.main(data.make_parser().parse_args([*arguments, str(tiny_checkpoint)]))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tokens").iterdir()}
+    assert sorted(before) == ["train-00000.parquet", "train.json"]
+    model = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    model.get_quantizer().codebook.codes[0] += 1
+    model.save_pretrained(tmp_path / "other")
+    (tmp_path / "other/processor_config.json").write_bytes(
+        (Path(tiny_checkpoint) / "processor_config.json").read_bytes()
+    )
+    with pytest.raises(ValueError, match="holds codes of another encoder or codebook"):
+        data.main(data.make_parser().parse_args([*arguments, str(tmp_path / "other")]))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "tokens").iterdir()}
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
 def test_recipe_parses(path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)

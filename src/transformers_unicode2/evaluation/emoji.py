@@ -107,13 +107,21 @@ def load_photo(name: str) -> Image.Image:
 
 @cache
 def load_emoji(folder: str, name: str) -> Image.Image:
-    """One emoji as a 128 x 128 RGBA image. Raises `FileNotFoundError` with the name when the folder lacks it."""
+    """One emoji as a 128 x 128 RGBA image.
+
+    Raises `FileNotFoundError` with the name when the folder lacks it, `ValueError` with the line when its list is no list.
+    """
     captions = Path(folder) / "captions.tsv"
     if not captions.is_file():
         raise FileNotFoundError(
             f"No emoji in {folder}: it has no captions.tsv; training_recipes/README.md says how to get them."
         )
-    rows = (line.split("\t") for line in captions.read_text(encoding="utf-8").splitlines())
+    rows = [line.split("\t") for line in captions.read_text(encoding="utf-8").splitlines()]
+    wrong = [number for number, row in enumerate(rows, 1) if len(row) != 2]
+    if wrong:
+        raise ValueError(
+            f"Line {wrong[0]} of {captions} is not `file<TAB>name`; it has {len(rows[wrong[0] - 1])} columns."
+        )
     files = {caption: file for file, caption in rows}
     if name not in files:
         raise FileNotFoundError(f"{captions} lists {len(files)} emoji, none of them named {name!r}.")

@@ -1,6 +1,8 @@
 """Data sets of the training stages: parquet with images and texts, and the pre-tokenized form of it."""
 
+import hashlib
 import io
+import json
 
 import numpy as np
 import torch
@@ -122,6 +124,22 @@ def build_examples(
     return rows.map(expand, batched=True, with_indices=True, remove_columns=rows.column_names, desc="building examples")
 
 
+def refuse_other_quantizer(path, quantizer) -> None:
+    """Keeps what made the codes beside them. Raises `ValueError` when those in the folder are of another encoder or codebook."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(quantizer.state_dict().items()):
+        if not name.endswith("previews"):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy())
+    begun = json.loads(path.read_text())["quantizer_sha256"] if path.is_file() else digest.hexdigest()
+    if begun != digest.hexdigest():
+        raise ValueError(
+            f"{path.parent} holds codes of another encoder or codebook (SHA-256 {begun[:12]}, now {digest.hexdigest()[:12]}). "
+            "Name another --output."
+        )
+    path.write_text(json.dumps({"quantizer_sha256": begun}) + "\n")
+
+
 def make_parser():
     import argparse
 
@@ -152,6 +170,7 @@ def main(args) -> None:
     image_processor = AutoImageProcessor.from_pretrained(args.model)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    refuse_other_quantizer(output / f"{args.split}.json", quantizer)
 
     def encode(batch: dict) -> dict:
         images = [decode_image({"image": image}) for image in batch["image"]]
