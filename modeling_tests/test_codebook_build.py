@@ -212,6 +212,25 @@ def test_build_of_a_finished_folder_does_nothing_and_of_another_setting_is_refus
     assert "num_images was None and is 39" in message and "images_sha256" in message
 
 
+def test_a_finished_folder_is_looked_at(place, reference, monkeypatch, capsys, tmp_path):
+    """A codebook that is gone is built again; one that is damaged or was grown is named."""
+    folder = tmp_path / "faiss"
+    shutil.copytree(place / "faiss", folder)
+    weights, description = folder / "codebook.safetensors", folder / "codebook.json"
+    weights.write_bytes(reference["faiss"][:200])
+    assert "codebook.safetensors is damaged" in refusal(monkeypatch, capsys, *words(place, folder))
+    weights.unlink()
+    build(monkeypatch, *words(place, folder))
+    assert weights.read_bytes() == reference["faiss"]
+    content = json.loads(description.read_text())
+    content["provenance"]["grown"] = [{"added": 8}]
+    description.write_text(json.dumps(content))
+    assert "holds a codebook that 8 codes were added to" in refusal(monkeypatch, capsys, *words(place, folder))
+    description.write_text(description.read_text()[:200])
+    assert "codebook.json is damaged" in refusal(monkeypatch, capsys, *words(place, folder))
+    assert "--num-images is -3" in refusal(monkeypatch, capsys, *words(place, tmp_path / "new", "--num-images", "-3"))
+
+
 def test_a_second_run_in_the_same_folder_is_refused(place, monkeypatch, capsys, tmp_path):
     from filelock import FileLock
 

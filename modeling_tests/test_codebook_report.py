@@ -221,6 +221,9 @@ def test_grow_refuses_another_checkpoint_and_too_many_codes(place, monkeypatch, 
     with pytest.raises(SystemExit):
         run(monkeypatch, *words, "--add", 8, "--model", tmp_path / "model", "--model-output", tmp_path / "grown")
     assert "does not hold the codebook" in capsys.readouterr().err and not (tmp_path / "grown").exists()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *words[:-1], "/proc/larger", "--add", 8)
+    assert "/proc/larger cannot be made" in capsys.readouterr().err
     assert not (tmp_path / "larger").exists()
     for place_of_output in ("model", "grown"):
         (tmp_path / "grown").mkdir(exist_ok=True)

@@ -48,7 +48,7 @@ from .phases import (
     use_codes,
 )
 from .statistics import compute_probe_recall, compute_statistics
-from .storage import codebook_from_arrays, save_codebook
+from .storage import codebook_from_arrays, load_codebook, load_provenance, save_codebook
 
 NOT_RECORDED = ("output", "keep_work")
 NOT_COMPARED = ("images", "encoder", "max_unreadable")  # their hashes are; a build may go on with another share
@@ -183,7 +183,7 @@ class Build:
             return
         with ExitStack() as held:
             try:
-                if not (self.output / "codebook.json").exists():  # a finished build needs no lock, and no room to write
+                if not self.is_finished():  # a finished build needs no lock, and no room to write
                     make_folders(self.features, self.cells, self.fine)
                     held.enter_context(FileLock(self.work / "lock").acquire(timeout=0))
                 finished = self.compare_with_record()
@@ -210,9 +210,17 @@ class Build:
             sys.exit(2)
         return news
 
+    def is_finished(self) -> bool:
+        return all((self.output / name).exists() for name in ("codebook.json", "codebook.safetensors"))
+
     def compare_with_record(self) -> dict | None:
         done, begun = self.output / "codebook.json", self.work / "run.json"
-        provenance = json.loads(done.read_text())["provenance"] if done.exists() else None
+        provenance = load_provenance(self.output) if done.exists() else None
+        if provenance and "grown" in provenance:
+            added = sum(growth["added"] for growth in provenance["grown"])
+            raise ValueError(
+                f"{self.output} holds a codebook that {added} codes were added to; choose another --output."
+            )
         known = provenance.get("command") if provenance else json.loads(begun.read_text()) if begun.exists() else None
         if known is not None:
             changes = [
@@ -225,7 +233,8 @@ class Build:
                 raise ValueError(
                     f"{self.output} holds a build with other settings ({'; '.join(changes)}); choose another --output, or delete it."
                 )
-        if provenance:
+        if self.is_finished():
+            load_codebook(self.output)  # which refuses a damaged one
             self.say(f"{self.output} is finished; nothing to do")
             return provenance["statistics"]
         return None

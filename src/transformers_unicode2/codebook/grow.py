@@ -52,6 +52,7 @@ def main(args: argparse.Namespace) -> dict:
         raise ValueError(f"--add is {args.add}; at least one code has to be added.")
     codebook, provenance = load_codebook(args.codebook), load_provenance(args.codebook)
     check_places(args, codebook)
+    make_folders(Path(args.output))
     encoder = load_encoder(args.codebook, codebook, args.encoder)
     backend = make_backend(args.backend, str(encoder.model.device))
     source = ImageSource(args.images, args.num_images)

@@ -27,11 +27,13 @@ class ImageSource:
         streaming (`bool`, *optional*, defaults to `False`): read a data set from its start on, without a copy on disk.
 
     Raises:
-        `FileNotFoundError`: no images. `ValueError`: kinds that are mixed, a tar that is compressed or damaged, a stream without `limit`.
+        `FileNotFoundError`: no images. `ValueError`: kinds that are mixed, a tar that is compressed or damaged, a stream without `limit`, a `limit` below 1.
     """
 
     def __init__(self, path: str, limit: int | None = None, streaming: bool = False):
         self.path, self.streaming = path, streaming
+        if limit is not None and limit < 1:
+            raise ValueError(f"--num-images is {limit}; it must be at least 1.")
         if streaming:
             if limit is None:
                 raise ValueError(f"The length of the stream {path} is unknown; say --num-images.")
