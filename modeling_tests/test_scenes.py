@@ -64,7 +64,7 @@ def test_checker_rejects_flawed_drawings(flaw):
         "blank": Image.new("RGB", (64, 64), "white"),
         "noise": Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)),
         "extra object": scenes.draw_scene(
-            scenes.Scene((left, right, scenes.SceneObject("star", "green", "small", 0.5, 0.2, 0.12)))
+            scenes.Scene((left, right, scenes.SceneObject("heart", "green", "small", 0.5, 0.2, 0.12)))
         ),
         "other side": scenes.draw_scene(scenes.Scene((left, right))).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     }[flaw]
@@ -90,17 +90,17 @@ def test_same_scene_gives_the_same_bytes_and_any_size():
 
 def test_answers_follow_from_the_scene():
     big = scenes.SceneObject("circle", "red", "large", 0.2, 0.2, 0.18)
-    small = scenes.SceneObject("star", "blue", "small", 0.8, 0.8, 0.11)
+    small = scenes.SceneObject("heart", "blue", "small", 0.8, 0.8, 0.11)
     scene = scenes.Scene((big, small), ground="beige")
     asked = {}
     for seed in range(40):
         asked |= {q.text: q.answer for q in scenes.questions(scene, np.random.default_rng(seed))}
     assert asked["how many objects are there?"] == "two"
     assert asked["what color is the ground?"] == "beige"
-    assert asked["where is the star?"] == "bottom right"
+    assert asked["where is the heart?"] == "bottom right"
     assert asked["is the circle small or large?"] == "large"
-    assert asked["is the circle above the star?"] == "yes"
-    assert asked["is the star left of the circle?"] == "no"
+    assert asked["is the circle above the heart?"] == "yes"
+    assert asked["is the heart left of the circle?"] == "no"
     assert asked["how many rings are there?"] == "zero"
 
 

@@ -16,7 +16,7 @@ from .processing_unicode2 import load_image
 # Bundled images with what the demo asks about them and what it draws beside them.
 EXAMPLES = (
     ("emoji_on_photo.jpg", "what is this?", "a red circle left of a blue square"),
-    ("scene.png", "how many objects are there?", "three green stars"),
+    ("scene.png", "how many objects are there?", "three green hearts"),
 )
 TILE = 256  # pixels
 

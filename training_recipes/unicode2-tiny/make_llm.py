@@ -1,4 +1,5 @@
-"""Makes the stand-in for Qwen2.5: a byte-level BPE tokenizer learnt from the captions, and an untrained small Qwen2.
+"""Makes the stand-in for Qwen2.5: a byte-level BPE tokenizer learnt from the captions, and an untrained small Qwen2. With --start,
+both are those of a UniCode² checkpoint, which goes on learning.
 
     python training_recipes/unicode2-tiny/make_llm.py --config training_recipes/unicode2-tiny/llm.yaml
 
@@ -18,9 +19,18 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from datasets import load_dataset
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    from transformers_unicode2 import UniCode2ForConditionalGeneration
 
     recipe = yaml.safe_load(Path(args.config).read_text())
+    if args.start:
+        AutoTokenizer.from_pretrained(args.start).save_pretrained(recipe["output"])
+        start = UniCode2ForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+        llm = Qwen2ForCausalLM(start.config.text_config)
+        llm.model.load_state_dict(start.model.language_model.state_dict())
+        llm.save_pretrained(recipe["output"])
+        return
     rows = load_dataset("parquet", data_files=f"{recipe['data']}/train-*.parquet", split="train").remove_columns(
         "image"
     )
@@ -59,4 +69,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", required=True)
+    parser.add_argument("--start", help="UniCode² checkpoint whose language model goes on learning")
     main(parser.parse_args())

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Trains unicode2-tiny from nothing: run it from the root of the repository. Stages that are done are skipped, one that was
-# killed goes on from its last checkpoint. Emoji: training_recipes/README.md.
+# Trains unicode2-tiny: run it from the root of the repository, as `run.sh [EMOJI [START]]`. Stages that are done are skipped, one
+# that was killed goes on from its last checkpoint. Emoji: training_recipes/README.md. Without START all of it learns from nothing; with
+# a checkpoint as START, its parts go on learning.
 set -euo pipefail
 recipes=training_recipes/unicode2-tiny
 out=outputs/unicode2-tiny
 emoji=${1:-$out/emoji}
+start=${2:+$(realpath "$2")}
 faster_in_bfloat16() {
   python - << 'END'
 import torch
@@ -27,25 +29,35 @@ else
   [ -f $out/.bf16 ] || { faster_in_bfloat16 > $out/.bf16.tmp && mv $out/.bf16.tmp $out/.bf16; }
   launch() { accelerate launch --config_file training_recipes/accelerate/cpu.yaml "$@" --use_cpu true --bf16 "$(< $out/.bf16)"; }
 fi
+steps() { [ -z "$start" ] || echo "--max_steps $1"; } # of a stage that goes on from START
 once() { # NAME COMMAND...: runs a stage unless it has finished
   local mark=$out/.done-$1
   shift
   [ -f "$mark" ] || { "$@" && touch "$mark"; }
 }
-decoder() {
-  once vae launch $recipes/train_vae.py --config $recipes/vae.yaml
-  once flux launch $recipes/train_flux.py --config $recipes/flux.yaml
-}
-language_model() {
-  once codebook unicode2 codebook build --images $out/data --encoder $out/siglip --codebook-size 4096 --num-cells 64 \
+codes() {
+  once codebook unicode2 codebook build --images $out/data --encoder $out/siglip --codebook-size 8192 --num-cells 64 \
     --allocation proportional --num-images 20000 --patches-per-image 24 --output $out/codebook
   once init unicode2 init --llm $out/llm --vision $out/siglip --codebook $out/codebook --output $out/init
+  [ -z "$start" ] || once carry-over python $recipes/carry_over.py --start "$start" --checkpoint $out/init
   once tokens unicode2 tokenize --data $out/data --model $out/init --output $out/tokens
-  once stage1 launch -m transformers_unicode2.training.sft --config $recipes/stage1.yaml
-  once stage1.5 launch -m transformers_unicode2.training.sft --config $recipes/stage1.5.yaml
-  once stage2 launch -m transformers_unicode2.training.sft --config $recipes/stage2.yaml
 }
-both() { # the decoder, in the background, and the language model; each has half of the cores
+decoder() {
+  if [ -n "$start" ]; then
+    once vae cp -rT "$start/vae" $out/vae
+  else
+    once vae launch $recipes/train_vae.py --config $recipes/vae.yaml
+  fi
+  once flux launch $recipes/train_flux.py --config $recipes/flux.yaml ${start:+--start "$start"} $(steps 2400)
+  once mapper launch -m transformers_unicode2.training.mapper --config $recipes/mapper-flux.yaml $(steps 1400)
+}
+language_model() {
+  once stage1 launch -m transformers_unicode2.training.sft --config $recipes/stage1.yaml $(steps 100)
+  once stage1.5 launch -m transformers_unicode2.training.sft --config $recipes/stage1.5.yaml $(steps 600)
+  once stage2 launch -m transformers_unicode2.training.sft --config $recipes/stage2.yaml $(steps 1500)
+  once stage2-questions launch -m transformers_unicode2.training.sft --config $recipes/stage2-questions.yaml
+}
+both() { # the decoder and its mapper, in the background, and the language model; each has half of the cores
   local threads=${OMP_NUM_THREADS:-}
   export OMP_NUM_THREADS=$((($(python -c 'import os; print(os.cpu_count())') + 1) / 2))
   echo "The decoder trains at the same time; its progress is in $out/decoder.log."
@@ -61,9 +73,9 @@ both() { # the decoder, in the background, and the language model; each has half
 job=
 trap '[ -z "$job" ] || kill -- -$job 2> /dev/null || true' EXIT
 once data unicode2 scenes --output $out/data --num-scenes 50000 --num-emoji 40000 --emoji-dir "$emoji"
-once llm python $recipes/make_llm.py --config $recipes/llm.yaml
-once siglip launch $recipes/train_siglip.py --config $recipes/siglip.yaml
+once llm python $recipes/make_llm.py --config $recipes/llm.yaml ${start:+--start "$start"}
+once siglip launch $recipes/train_siglip.py --config $recipes/siglip.yaml ${start:+--start "$start"} $(steps 1300)
+codes
 both
-once mapper launch -m transformers_unicode2.training.mapper --config $recipes/mapper-flux.yaml
-once assemble unicode2 assemble --model $out/stage2 --mapper $out/mapper-flux --decoder $out/flux --image-size 64 --output $out/unicode2-tiny
+once assemble unicode2 assemble --model $out/stage2-questions --mapper $out/mapper-flux --decoder $out/flux --image-size 64 --output $out/unicode2-tiny
 unicode2 evaluate scenes --model $out/unicode2-tiny --emoji-dir "$emoji" --json $out/scores.json

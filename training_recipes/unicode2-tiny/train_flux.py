@@ -21,6 +21,9 @@ class FluxArguments:
     tokenizer: str = field(metadata={"help": "folder of the tokenizer"})
     vae: str = field(metadata={"help": "folder of the trained VAE"})
     encoder: str = field(metadata={"help": "folder of the SigLIP vision encoder"})
+    start: str | None = field(
+        default=None, metadata={"help": "UniCode² checkpoint whose FLUX transformer and mapper go on learning"}
+    )
     transformer: dict = field(default_factory=dict, metadata={"help": "fields of FluxTransformer2DModel"})
     t5: dict = field(default_factory=dict, metadata={"help": "fields of T5Config"})
     clip: dict = field(default_factory=dict, metadata={"help": "fields of CLIPTextConfig"})
@@ -56,7 +59,7 @@ def main(args: FluxArguments, training_args) -> None:
 
     from transformers_unicode2 import UniCode2ConditionMapper
     from transformers_unicode2.training.data import load_images, pixel_collator
-    from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss
+    from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss, start_from
     from transformers_unicode2.training.optimizer import MuonWithAdamW
 
     set_seed(training_args.seed)
@@ -143,6 +146,11 @@ def main(args: FluxArguments, training_args) -> None:
     patches = (encode(pixel_collator([row])["pixel_values"])[0] for row in rows)
     table = torch.cat([features[torch.randperm(len(features))[:per_image]] for features in patches])
     model = FluxWithLoss()
+    if args.start:
+        start = FluxTransformer2DModel.from_pretrained(args.start, subfolder="transformer", torch_dtype=torch.float32)
+        model.transformer.load_state_dict(start.state_dict())
+        mapper = UniCode2ConditionMapper.from_pretrained(args.start, subfolder="condition_mapper")
+        start_from(model.image_prompts, mapper.float())
     trainer = Trainer(
         model,
         training_args,

@@ -3,9 +3,10 @@
     accelerate launch training_recipes/unicode2-tiny/train_siglip.py --config training_recipes/unicode2-tiny/siglip.yaml
 
 Three losses, as in SigLIP 2 rather than SigLIP, since minutes must do: the sigmoid loss over all pairs of a batch; a small
-decoder that captions the image from its patch features; a linear head that reads each patch's own pixels back. For the last two
-every feature is exchanged for the nearest one of other images in the batch, as any codebook will exchange it for a code: what they
-need is drawn together where it is alike and apart where it is not. Only the image tower is used afterwards.
+decoder that captions the image from its patch features; another that reads the pixels back from all patches together, so that a
+feature need not repeat what its neighbours say. For the last two every feature is exchanged for the nearest one of other images in the
+batch, as any codebook will exchange it for a code: what they need is drawn together where it is alike and apart where it is not. Only the
+image tower is used afterwards.
 """
 
 import math
@@ -18,7 +19,9 @@ class SiglipArguments:
     tokenizer: str = field(metadata={"help": "folder of the tokenizer"})
     vision: dict = field(default_factory=dict, metadata={"help": "fields of SiglipVisionConfig"})
     text: dict = field(default_factory=dict, metadata={"help": "fields of SiglipTextConfig"})
-    pixel_weight: float = field(default=1.0, metadata={"help": "weight of the reconstruction of a patch's pixels"})
+    start: str | None = field(default=None, metadata={"help": "UniCode² checkpoint whose image tower goes on learning"})
+    pixel_weight: float = field(default=1.0, metadata={"help": "weight of the reconstruction of the pixels"})
+    pixel_layers: int = field(default=2, metadata={"help": "transformer layers between features and pixels"})
     caption_weight: float = field(default=1.0, metadata={"help": "weight of the captioning loss"})
     exchange_share: float = field(
         default=1.0, metadata={"help": "share of the images whose features are exchanged for those of others"}
@@ -31,6 +34,7 @@ def main(args: SiglipArguments, training_args) -> None:
     from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessor, SiglipModel, Trainer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
+    from transformers_unicode2 import UniCode2ForConditionalGeneration
     from transformers_unicode2.training.data import load_images, pixel_collator
     from transformers_unicode2.training.optimizer import MuonWithAdamW
 
@@ -45,7 +49,7 @@ def main(args: SiglipArguments, training_args) -> None:
     )
 
     class SiglipWithDecoder(torch.nn.Module):
-        """SiglipModel, a linear head from patch features to pixels and a decoder from patch features to captions."""
+        """SiglipModel and two decoders of its patch features: one to pixels, one to captions."""
 
         def __init__(self):
             super().__init__()
@@ -55,6 +59,10 @@ def main(args: SiglipArguments, training_args) -> None:
             )  # the fastest at this size on a CPU
             self.siglip.logit_scale.data.fill_(math.log(10))  # SigLIP's starting point, section 3.2 of its paper
             self.siglip.logit_bias.data.fill_(-10)
+            layer = torch.nn.TransformerEncoderLayer(
+                width, 3, 2 * width, 0.0, "relu", batch_first=True, norm_first=True
+            )
+            self.pixel_decoder = torch.nn.TransformerEncoder(layer, args.pixel_layers, enable_nested_tensor=False)
             self.to_pixels = torch.nn.Linear(width, 3 * vision.patch_size**2)
             self.words = torch.nn.Embedding(config.text_config.vocab_size, width)
             self.places = torch.nn.Embedding(config.text_config.max_position_embeddings, width)
@@ -72,7 +80,8 @@ def main(args: SiglipArguments, training_args) -> None:
             features = exchange(features, args.exchange_share)
             patch_size = config.vision_config.patch_size
             pixels = torch.nn.functional.unfold(pixel_values, patch_size, stride=patch_size).transpose(1, 2)
-            pixel_loss = torch.nn.functional.l1_loss(self.to_pixels(features).float(), pixels)
+            painted = self.to_pixels(self.pixel_decoder(features + self.patches.weight))
+            pixel_loss = torch.nn.functional.l1_loss(painted.float(), pixels)
             caption_loss = self.caption_loss(features, input_ids)
             loss = contrastive + args.pixel_weight * pixel_loss + args.caption_weight * caption_loss
             parts = {"contrastive": contrastive, "pixels": pixel_loss, "caption": caption_loss}
@@ -123,10 +132,14 @@ def main(args: SiglipArguments, training_args) -> None:
 
     rows = load_images(args.data)
     model = SiglipWithDecoder()
+    if args.start:
+        start = UniCode2ForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+        model.siglip.vision_model.load_state_dict(start.get_quantizer().vision_model.state_dict(), strict=False)
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("to_pixels", "to_words"))
     trainer = Trainer(model, training_args, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
-    trainer.model.siglip.save_pretrained(training_args.output_dir)
+    siglip = trainer.model.siglip.to(torch.bfloat16).to(torch.float32)  # so that a checkpoint may store it in bfloat16
+    siglip.save_pretrained(training_args.output_dir)
     image_processor.save_pretrained(training_args.output_dir)
     tokenizer.save_pretrained(training_args.output_dir)
 

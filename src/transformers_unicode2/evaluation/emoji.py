@@ -29,8 +29,8 @@ watermelon, whale, zebra
 """
 NAMES = tuple(name.strip() for name in EMOJI.replace("\n", " ").split(","))
 PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "motorcycle_left", "rocket")
-SIZES = {"medium": (0.5, 0.68), "big": (0.68, 0.95)}  # side as a share of the image's width
-TURNS = {"turned left": (10, 30), "upright": (-10, 10), "turned right": (-30, -10)}  # degrees, counter-clockwise
+SIZES = {"medium": (0.64, 0.78), "big": (0.78, 0.96)}  # side as a share of the image's width
+TURNS = {"turned left": (5, 15), "upright": (-5, 5), "turned right": (-15, -5)}  # degrees, counter-clockwise
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,13 @@ def sample_emoji_scene(rng: np.random.Generator, split: str = "train", name: str
     while True:
         size = str(rng.choice(list(SIZES)))
         side = float(rng.uniform(*SIZES[size]))
-        reach = max(side / 2 - 0.06, 0.0)  # at most a sixteenth of the width may stick out
-        x, y = (float(value) for value in rng.uniform(reach, 1 - reach, size=2))
+        x, y = (float(value) for value in rng.uniform(side / 2, 1 - side / 2, size=2))
         ground = str(rng.choice(PHOTOS) if rng.random() < 0.5 else rng.choice(list(GROUNDS)))
         crop_side = float(rng.uniform(0.4, 1.0))
         left, top = (float(value) for value in rng.uniform(0, 1 - crop_side, size=2))
         scene = EmojiScene(
             name=name or NAMES[int(rng.integers(len(NAMES)))], size=size, x=x, y=y, side=side, ground=ground,
-            turn=float(rng.uniform(-30, 30)), crop=(left, top, crop_side),
+            turn=float(rng.uniform(-15, 15)), crop=(left, top, crop_side),
         )  # fmt: skip
         if split_of(scene) == split:
             return scene

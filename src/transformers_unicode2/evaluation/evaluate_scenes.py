@@ -4,7 +4,7 @@
 
 All figures are shares in percent. No training stage has seen the scenes: `new scenes` are put together from known (color, shape)
 pairs, `unseen pairs` from pairs that never occur in training (of the prompts, only those that name a pair). Short prompts, such as
-"a star", do occur as captions in training. What chance gives is shown by drawing from the codes of another prompt (`other prompts`) and
+"a heart", do occur as captions in training. What chance gives is shown by drawing from the codes of another prompt (`other prompts`) and
 from codes that are dealt out singly (`shuffled codes`). With --emoji-dir, emoji are named, too, and with --clip their drawings are
 compared in the space of a CLIP image tower that the model never met.
 """

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "heart")
 COLORS = {
     "red": (216, 32, 36),
     "orange": (255, 140, 0),
@@ -29,8 +29,8 @@ COLORS = {
     "black": (24, 24, 24),
 }
 GROUNDS = {"white": (255, 255, 255), "grey": (192, 192, 192), "beige": (232, 220, 196), "pink": (246, 214, 222)}
-TEXTURES = ("plain", "striped", "dotted", "speckled")
-SIZES = {"small": (0.15, 0.165), "large": (0.2, 0.23)}  # radius as a share of the image's width
+TEXTURES = {"plain": 0.7, "striped": 0.1, "dotted": 0.1, "speckled": 0.1}  # how often each occurs
+SIZES = {"small": (0.165, 0.18), "large": (0.215, 0.235)}  # radius as a share of the image's width
 UNSEEN_PAIRS = frozenset(
     {
         ("cyan", "circle"),
@@ -38,7 +38,7 @@ UNSEEN_PAIRS = frozenset(
         ("orange", "triangle"),
         ("green", "cross"),
         ("blue", "ring"),
-        ("red", "star"),
+        ("red", "heart"),
     }
 )
 SEEN_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in UNSEEN_PAIRS)
@@ -48,7 +48,7 @@ NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 PLACES = tuple(
     f"{row} {column}".strip() for row in ("top", "middle", "bottom") for column in ("left", "center", "right")
 )
-MIN_OBJECT_AREA = 0.012  # share of the image's area; the smallest star covers 0.019
+MIN_OBJECT_AREA = 0.012  # share of the image's area; the smallest cross covers 0.028
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def place_objects(
             x, y = (float(value) for value in rng.uniform(radius + 0.02, 0.98 - radius, size=2))
             if any(max(abs(o.x - x), abs(o.y - y)) < o.radius + radius + 0.04 for o in placed):
                 break
-            placed.append(SceneObject(shape, color, size, x, y, radius, bool(rng.random() < 0.3)))
+            placed.append(SceneObject(shape, color, size, x, y, radius, bool(rng.random() < 0.2)))
         if len(placed) == len(specs) and (relation is None or holds(relation, placed[0], placed[1])):
             return tuple(placed)
     return None
@@ -141,7 +141,7 @@ def sample_scene(rng: np.random.Generator, split: str = "train", pairs: tuple = 
     one that the checker reads back exactly; the rare one that it does not is drawn anew.
     """
     while True:
-        count = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.4, 0.15, 0.15]))
+        count = int(rng.choice([1, 2, 3, 4], p=[0.25, 0.45, 0.15, 0.15]))
         chosen = [pairs[int(i)] for i in rng.integers(len(pairs), size=count)]
         if count > 1 and rng.random() < (0.75 if count > 2 else 0.2):
             chosen = chosen[:1] * count
@@ -156,7 +156,7 @@ def dress(objects: tuple[SceneObject, ...] | None, rng: np.random.Generator) -> 
     """Puts placed objects on a random ground."""
     if objects is None:
         return None
-    ground, texture = str(rng.choice(list(GROUNDS))), str(rng.choice(TEXTURES, p=[0.55, 0.15, 0.15, 0.15]))
+    ground, texture = str(rng.choice(list(GROUNDS))), str(rng.choice(list(TEXTURES), p=list(TEXTURES.values())))
     return Scene(objects, ground, texture, bool(rng.random() < 0.8), int(rng.integers(2**31)))
 
 
@@ -175,10 +175,8 @@ def shape_mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (y <= 0.85) & (np.abs(x) <= (y + 1) * 0.54)
     if shape == "cross":
         return (np.minimum(np.abs(x), np.abs(y)) <= 0.32) & (np.maximum(np.abs(x), np.abs(y)) <= 1)
-    angle = (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5  # star: one tip, folded five times
-    along, across = np.hypot(x, y) * np.cos(angle), np.abs(np.hypot(x, y) * np.sin(angle))
-    inner = 0.382 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
-    return (1 - along) * inner[1] >= across * (1 - inner[0])
+    x, y = 1.06 * x, 0.15 - 1.06 * y  # heart: a curve of the sixth degree
+    return (x**2 + y**2 - 0.75) ** 3 <= 1.6 * x**2 * y**3
 
 
 def draw_scene(scene: Scene, image_size: int = 64) -> Image.Image:
@@ -243,20 +241,20 @@ def ground_phrase(scene: Scene) -> str:
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A short caption: the objects at one level of detail, with their relation or their ground every now and then."""
-    level = str(rng.choice(["shape", "color", "size"], p=[0.25, 0.6, 0.15]))
+    level = str(rng.choice(["shape", "color", "size"], p=[0.35, 0.55, 0.1]))
     phrases = [describe(o, level) for o in scene.objects]
-    if len(scene.objects) == 2 and phrases[0] != phrases[1] and rng.random() < 0.45:
+    if len(scene.objects) == 2 and phrases[0] != phrases[1] and rng.random() < 0.5:
         first, second = scene.objects if rng.random() < 0.5 else scene.objects[::-1]
         relations = [r for r in RELATIONS if holds(r, first, second)]
         if relations:
             level = "shape" if first.shape != second.shape and rng.random() < 0.5 else level
             return f"{article(describe(first, level))} {rng.choice(relations)} {article(describe(second, level))}"
     text = join_phrases(phrases, rng)
-    return f"{text} {ground_phrase(scene)}" if rng.random() < 0.3 else text
+    return f"{text} {ground_phrase(scene)}" if rng.random() < 0.2 else text
 
 
 def join_phrases(phrases: list[str], rng: np.random.Generator) -> str:
-    """`["red star", "red star", "blue ring"]` becomes `"two red stars and a blue ring"`, in random order."""
+    """`["red heart", "red heart", "blue ring"]` becomes `"two red hearts and a blue ring"`, in random order."""
     names = list(dict.fromkeys(phrases))
     parts = []
     for i in rng.permutation(len(names)):
