@@ -100,7 +100,7 @@ def test_damaged_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path, tiny_
         os.truncate(tmp_path / "model" / "model.safetensors", 100_000)
     else:
         path = tmp_path / "model" / "config.json"
-        path.write_text(path.read_text().replace('"codebook_size": 4096', '"codebook_size": 4000'))
+        path.write_text(path.read_text().replace('"codebook_size": 8192', '"codebook_size": 4000'))
     code, printed = run(monkeypatch, capsys, "demo", "--model", tmp_path / "model", "--output", tmp_path / "out")
     assert code == 2 and "damaged or its sizes disagree" in printed.err
     assert not (tmp_path / "out").exists()

@@ -102,8 +102,8 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=max(64, 2 * config.num_image_tokens),
-        # what `generate(generation_mode="image")` does unless told otherwise: codes are sampled, with guidance
-        image_generation={"do_sample": True, "temperature": 1.0, "top_k": 0, "guidance_scale": 3.0},
+        # what `generate(generation_mode="image")` does unless told otherwise: codes are sampled, with guidance, as unicode2-tiny draws best
+        image_generation={"do_sample": True, "temperature": 0.6, "top_k": 0, "guidance_scale": 2.0},
     ).save_pretrained(output)
     processor.save_pretrained(output)
     return writer.report
@@ -236,7 +236,7 @@ class ShardWriter:
 def assemble_pipeline(model: str, mapper: str, decoder: str, output: str, image_size: int) -> None:
     """Writes one repository that is both: a Transformers checkpoint in its root and a Diffusers pipeline around it.
 
-    Everything is stored in bfloat16 but the quantizer, which stays in float32 since its dtype defines the codes.
+    Everything is stored in bfloat16, except what of the quantizer bfloat16 does not hold exactly, since its values define the codes.
 
     Args:
         model: folder of a trained UniCode² checkpoint.
@@ -259,7 +259,11 @@ def assemble_pipeline(model: str, mapper: str, decoder: str, output: str, image_
     pipe = UniCode2FluxPipeline(
         parts.scheduler, parts.vae, parts.transformer, encoder, processor, condition_mapper, image_size=image_size
     )
-    encoder.save_pretrained(output)
+    state = {
+        name: value.bfloat16() if value.dtype == torch.float32 and value.bfloat16().float().equal(value) else value
+        for name, value in encoder.state_dict().items()
+    }
+    encoder.save_pretrained(output, state_dict=state)
     processor.save_pretrained(output)
     for name in ("scheduler", "vae", "transformer", "condition_mapper"):
         getattr(pipe, name).save_pretrained(f"{output}/{name}")
