@@ -80,7 +80,7 @@ def test_bad_input_is_refused_with_the_numbers(pipe, photo):
         pipe()
     with pytest.raises(ValueError, match="Prompt 2 of 2 is empty"):
         pipe(["a circle", ""])
-    with pytest.raises(ValueError, match="runs from 5 to 5; visual token ids are 768 to 4863"):
+    with pytest.raises(ValueError, match="runs from 5 to 5; visual token ids are 768 to 8959"):
         pipe(visual_token_ids=torch.full((1, 64), 5))
     with pytest.raises(ValueError, match="takes 64 visual tokens an image and got 60"):
         pipe.condition_mapper(torch.zeros(1, 60, pipe.condition_mapper.config.visual_dim))
