@@ -132,7 +132,7 @@ def main(args: SiglipArguments, training_args) -> None:
 
     rows = load_images(args.data)
     model = SiglipWithDecoder()
-    if args.start:
+    if args.start:  # all but the pooling head, which a quantizer does not keep
         start = UniCode2ForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
         model.siglip.vision_model.load_state_dict(start.get_quantizer().vision_model.state_dict(), strict=False)
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("to_pixels", "to_words"))
