@@ -298,12 +298,124 @@ def test_penalties_read_prompts_with_visual_ids(model, config):
     assert (output[:, 20:] < config.visual_token_offset).all()
 
 
+def begin_images_often(model, config, strength=2.5):
+    """Lets text be followed by an image after a few ids."""
+    with torch.no_grad():
+        head = model.lm_head.weight
+        head[config.boi_token_id] = head.mean(0) + strength * head.std() * torch.randn(
+            head.shape[1], generator=torch.Generator().manual_seed(1)
+        )
+
+
+def test_plan_and_image_equal_what_interleaved_mode_writes(model, config):
+    begin_images_often(model, config)
+    model.generation_config.eos_token_id = None
+    lengths = set()
+    for prompt in torch.arange(20, 44).reshape(8, 1, 3):
+        row = model.generate(prompt, generation_mode="interleaved", max_new_tokens=60, do_sample=False)[0, 3:].tolist()
+        assert config.boi_token_id in row[:-17]
+        begin = row.index(config.boi_token_id)
+        lengths.add(begin)
+        image = model.generate(prompt, generation_mode="image", max_plan_tokens=60, do_sample=False)
+        assert image[0].tolist() == row[begin + 1 : begin + 17]
+        cut = model.generate(prompt, generation_mode="image", max_plan_tokens=begin, do_sample=False)
+        assert torch.equal(cut, image)
+    assert len(lengths) > 2, lengths
+
+
+def plan_lengths(model, rows, **options):
+    """What the model sees when it begins the image, for each prompt alone."""
+    lengths = []
+
+    def count(module, args, kwargs):
+        if kwargs["output_modality"] == "image" and kwargs["input_ids"].shape[1] > 1:
+            lengths.append(kwargs["input_ids"].shape[1])
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    images = [model.generate(torch.tensor([row]), **options)[0] for row in rows]
+    handle.remove()
+    return torch.stack(images), [length - len(row) - 1 for length, row in zip(lengths, rows)]
+
+
+@pytest.mark.parametrize("arguments", [{"guidance_scale": 1.0}, {"guidance_scale": 2.0}, {"num_return_sequences": 2}])
+def test_plans_of_a_batch_equal_those_of_single_prompts(model, config, arguments):
+    begin_images_often(model, config)
+    options = {"generation_mode": "image", "max_plan_tokens": 20, "do_sample": False}
+    rows = [[20, 21, 22], [23, 24], [26, 27, 28], [25]]
+    alone, lengths = plan_lengths(model, rows, **options, guidance_scale=arguments.get("guidance_scale"))
+    assert len(set(lengths)) > 2 and max(lengths) <= 20, lengths
+    batch = torch.tensor([[0] * (3 - len(row)) + row for row in rows])
+    if "num_return_sequences" in arguments:
+        arguments, alone = {**arguments, "num_beams": 1, "do_sample": True, "top_k": 1}, alone.repeat_interleave(2, 0)
+    options |= arguments
+    together = model.generate(batch, attention_mask=(batch != 0).long(), **options)
+    assert torch.equal(together, alone)
+    model.generation_config.pad_token_id = 0
+    assert torch.equal(model.generate(batch, **options), alone)  # the mask follows from the padding, as without a plan
+
+
+def test_plan_ends_as_the_model_ends_text_whatever_config_is_given(model, config):
+    from transformers import GenerationConfig
+
+    prompt = torch.tensor([[23, 24]])
+    options = {"generation_mode": "image", "max_plan_tokens": 8, "do_sample": False}
+    model.generation_config.eos_token_id = None
+    written = model.generate(prompt, max_new_tokens=8, do_sample=False)[0, 2:].tolist()
+    end = next(id_ for i, id_ in enumerate(written) if i and id_ not in written[:i])
+    cut = written[: written.index(end)]
+    model.generation_config.eos_token_id = end
+    expected = model.generate(
+        torch.tensor([[23, 24, *cut, config.boi_token_id]]), generation_mode="image", do_sample=False
+    )
+    assert torch.equal(model.generate(prompt, **options), expected)
+    given = GenerationConfig(do_sample=False, min_new_tokens=4, max_length=5, max_plan_tokens=8)
+    assert torch.equal(model.generate(prompt, given, generation_mode="image"), expected)
+
+
+def test_no_plan_behind_a_begun_image_nor_without_asking(model, config):
+    begin_images_often(model, config)
+    model.generation_config.image_generation = {"do_sample": False, "max_plan_tokens": 9}
+    begun = torch.tensor([[20, 21, config.boi_token_id]])
+    expected = model.generate(begun, generation_mode="image")
+    assert torch.equal(expected, model.generate(begun[:, :2], generation_mode="image", max_plan_tokens=0))
+    modalities = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: modalities.append(kwargs["output_modality"]), with_kwargs=True
+    )
+    model.generate(begun, generation_mode="image")
+    assert set(modalities) == {"image"}
+    model.generate(begun[:, :2], generation_mode="image")
+    handle.remove()
+    assert set(modalities) == {"plan", "image"}
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_plan_of_a_prompt_with_an_image(model, prompt, pixel_values, config, num_beams):
+    begin_images_often(model, config)
+    options = {"generation_mode": "image", "max_plan_tokens": 12, "guidance_scale": 2.0, "do_sample": False}
+    model.generation_config.num_beams = num_beams
+    from_pixels = model.generate(**prompt, pixel_values=pixel_values, **options)
+    features = model.get_image_features(pixel_values, return_dict=True)
+    from_features = model.generate(**prompt, mm_encoder_outputs={"image": features}, **options)
+    assert torch.equal(from_pixels, from_features)
+    ids = prompt["input_ids"].masked_scatter(
+        prompt["input_ids"] == config.image_token_id, model.get_image_tokens(pixel_values).flatten()
+    )
+    assert torch.equal(model.generate(**{**prompt, "input_ids": ids}, **options), from_pixels)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"generation_mode": "image", "guidance_scale": "3"}, "`guidance_scale` is '3'"),
         ({"generation_mode": "image", "guidance_scale": -1.0}, "`guidance_scale` is -1.0"),
         ({"generation_mode": "image", "guidance_scale": float("nan")}, "`guidance_scale` is nan"),
+        ({"generation_mode": "image", "max_plan_tokens": -1}, "`max_plan_tokens` is -1; it must be a whole number"),
+        (
+            {"generation_mode": "image", "max_plan_tokens": 4, "inputs": None, "inputs_embeds": torch.zeros(1, 2, 32)},
+            "`inputs_embeds` does not go with a plan",
+        ),
+        ({"max_plan_tokens": 4}, "`max_plan_tokens` is 4 in text mode; it works in image mode only"),
         ({"generation_mode": "image", "max_time": 1e-9}, "ended the image after 1 of its 16 tokens"),
         ({"generation_mode": "image", "inputs": torch.zeros(1, 0, dtype=torch.long)}, r"has the shape \(1, 0\)"),
         ({"generation_mode": "image", "inputs": torch.tensor([20, 21])}, r"has the shape \(2,\)"),

@@ -55,6 +55,9 @@ CHAT_TEMPLATE = """\
 AUTO_MAP = {"AutoProcessor": "processing_unicode2.UniCode2Processor"}  # where a repository has the code of this class
 
 
+CAPTION_PROMPT = "describe the image."  # asks for a short caption, in training and when drawings are read back
+
+
 def to_rgb(image):
     """A `PIL.Image` as RGB: turned as its EXIF says, transparency on white, 16 bit brought to 8."""
     from PIL import Image, ImageOps
@@ -216,6 +219,35 @@ class UniCode2Processor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.boi_token + self.image_token * self.num_image_tokens + self.eoi_token
+
+    def encode_turns(self, chat: list[dict], visual_token_ids: list[int]) -> tuple[list[int], list[int]]:
+        """A chat with its answers as ids of the unified vocabulary, its images given as visual token ids.
+
+        Args:
+            chat: messages whose contents are strings, with `image_token` in the place of an image.
+            visual_token_ids: ids of all images, in their order.
+
+        Returns:
+            Ids, and for each of them 1 in an answer and 0 elsewhere.
+
+        Raises:
+            `ValueError`: when ids and places differ in number, and when the chat template marks no answer.
+        """
+        image = self.replace_image_token({}, 0)
+        turns = [{**turn, "content": turn["content"].replace(self.image_token, image)} for turn in chat]
+        encoded = self.tokenizer.apply_chat_template(
+            turns, chat_template=self.chat_template, return_dict=True, return_assistant_tokens_mask=True
+        )
+        num_places, mask = encoded["input_ids"].count(self.image_token_id), encoded["assistant_masks"]
+        if num_places != len(visual_token_ids):
+            raise ValueError(
+                f"The chat has places for {num_places} visual token ids, {self.num_image_tokens} an image, and "
+                f"{len(visual_token_ids)} are given."
+            )
+        if not any(mask) and any(turn["role"] == "assistant" for turn in chat):
+            raise ValueError("The chat template marks no answer; it needs {% generation %} around them.")
+        ids = iter(visual_token_ids)
+        return [next(ids) if i == self.image_token_id else i for i in encoded["input_ids"]], mask
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         if image_sizes is None:

@@ -14,6 +14,11 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 GENERATION_MODES = ("text", "image", "interleaved")
+# What a plan has in common with the image after it: the inputs, and how ids are drawn.
+SHARED_WITH_PLAN = (
+    *("pixel_values", "mm_encoder_outputs"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+)
 # Options whose code takes ids of the prompt, or of another model, for places in the scores.
 TWO_VOCABULARIES = (
     "prompt_lookup_num_tokens",
@@ -107,6 +112,7 @@ class UniCode2GenerationMixin(GenerationMixin):
         *,
         generation_mode: str | None = None,
         guidance_scale: float | None = None,
+        max_plan_tokens: int | None = None,
         **kwargs,
     ):
         r"""
@@ -121,15 +127,21 @@ class UniCode2GenerationMixin(GenerationMixin):
             guidance_scale (`float`, *optional*):
                 Classifier-free guidance of image mode; 1.0 is none and costs nothing. Without the prompt, the model sees the
                 begin-of-image id alone.
+            max_plan_tokens (`int`, *optional*):
+                In image mode, lets the model write a plan first: text of so many ids at most, until it begins the image
+                by itself. The image sees prompt and plan. 0 is no plan, and so is a prompt that ends with the begin-of-image id.
+                Images of one prompt (`num_return_sequences`) share a plan. Of the settings, a plan follows those of sampling and
+                the generation config. Interleaved mode returns plan and image alike.
             **kwargs: everything that [`~GenerationMixin.generate`] takes.
 
         Returns:
             Prompts and what was written, `(batch_size, num_tokens)`, in text and interleaved mode. In image mode the visual token
-            ids alone, `(batch_size, num_image_tokens)`. What `return_dict_in_generate` asks for comes back untouched.
+            ids alone, `(batch_size, num_image_tokens)`. What `return_dict_in_generate` asks for comes back untouched: its sequences
+            begin with the prompt, and the plan if there is one, left-padded anew.
 
         Raises:
-            `ValueError`: on another mode, on guidance outside image mode or that is no number from 0 on, on a prompt without
-            ids, with image placeholders but no images, and on a strategy that cannot work with two vocabularies.
+            `ValueError`: on another mode, on guidance or a plan outside image mode or that is no number from 0 on, on a prompt
+            without ids, with image placeholders but no images, and on a strategy that cannot work with two vocabularies.
         """
         mode = generation_mode or "text"
         if mode not in GENERATION_MODES:
@@ -138,10 +150,12 @@ class UniCode2GenerationMixin(GenerationMixin):
             generation_config = copy.deepcopy(generation_config)
             guidance_scale = generation_config.guidance_scale if guidance_scale is None else guidance_scale
             generation_config.guidance_scale = None
-        self._check_request(generation_config, mode, guidance_scale, kwargs)
+            if max_plan_tokens is None and mode == "image":
+                max_plan_tokens = getattr(generation_config, "max_plan_tokens", None)
+        self._check_request(generation_config, mode, guidance_scale, max_plan_tokens, kwargs)
         self._check_prompt(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
         if mode == "image":
-            return self._generate_image(inputs, generation_config, guidance_scale, kwargs)
+            return self._generate_image(inputs, generation_config, guidance_scale, max_plan_tokens, kwargs)
         if mode == "text":
             return super().generate(inputs, generation_config, output_modality="text", **kwargs)
         processors = LogitsProcessorList([self._image_block(), *(kwargs.pop("logits_processor", None) or [])])
@@ -156,7 +170,12 @@ class UniCode2GenerationMixin(GenerationMixin):
         return super().generate_batch(*args, **kwargs)
 
     def _check_request(
-        self, config: GenerationConfig | None, mode: str, guidance_scale: float | None, kwargs: dict
+        self,
+        config: GenerationConfig | None,
+        mode: str,
+        guidance_scale: float | None,
+        max_plan_tokens: int | None,
+        kwargs: dict,
     ) -> None:
         def asked(name: str):
             return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
@@ -173,6 +192,10 @@ class UniCode2GenerationMixin(GenerationMixin):
             raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 on.")
         if mode != "image" and guidance_scale not in (None, 1):
             raise ValueError(f"`guidance_scale` is {guidance_scale} in {mode} mode; guidance works in image mode only.")
+        if max_plan_tokens is not None and not (isinstance(max_plan_tokens, numbers.Integral) and max_plan_tokens >= 0):
+            raise ValueError(f"`max_plan_tokens` is {max_plan_tokens!r}; it must be a whole number from 0 on.")
+        if mode != "image" and max_plan_tokens:
+            raise ValueError(f"`max_plan_tokens` is {max_plan_tokens} in {mode} mode; it works in image mode only.")
 
     def _check_prompt(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
         if input_ids is None:
@@ -204,14 +227,19 @@ class UniCode2GenerationMixin(GenerationMixin):
         inputs: torch.Tensor | None,
         generation_config: GenerationConfig | None,
         guidance_scale: float | None,
+        max_plan_tokens: int | None,
         kwargs,
     ):
         """Image mode. The number of new tokens is fixed, so end-of-sequence rules and lengths of the caller do not apply."""
         defaults = getattr(self.generation_config, "image_generation", None) if generation_config is None else None
         settings = {**(defaults or {}), **kwargs}
-        default_scale = settings.pop("guidance_scale", None)
+        default_scale, default_plan = settings.pop("guidance_scale", None), settings.pop("max_plan_tokens", None)
         guidance_scale = default_scale if guidance_scale is None else guidance_scale
-        prompt, prompt_length = self._begin_image(inputs, settings)
+        planned = default_plan if max_plan_tokens is None else max_plan_tokens
+        prompt, prompt_length, begun = self._begin_image(inputs, settings)
+        if planned and not begun and ("input_ids" in prompt or max_plan_tokens):
+            prompt = self._write_plan(prompt, planned, generation_config, settings)
+            prompt_length = prompt["input_ids"].shape[1]
         if guidance_scale not in (None, 1):
             config = generation_config or self.generation_config
             for name in ("past_key_values", "prefill_chunk_size"):
@@ -228,8 +256,56 @@ class UniCode2GenerationMixin(GenerationMixin):
             raise ValueError(f"A stopping criterion ended the image after {written.shape[1]} of its {length} tokens.")
         return written
 
-    def _begin_image(self, inputs: torch.Tensor | None, settings: dict) -> tuple[dict, int]:
-        """The prompt with a begin-of-image id at its end, taken out of the settings, and its length."""
+    def _write_plan(
+        self, prompt: dict, max_plan_tokens: int, generation_config: GenerationConfig | None, settings: dict
+    ) -> dict:
+        """Prompts that end with the begin-of-image id, with a text in front of that id which the model writes; left-padded anew."""
+        for name in ("inputs_embeds", "past_key_values", "position_ids"):
+            if prompt.get(name) is not None or settings.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` does not go with a plan, which makes the prompt longer; `max_plan_tokens` is {max_plan_tokens}, "
+                    "and 0 is no plan."
+                )
+        input_ids, boi = prompt["input_ids"][:, :-1], self.config.boi_token_id
+        ends, pad = (
+            getattr(self.generation_config, name, None)
+            if getattr(generation_config, name, None) is None
+            else getattr(generation_config, name)
+            for name in ("eos_token_id", "pad_token_id")
+        )
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        mask = prompt.get("attention_mask")
+        if mask is not None:
+            mask = mask[:, :-1]
+        else:  # as stock `generate` has it
+            mask = torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
+        shared = {name: settings[name] for name in SHARED_WITH_PLAN if settings.get(name) is not None}
+        if "mm_encoder_outputs" in shared:  # beams repeat what is in it, in place
+            shared["mm_encoder_outputs"] = {k: copy.copy(v) for k, v in shared["mm_encoder_outputs"].items()}
+        output = super().generate(
+            input_ids,
+            generation_config,
+            attention_mask=mask,
+            output_modality="plan",
+            eos_token_id=[boi, *ends],
+            max_new_tokens=max_plan_tokens,
+            **dict.fromkeys(("max_length", "min_length", "min_new_tokens", "stop_strings")),
+            num_return_sequences=1,
+            return_dict_in_generate=False,
+            **shared,
+        )
+        plan = output[:, input_ids.shape[1] :]
+        ended = torch.isin(plan, torch.tensor([boi, *ends], device=plan.device)).cumsum(-1) > 0
+        begin = torch.full_like(plan[:, :1], boi)
+        ids = torch.cat([input_ids, plan, begin], 1)
+        seen = torch.cat([mask, (~ended).to(mask), torch.ones_like(begin).to(mask)], 1)
+        order = seen.argsort(dim=-1, stable=True)  # what is not seen, to the left
+        ids, seen = ids.gather(1, order), seen.gather(1, order)
+        first = (seen.sum(0) > 0).nonzero()[0].item()
+        return {"input_ids": ids[:, first:], "attention_mask": seen[:, first:]}
+
+    def _begin_image(self, inputs: torch.Tensor | None, settings: dict) -> tuple[dict, int, bool]:
+        """The prompt with a begin-of-image id at its end, taken out of the settings, its length, and whether it had that id."""
         input_ids = inputs if inputs is not None else settings.pop("input_ids", None)
         mask = settings.pop("attention_mask", None)
         boi = self.config.boi_token_id
@@ -250,7 +326,7 @@ class UniCode2GenerationMixin(GenerationMixin):
             prompt, length = {"input_ids": input_ids}, input_ids.shape[1]
         if mask is not None:
             prompt["attention_mask"] = torch.nn.functional.pad(mask, (0, 1), value=1) if add else mask
-        return prompt, length
+        return prompt, length, not add
 
     def _get_logits_processor(
         self,
@@ -268,8 +344,8 @@ class UniCode2GenerationMixin(GenerationMixin):
             generation_config, *args, logits_processor=logits_processor, model_kwargs=model_kwargs, **kwargs
         )
         modality = (model_kwargs or {}).get("output_modality")  # none with continuous batching
-        if modality == "text":
-            return TextLogitsProcessorList(processors, self.config.visual_token_offset, self.config.boi_token_id)
+        if modality in ("text", "plan"):
+            return TextLogitsProcessorList(processors, self.config.visual_token_offset, self.config.image_token_id)
         draws = generation_config.do_sample and generation_config.num_beams in (None, 1)
         plain = all(
             isinstance(processor, TemperatureLogitsWarper) for processor in processors

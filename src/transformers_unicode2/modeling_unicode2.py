@@ -425,7 +425,8 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
     r"""
     The model that reads and writes images and text: [`UniCode2Model`] with a head for text ids and one for visual ids.
 
-    `generate(generation_mode="text")` never computes visual scores and `generate(generation_mode="image")` never text scores.
+    `generate(generation_mode="text")` never computes visual scores and `generate(generation_mode="image")` never text scores once
+    a plan, if it writes one, is done.
     """
 
     output_modalities = ("image", "text")
@@ -473,12 +474,14 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         """Hidden states `(batch_size, num_tokens, hidden_size)` to scores over the unified vocabulary, or a part of it.
 
         `output_modality="text"` gives the text ids alone, `(..., visual_token_offset)`, with those that frame an image at minus
-        infinity; `"image"` gives all ids with the text ids at minus infinity; `None` computes both heads.
+        infinity; `"plan"` leaves the one that begins an image among them; `"image"` gives all ids with the text ids at minus infinity; `None` computes both heads.
         """
-        if output_modality == "text":
+        if output_modality in ("text", "plan"):
             logits = self.lm_head(hidden_states)
-            for id_ in (self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id):
+            for id_ in (self.config.eoi_token_id, self.config.image_token_id):
                 logits[..., id_] = -torch.inf
+            if output_modality == "text":
+                logits[..., self.config.boi_token_id] = -torch.inf
             return logits
         visual = self.visual_head(
             hidden_states, self.use_c2(), visual_guidance_scale, visual_temperature
@@ -574,7 +577,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": get_image_features(...)}` in place of `pixel_values`.
             output_modality (`str`, *optional*):
-                `"text"` or `"image"` to compute the scores of one head only.
+                `"text"` or `"image"` to compute the scores of one head only; `"plan"` is text that an image may follow.
             visual_guidance_scale (`float`, *optional*):
                 Classifier-free guidance: the second half of the batch is the first one without its prompt, and the scores of
                 the first half, moved away from the second's by this factor, are returned for it. Image scores only.
@@ -584,8 +587,8 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
                 Divisor of the loss; the number of targets by default.
         """
         self.check_ids(input_ids)
-        if output_modality not in (None, "text", "image"):
-            raise ValueError(f"`output_modality` is {output_modality!r}; it must be 'text', 'image' or None.")
+        if output_modality not in (None, "text", "plan", "image"):
+            raise ValueError(f"`output_modality` is {output_modality!r}; it must be 'text', 'plan', 'image' or None.")
         shift_labels = kwargs.pop(
             "shift_labels", None
         )  # not an argument: the Trainer takes every one with "label" for a target
