@@ -1,3 +1,4 @@
+import datasets
 import diffusers
 import pytest
 import torch
@@ -52,6 +53,68 @@ def test_batches_and_several_images_per_prompt(pipe):
     output = draw(pipe, prompt=["a red circle", "two stars"], num_images_per_prompt=2)
     assert output.images.shape == (4, 3, 64, 64)
     assert output.visual_token_ids.shape == (4, 64)
+
+
+def test_score_is_the_log_likelihood_of_the_prompt_as_a_caption(pipe):
+    from transformers_unicode2.training.data import build_examples
+
+    model = pipe.vision_language_encoder
+    dtype, offset = model.dtype, model.config.visual_token_offset
+    prompts = ["a red circle", "three small green hearts and a blue ring on a white ground", "a heart"]
+    tokens = pipe.generate_visual_tokens(prompts, torch.Generator().manual_seed(0), num_candidates=1)
+    rows = datasets.Dataset.from_list(
+        [{"codes": codes, "caption": text} for codes, text in zip((tokens - offset).tolist(), prompts)]
+    )
+    model.float()
+    try:
+        scores = pipe.score_visual_tokens(prompts, tokens)
+        alone = torch.cat([pipe.score_visual_tokens(text, row[None]) for text, row in zip(prompts, tokens)])
+        wrong = pipe.score_visual_tokens(prompts[::-1], tokens)
+        expected = []
+        for row in build_examples(rows, {"caption": 1.0}, pipe.processor, offset):
+            labels = torch.tensor([row["labels"]])
+            with torch.no_grad():
+                loss = model(torch.tensor([row["input_ids"]]), labels=labels).text_loss
+            expected.append(-loss * (labels != -100).sum())
+    finally:
+        model.to(dtype)
+    torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(scores, alone, rtol=1e-3, atol=1e-2)
+    assert scores[0] > wrong[2] and scores[2] > wrong[0]
+
+
+def test_scores_in_parts_equal_those_at_once(pipe, monkeypatch):
+    prompts = ["a red circle", "two green hearts on a grey ground", "<|vision_start|>a heart"]
+    tokens = pipe.generate_visual_tokens(prompts, torch.Generator().manual_seed(0), num_candidates=1)
+    at_once = pipe.score_visual_tokens(prompts, tokens)
+    assert at_once.isfinite().all()
+    monkeypatch.setattr("transformers_unicode2.diffusion.pipeline_unicode2_flux.MAX_SCORES", 1)
+    torch.testing.assert_close(pipe.score_visual_tokens(prompts, tokens), at_once, rtol=2e-2, atol=0.1)  # bfloat16
+
+
+def test_the_candidate_that_reads_best_is_kept(pipe):
+    prompts = ["a red circle", "two green hearts"]
+    kept = pipe.generate_visual_tokens(prompts, torch.Generator().manual_seed(5), num_candidates=3)
+    repeated = [text for text in prompts for _ in range(3)]
+    written = pipe.generate_visual_tokens(repeated, torch.Generator().manual_seed(5), num_candidates=1)
+    scores = pipe.score_visual_tokens(repeated, written).reshape(2, 3)
+    assert torch.equal(kept, written.reshape(2, 3, -1)[torch.arange(2), scores.argmax(1)])
+    assert scores.std(1).min() > 0
+    with pytest.raises(ValueError, match="`num_candidates` is 0; it must be a whole number of at least 1"):
+        pipe("a red circle", num_candidates=0)
+    with pytest.raises(ValueError, match="`num_return_sequences` does not go with 2 candidates a prompt"):
+        pipe("a red circle", num_candidates=2, prior_generation_kwargs={"num_return_sequences": 2})
+    with pytest.raises(ValueError, match="1 prompts do not fit 6 images"):
+        pipe.score_visual_tokens("a red circle", written)
+    with pytest.raises(ValueError, match="has places for 128 visual token ids, 64 an image, and 64 are given"):
+        pipe.score_visual_tokens("<|image_pad|>", written[:1])
+
+
+def test_number_of_candidates_is_kept_with_the_pipeline(pipe, tmp_path):
+    names = {name: getattr(pipe, name) for name in ("scheduler", "vae", "transformer", "vision_language_encoder")}
+    names |= {"processor": pipe.processor, "condition_mapper": pipe.condition_mapper}
+    UniCode2FluxPipeline(**names, image_size=64, num_candidates=4).save_pretrained(tmp_path)
+    assert UniCode2FluxPipeline.from_pretrained(str(tmp_path)).config.num_candidates == 4
 
 
 def test_image_is_redrawn_from_its_own_codes(pipe, photo):

@@ -233,7 +233,9 @@ class ShardWriter:
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def assemble_pipeline(model: str, mapper: str, decoder: str, output: str, image_size: int) -> None:
+def assemble_pipeline(
+    model: str, mapper: str, decoder: str, output: str, image_size: int, num_candidates: int = 1
+) -> None:
     """Writes one repository that is both: a Transformers checkpoint in its root and a Diffusers pipeline around it.
 
     Everything is stored in bfloat16, except what of the quantizer bfloat16 does not hold exactly, since its values define the codes.
@@ -244,6 +246,7 @@ def assemble_pipeline(model: str, mapper: str, decoder: str, output: str, image_
         decoder: folder or Hub name of the FLUX pipeline that the mapper was trained against.
         output: folder to write.
         image_size: side of the images that the pipeline draws, in pixels.
+        num_candidates: images that the language model writes for a prompt, the best of which is painted.
     """
     from diffusers import FluxPipeline
     from transformers import AutoProcessor
@@ -257,7 +260,9 @@ def assemble_pipeline(model: str, mapper: str, decoder: str, output: str, image_
     )
     condition_mapper = UniCode2ConditionMapper.from_pretrained(mapper, torch_dtype=torch.bfloat16)
     pipe = UniCode2FluxPipeline(
-        parts.scheduler, parts.vae, parts.transformer, encoder, processor, condition_mapper, image_size=image_size
+        *(parts.scheduler, parts.vae, parts.transformer, encoder, processor, condition_mapper),
+        image_size=image_size,
+        num_candidates=num_candidates,
     )
     state = {
         name: value.bfloat16() if value.dtype == torch.float32 and value.bfloat16().float().equal(value) else value
@@ -300,10 +305,16 @@ def make_assemble_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image-size", type=int, default=512, help="side of the images it draws (default: %(default)s pixels)"
     )
+    parser.add_argument(
+        "--num-candidates",
+        type=int,
+        default=1,
+        help="images written for a prompt, the best of which is painted (default: %(default)s)",
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     return parser
 
 
 def assemble(args: argparse.Namespace) -> None:
-    assemble_pipeline(args.model, args.mapper, args.decoder, args.output, args.image_size)
+    assemble_pipeline(args.model, args.mapper, args.decoder, args.output, args.image_size, args.num_candidates)
     print(f"{args.output}: assembled")

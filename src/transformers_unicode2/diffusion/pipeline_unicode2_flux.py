@@ -17,6 +17,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from ..modeling_unicode2 import MAX_SCORES
+from ..processing_unicode2 import CAPTION_PROMPT
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
 
 
@@ -43,6 +45,8 @@ class UniCode2FluxPipeline(FluxPipeline):
         processor (`UniCode2Processor`): prompts and images to its inputs.
         condition_mapper (`UniCode2ConditionMapper`): visual tokens to conditioning.
         image_size (`int`, *optional*, defaults to 512): side of the images in pixels when a call names none.
+        num_candidates (`int`, *optional*, defaults to 1): images that the language model writes for a prompt when a call names no
+            number; the one from which it reads the prompt back best is painted.
         scheduler, vae, transformer, text_encoder, tokenizer, text_encoder_2, tokenizer_2, image_encoder, feature_extractor:
             as in [`FluxPipeline`].
     """
@@ -73,6 +77,7 @@ class UniCode2FluxPipeline(FluxPipeline):
         image_encoder: CLIPVisionModelWithProjection = None,
         feature_extractor: CLIPImageProcessor = None,
         image_size: int = 512,
+        num_candidates: int = 1,
     ):
         super().__init__(
             scheduler,
@@ -88,7 +93,7 @@ class UniCode2FluxPipeline(FluxPipeline):
         self.register_modules(
             vision_language_encoder=vision_language_encoder, processor=processor, condition_mapper=condition_mapper
         )
-        self.register_to_config(image_size=image_size)
+        self.register_to_config(image_size=image_size, num_candidates=num_candidates)
 
     @torch.no_grad()
     def generate_visual_tokens(
@@ -97,19 +102,30 @@ class UniCode2FluxPipeline(FluxPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         prior_guidance_scale: float | None = None,
         prior_generation_kwargs: dict | None = None,
+        num_candidates: int | None = None,
     ) -> torch.LongTensor:
         r"""
         Lets the language model write an image for each prompt: visual token ids `(batch_size, num_image_tokens)`.
 
-        The random numbers come from `generator`, the (first) one of the call; the global generator is left as it was.
+        Of `num_candidates` images (the pipeline's number by default) it keeps the one that scores best, see `score_visual_tokens`. The
+        random numbers come from `generator`, the (first) one of the call; the global generator is left as it was.
 
         Raises:
-            `ValueError`: on an empty prompt.
+            `ValueError`: on an empty prompt, and on less than one candidate.
         """
+        num_candidates = self.config.num_candidates if num_candidates is None else num_candidates
+        if not isinstance(num_candidates, int) or num_candidates < 1:
+            raise ValueError(f"`num_candidates` is {num_candidates!r}; it must be a whole number of at least 1.")
+        for name in ("num_return_sequences", "return_dict_in_generate"):
+            if num_candidates > 1 and (prior_generation_kwargs or {}).get(name) not in (None, False, 1):
+                raise ValueError(
+                    f"`{name}` does not go with {num_candidates} candidates a prompt; set `num_candidates` to 1."
+                )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         empty = [i for i, text in enumerate(prompts) if not text.strip()]
         if empty or not prompts:
             raise ValueError(f"Prompt {empty[0] + 1 if empty else 0} of {len(prompts)} is empty; say what to draw.")
+        prompts = [text for text in prompts for _ in range(num_candidates)]
         chats = [[{"role": "user", "content": text}] for text in prompts]
         texts = self.processor.apply_chat_template(chats, add_generation_prompt=True)
         device = self._execution_device
@@ -121,12 +137,60 @@ class UniCode2FluxPipeline(FluxPipeline):
         ):
             if first is not None:
                 torch.manual_seed(torch.randint(2**62, (), generator=first, device=first.device).item())
-            return self.vision_language_encoder.generate(
+            written = self.vision_language_encoder.generate(
                 **inputs,
                 generation_mode="image",
                 guidance_scale=prior_guidance_scale,
                 **(prior_generation_kwargs or {}),
             )
+        if num_candidates == 1:
+            return written
+        best = self.score_visual_tokens(prompts, written).unflatten(0, (-1, num_candidates)).argmax(-1)
+        return written.unflatten(0, (-1, num_candidates))[torch.arange(len(best), device=best.device), best]
+
+    @torch.no_grad()
+    def score_visual_tokens(self, prompt: str | list[str], visual_token_ids: torch.LongTensor) -> torch.Tensor:
+        r"""
+        How well the language model reads each prompt back from its image: the log-likelihood of the prompt, in nats, as the answer to
+        the question for a caption, float32 `(batch_size,)`. `visual_token_ids` is `(batch_size, num_image_tokens)`.
+
+        Raises:
+            `ValueError`: when there are not as many prompts as images, or an image has another number of ids.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(visual_token_ids):
+            raise ValueError(f"{len(prompts)} prompts do not fit {len(visual_token_ids)} images of visual tokens.")
+        question = self.processor.image_token + CAPTION_PROMPT
+        rows = []
+        for text, ids in zip(prompts, visual_token_ids.tolist()):
+            chat = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            rows.append(self.processor.encode_turns(chat, ids))
+        scores = []
+        longest, size = max(len(ids) for ids, _ in rows), self.vision_language_encoder.config.visual_token_offset
+        step = max(1, MAX_SCORES // ((longest - visual_token_ids.shape[1]) * size))
+        for start in range(0, len(rows), step):
+            scores.append(self.score_rows(rows[start : start + step]))
+        return torch.cat(scores)
+
+    def score_rows(self, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        """Log-likelihood of what is marked in ids, see `UniCode2Processor.encode_turns`; float32 `(num_rows,)`."""
+
+        def pad_left(values: list[list[int]]) -> torch.Tensor:
+            turned = [torch.tensor(value[::-1]) for value in values]
+            padded = torch.nn.utils.rnn.pad_sequence(turned, batch_first=True)
+            return padded.flip(-1).to(self._execution_device)
+
+        input_ids, answer = (pad_left(values) for values in zip(*rows))
+        attention_mask = pad_left([[1] * len(ids) for ids, _ in rows])
+        length = answer.shape[1] - answer.any(0).nonzero()[0].item()  # from the first answer to the end
+        logits = self.vision_language_encoder(
+            input_ids, attention_mask=attention_mask, output_modality="text", logits_to_keep=length + 1, use_cache=False
+        ).logits[:, :-1]
+        answer = answer[:, -length:].bool()
+        targets = input_ids[:, -length:].where(answer, 0)
+        log_likelihood = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]  # (num_rows, length)
+        # ids that frame an image, if a prompt holds them, are no text
+        return log_likelihood.where(answer & log_likelihood.isfinite(), 0.0).sum(-1)
 
     @torch.no_grad()
     def encode_visual_tokens(self, visual_token_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +261,7 @@ class UniCode2FluxPipeline(FluxPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         prior_guidance_scale: float | None = None,
         prior_generation_kwargs: dict | None = None,
+        num_candidates: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **kwargs,
@@ -213,6 +278,8 @@ class UniCode2FluxPipeline(FluxPipeline):
             generator (`torch.Generator` or a list of them, *optional*): makes a call repeatable.
             prior_guidance_scale (`float`, *optional*): classifier-free guidance of the language model.
             prior_generation_kwargs (`dict`, *optional*): passed on to its `generate`.
+            num_candidates (`int`, *optional*): images written for each, of which the one is painted from which the prompt is read back
+                best; by default the pipeline's own number.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             **kwargs: everything else that [`FluxPipeline`] takes.
         """
@@ -231,7 +298,7 @@ class UniCode2FluxPipeline(FluxPipeline):
             prompts = [prompt] if isinstance(prompt, str) else prompt
             prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
             visual_token_ids = self.generate_visual_tokens(
-                prompts, generator, prior_guidance_scale, prior_generation_kwargs
+                prompts, generator, prior_guidance_scale, prior_generation_kwargs, num_candidates
             )
         else:
             if image is not None:

@@ -5,8 +5,9 @@
 All figures are shares in percent. No training stage has seen the scenes: `new scenes` are put together from known (color, shape)
 pairs, `unseen pairs` from pairs that never occur in training (of the prompts, only those that name a pair). Short prompts, such as
 "a heart", do occur as captions in training. What chance gives is shown by drawing from the codes of another prompt (`other prompts`) and
-from codes that are dealt out singly (`shuffled codes`). With --emoji-dir, emoji are named, too, and with --clip their drawings are
-compared in the space of a CLIP image tower that the model never met.
+from codes that are dealt out singly (`shuffled codes`). A model that writes several images for a prompt and paints the one from which it
+reads the prompt back best is judged so; `one candidate` is the same without a choice. With --emoji-dir, emoji are named, too, and with
+--clip their drawings are compared in the space of a CLIP image tower that the model never met.
 """
 
 import argparse
@@ -51,6 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--guidance", type=float, help="classifier-free guidance of the language model (default: the model's)"
     )
+    parser.add_argument(
+        "--num-candidates",
+        type=int,
+        help="images written for a prompt, of which the one is painted that reads best (default: the model's)",
+    )
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument(
         "--utilization-images",
@@ -70,7 +76,8 @@ def main(args: argparse.Namespace) -> dict:
     check_arguments(args)
     pipe = UniCode2FluxPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    report = {"model": args.model, "seed": args.seed, "num_scenes": args.num_scenes}
+    num_candidates = pipe.config.num_candidates if args.num_candidates is None else args.num_candidates
+    report = {"model": args.model, "seed": args.seed, "num_scenes": args.num_scenes, "num_candidates": num_candidates}
     report |= {"understanding": {}, "drawing": {}, "redrawing": {}, "counts": {"understanding": {}, "drawing": {}}}
     for number, (part, pairs) in enumerate(PARTS.items()):
         rng = np.random.default_rng([args.seed, number])
@@ -83,11 +90,16 @@ def main(args: argparse.Namespace) -> dict:
         report["understanding"][part] = shares([question.kind for question in asked], right)
         categories = CATEGORIES if part == "new scenes" else COLOR_CATEGORIES
         prompts = [sample_prompt(categories[i % len(categories)], rng, pairs) for i in range(args.num_scenes)]
-        drawn, tokens = draw(pipe, [prompt.text for prompt in prompts], args)
+        drawn, tokens = draw(pipe, [prompt.text for prompt in prompts], args, num_candidates)
         kinds = [prompt.category for prompt in prompts]
         report["counts"]["drawing"][part] = Counter(kinds)
         report["drawing"][part] = shares(kinds, [check_drawing(*pair) for pair in zip(prompts, drawn)])
         if part == "new scenes":
+            if num_candidates > 1:
+                single = draw(pipe, [prompt.text for prompt in prompts], args, 1)[0]
+                report["drawing"]["one candidate"] = shares(
+                    kinds, [check_drawing(*pair) for pair in zip(prompts, single)]
+                )
             if args.sheet:
                 write_sheet(args.sheet, drawn, images, paint(pipe, encode(pipe, images[:48]), args))
             other = drawn[len(CATEGORIES) :] + drawn[: len(CATEGORIES)]  # of the same categories
@@ -116,8 +128,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         ("batch_size", 1),
         ("seed", 0),
         ("utilization_images", 1),
+        ("num_candidates", 1),
     ):
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}.")
     for name in ("json", "sheet"):
         path = getattr(args, name)
@@ -161,11 +174,13 @@ def encode(pipe, images: list[Image.Image]) -> torch.LongTensor:
     )
 
 
-def draw(pipe, prompts: list[str], args: argparse.Namespace) -> tuple[list[Image.Image], torch.LongTensor]:
+def draw(
+    pipe, prompts: list[str], args: argparse.Namespace, num_candidates: int | None = None
+) -> tuple[list[Image.Image], torch.LongTensor]:
     """Drawings of prompts, and the visual token ids that they were painted from."""
     generator = torch.Generator().manual_seed(args.seed)
     tokens = [
-        pipe.generate_visual_tokens(batch, generator, args.guidance)
+        pipe.generate_visual_tokens(batch, generator, args.guidance, num_candidates=num_candidates)
         for batch in batches(prompts, args.batch_size, "writing tokens")
     ]
     tokens = torch.cat(tokens)
@@ -204,7 +219,8 @@ def evaluate_emoji(pipe, args: argparse.Namespace) -> dict:
     named = shares(["name"] * len(names), [given == article(name) for given, name in zip(answers, names)])
     result = {"named": named["all"], "num_renderings": len(names)}
     if args.clip:
-        drawn = draw(pipe, [f"{article(f'big {name}')} on a white ground" for name in emoji.NAMES], args)[0]
+        prompts = [f"{article(f'big {name}')} on a white ground" for name in emoji.NAMES]
+        drawn = draw(pipe, prompts, args, args.num_candidates)[0]
         references = [
             emoji.draw_emoji_scene(emoji.EmojiScene(name, "big", 0.5, 0.5, 0.9, 0.0, "white"), args.emoji_dir, 64)
             for name in emoji.NAMES
@@ -265,7 +281,8 @@ def write_sheet(path: str, *rows: list[Image.Image]) -> None:
 
 
 def print_report(report: dict) -> None:
-    print(f"\n{report['model']}: {report['num_scenes']} scenes, and prompts, seed {report['seed']}")
+    best_of = f", each drawing the best of {report['num_candidates']}" if report["num_candidates"] > 1 else ""
+    print(f"\n{report['model']}: {report['num_scenes']} scenes, and prompts, seed {report['seed']}{best_of}")
     for task in ("understanding", "drawing", "redrawing"):
         for part, figures in report[task].items():
             counts = report["counts"].get(task, {}).get(part, {})
