@@ -113,6 +113,8 @@ def test_killed_stage_resumes_to_the_same_bytes(tiny_run, tmp_path):
 
 
 def test_stage_learns_what_its_data_say(tiny_run, tmp_path):
+    from transformers import AutoProcessor
+
     recipe = RECIPES / "unicode2-tiny/stage2.yaml"
     run = run_stage(
         recipe, tiny_run, tmp_path / "out", "--max_steps", "60", "--learning_rate", "0.01", "--logging_steps", "10"
@@ -123,6 +125,32 @@ def test_stage_learns_what_its_data_say(tiny_run, tmp_path):
         if "'text_loss'" in line
     ]
     assert float(losses[-1]) < 0.5 * float(losses[0]), losses
+    model = UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert model.generation_config.image_generation["max_plan_tokens"] == 64
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    prompt = processor.apply_chat_template([{"role": "user", "content": "a red circle"}], add_generation_prompt=True)
+    inputs = processor(text=prompt, return_tensors="pt")
+    output = model.generate(**inputs, generation_mode="interleaved", max_new_tokens=140, do_sample=False)
+    plan, image = processor.split_images(output[0, inputs["input_ids"].shape[1] :])[:2]
+    assert plan["text"] == "a small red circle at c4, on a white ground"
+    assert image["type"] == "image"
+
+
+def test_planned_image_is_an_answer_of_text_and_image(tiny_run):
+    from datasets import load_dataset
+    from transformers import AutoProcessor
+
+    from transformers_unicode2.training.data import build_examples
+
+    rows = load_dataset("parquet", data_files=str(tiny_run / "tokens/train-00000.parquet"), split="train")
+    processor = AutoProcessor.from_pretrained(tiny_run / "model")
+    example = build_examples(rows, {"planned_text_to_image": 1.0}, processor, 768)[0]
+    learnt = [id_ for id_ in example["labels"] if id_ != -100]
+    plan, image = processor.split_images(torch.tensor(learnt))
+    assert plan["text"] == "a small red circle at c4, on a white ground"
+    assert (image["visual_token_ids"] - 768).tolist() == rows[0]["codes"]
+    asked = [id_ for id_, label in zip(example["input_ids"], example["labels"]) if label == -100]
+    assert "a red circle" in processor.tokenizer.decode(asked) and "white" not in processor.tokenizer.decode(asked)
 
 
 def test_text_tokens_weigh_as_the_recipe_says(tiny_run, tmp_path):
@@ -212,7 +240,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     import os
 
     text = (RECIPES / "unicode2-tiny/run.sh").read_text()
-    for name in ("siglip", "stage1", "stage1.5", "stage2", "stage2-questions", "vae", "flux", "mapper-flux"):
+    for name in ("siglip", "stage1", "stage1.5", "stage2", "vae", "flux", "mapper-flux"):
         recipe = yaml.safe_load((RECIPES / f"unicode2-tiny/{name}.yaml").read_text())
         recipe |= {"max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 1, "save_steps": 2}
         target = tmp_path / f"training_recipes/unicode2-tiny/{name}.yaml"
@@ -228,10 +256,12 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
         target.write_bytes(path.read_bytes())
     replacements = {
         "--num-scenes 50000 --num-emoji 40000": "--num-scenes 96",
+        "--num-scenes 80000 --num-emoji 16000": "--num-scenes 96",
+        "--max_steps 4300 --warmup_steps 50": "--max_steps 2 --warmup_steps 1",
         ' --emoji-dir "$emoji"': "",
         "--codebook-size 8192 --num-cells 64": "--codebook-size 128 --num-cells 4",
         "--num-images 20000": "--num-images 96",
-        "evaluate scenes": "evaluate scenes --num-scenes 6 --steps 2 --utilization-images 100",
+        "unicode2 evaluate scenes": "unicode2 evaluate scenes --num-scenes 6 --steps 2 --utilization-images 100",
         'echo "--max_steps $1"': 'echo "--max_steps 2"',
     }
     for old, new in replacements.items():
@@ -240,14 +270,25 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     (tmp_path / "run.sh").write_text(text)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
-    def run(*arguments):
+    def run(*arguments, model="unicode2-tiny"):
         command = ["bash", "run.sh", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "redrawing | new scenes" in done.stdout
-        assert (tmp_path / "outputs/unicode2-tiny/unicode2-tiny/model_index.json").is_file()
+        folder = tmp_path / "outputs/unicode2-tiny" / model
+        assert json.loads((folder / "model_index.json").read_text())["num_candidates"] == 8
+        defaults = json.loads((folder / "generation_config.json").read_text())["image_generation"]
+        assert defaults["max_plan_tokens"] == 64 and defaults["guidance_scale"] == 2.0
 
     run()
     run()  # all stages are done
     (tmp_path / "outputs/unicode2-tiny").rename(tmp_path / "first")
     run("", "first/unicode2-tiny")  # its parts go on learning
+    run("", "first/unicode2-tiny", "language", model="unicode2-tiny-language")  # its language model alone
+
+
+@pytest.mark.parametrize("arguments, message", [(["", "", "language"], "needs START"), (["", "", "all?"], "is all?;")])
+def test_recipe_refuses_arguments_before_any_work(arguments, message, tmp_path):
+    command = ["bash", str(RECIPES / "unicode2-tiny/run.sh"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())

@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Trains unicode2-tiny: run it from the root of the repository, as `run.sh [EMOJI [START]]`. Stages that are done are skipped, one
-# that was killed goes on from its last checkpoint. Emoji: training_recipes/README.md. Without START all of it learns from nothing; with
-# a checkpoint as START, its parts go on learning.
+# Trains unicode2-tiny: run it from the root of the repository, as `run.sh [EMOJI [START [language]]]`. Stages that are done are skipped,
+# one that was killed goes on from its last checkpoint. Emoji: training_recipes/README.md. Without START all of it learns from nothing; with
+# a checkpoint as START, its parts go on learning, or its language model alone, on new scenes.
 set -euo pipefail
 recipes=training_recipes/unicode2-tiny
 out=outputs/unicode2-tiny
 emoji=${1:-$out/emoji}
 start=${2:+$(realpath "$2")}
+part=${3:-all}
+case $part in all | language) ;; *) echo "The third argument is $part; it must be all or language." >&2; exit 2 ;; esac
+if [ "$part$start" = language ]; then echo "language needs START, a checkpoint." >&2; exit 2; fi
+model=$out/unicode2-tiny
+[ "$part" = all ] || model+=-$part
 faster_in_bfloat16() {
   python - << 'END'
 import torch
@@ -54,8 +59,7 @@ decoder() {
 language_model() {
   once stage1 launch -m transformers_unicode2.training.sft --config $recipes/stage1.yaml $(steps 100)
   once stage1.5 launch -m transformers_unicode2.training.sft --config $recipes/stage1.5.yaml $(steps 600)
-  once stage2 launch -m transformers_unicode2.training.sft --config $recipes/stage2.yaml $(steps 1500)
-  once stage2-questions launch -m transformers_unicode2.training.sft --config $recipes/stage2-questions.yaml
+  once stage2 launch -m transformers_unicode2.training.sft --config $recipes/stage2.yaml $(steps 1760)
 }
 both() { # the decoder and its mapper, in the background, and the language model; each has half of the cores
   local threads=${OMP_NUM_THREADS:-}
@@ -70,12 +74,25 @@ both() { # the decoder and its mapper, in the background, and the language model
   job=
   if [ -n "$threads" ]; then export OMP_NUM_THREADS=$threads; else unset OMP_NUM_THREADS; fi
 }
+more_language() { # C1 and C2 rest, and so mapper and decoder stay valid
+  once data-language unicode2 scenes --output $out/data-language --seed 1 --num-scenes 80000 --num-emoji 16000 --emoji-dir "$emoji"
+  once tokens-language unicode2 tokenize --data $out/data-language --model "$start" --output $out/tokens-language
+  once stage2-language launch -m transformers_unicode2.training.sft --config $recipes/stage2.yaml --model "$start" \
+    --data $out/tokens-language --output_dir $out/stage2-language --max_steps 4300 --warmup_steps 50 \
+    --train_modules projector language_model lm_head visual_head
+  once assemble-language unicode2 assemble --model $out/stage2-language --mapper "$start/condition_mapper" --decoder "$start" \
+    --image-size 64 --num-candidates 8 --output $model
+}
 job=
 trap '[ -z "$job" ] || kill -- -$job 2> /dev/null || true' EXIT
-once data unicode2 scenes --output $out/data --num-scenes 50000 --num-emoji 40000 --emoji-dir "$emoji"
-once llm python $recipes/make_llm.py --config $recipes/llm.yaml ${start:+--start "$start"}
-once siglip launch $recipes/train_siglip.py --config $recipes/siglip.yaml ${start:+--start "$start"} $(steps 1300)
-codes
-both
-once assemble unicode2 assemble --model $out/stage2-questions --mapper $out/mapper-flux --decoder $out/flux --image-size 64 --output $out/unicode2-tiny
-unicode2 evaluate scenes --model $out/unicode2-tiny --emoji-dir "$emoji" --json $out/scores.json
+if [ "$part" = language ]; then
+  more_language
+else
+  once data unicode2 scenes --output $out/data --num-scenes 50000 --num-emoji 40000 --emoji-dir "$emoji"
+  once llm python $recipes/make_llm.py --config $recipes/llm.yaml ${start:+--start "$start"}
+  once siglip launch $recipes/train_siglip.py --config $recipes/siglip.yaml ${start:+--start "$start"} $(steps 1300)
+  codes
+  both
+  once assemble unicode2 assemble --model $out/stage2 --mapper $out/mapper-flux --decoder $out/flux --image-size 64 --num-candidates 8 --output $model
+fi
+unicode2 evaluate scenes --model $model --emoji-dir "$emoji" --json $model.json

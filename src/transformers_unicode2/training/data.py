@@ -7,6 +7,8 @@ import json
 import numpy as np
 import torch
 
+from ..processing_unicode2 import CAPTION_PROMPT
+
 
 def load_images(folder: str, split: str = "train"):
     """Opens `{split}-*.parquet` of a folder (as `unicode2 scenes` writes it) with the images left as compressed bytes."""
@@ -40,18 +42,21 @@ def pixel_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1}
 
 
-CAPTION_PROMPTS = {"caption": "describe the image.", "dense_caption": "describe the image in detail."}
-TASKS = (*CAPTION_PROMPTS, "questions", "text_to_image", "unconditional")
+CAPTION_PROMPTS = {"caption": CAPTION_PROMPT, "dense_caption": "describe the image in detail."}
+TASKS = (*CAPTION_PROMPTS, "questions", "text_to_image", "planned_text_to_image", "unconditional")
 
 
 def build_turns(row: dict, task: str, image: str, max_turns: int = 4) -> list[dict]:
     """The chat of one row for one of `TASKS`; `image` is the text that stands for the image, `max_turns` limits the questions.
 
-    `text_to_image` asks for the image by its caption or, in every third row, by its dense caption.
+    `text_to_image` asks for the image by its caption or, in every third row, by its dense caption. `planned_text_to_image` asks by
+    the caption, too, and the answer is the dense caption, then the image.
     """
     if task == "text_to_image":
         prompt = row["dense_caption"] if row["row"] % 3 == 0 else row["caption"]
         pairs = [(prompt, image)]
+    elif task == "planned_text_to_image":
+        pairs = [(row["caption"], row["dense_caption"] + image)]
     elif task == "questions":
         pairs = list(zip(row["questions"], row["answers"]))[:max_turns]
         pairs[0] = (image + pairs[0][0], pairs[0][1])
@@ -90,8 +95,6 @@ def build_examples(
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown:
         raise ValueError(f"Unknown tasks {', '.join(unknown)}; the tasks are {', '.join(TASKS)}.")
-    tokenizer = processor.tokenizer
-    image_text = processor.replace_image_token({}, 0)
 
     def expand(batch: dict, indices: list[int]) -> dict:
         output = {"input_ids": [], "labels": [], "length": []}
@@ -106,15 +109,8 @@ def build_examples(
                     ids = [processor.boi_token_id, *visual]
                     mask = [0] + [1] * len(visual)
                 else:
-                    encoded = tokenizer.apply_chat_template(
-                        build_turns(row, task, image_text, max_turns),
-                        chat_template=processor.chat_template,
-                        return_dict=True,
-                        return_assistant_tokens_mask=True,
-                    )
-                    codes = iter(visual)
-                    ids = [next(codes) if id_ == processor.image_token_id else id_ for id_ in encoded["input_ids"]]
-                    mask = encoded["assistant_masks"]
+                    turns = build_turns(row, task, processor.image_token, max_turns)
+                    ids, mask = processor.encode_turns(turns, visual)
                 output["input_ids"].append(ids)
                 learnt = [flag or (learn_all_images and id_ >= visual_token_offset) for id_, flag in zip(ids, mask)]
                 output["labels"].append([id_ if flag else -100 for id_, flag in zip(ids, learnt)])

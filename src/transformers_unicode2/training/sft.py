@@ -22,6 +22,13 @@ class StageArguments:
         metadata={"help": "weight of a text token in the loss; an answer has far fewer tokens than an image"},
     )
     max_turns: int = field(default=4, metadata={"help": "questions asked about one image"})
+    max_plan_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "image mode of the checkpoint plans in so many tokens at most, as `planned_text_to_image` teaches; kept in its "
+            "generation config, which LoRA adapters do not have"
+        },
+    )
     learn_all_images: bool = field(
         default=False, metadata={"help": "the images that texts are about are targets, too, not only those asked for"}
     )
@@ -117,6 +124,11 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
         args.model, dtype=args.dtype, attn_implementation=args.attn_implementation
     )
     processor = AutoProcessor.from_pretrained(args.model)
+    if args.max_plan_tokens is not None:
+        if args.max_plan_tokens < 0:
+            raise ValueError(f"`max_plan_tokens` is {args.max_plan_tokens}; it must be at least 0.")
+        defaults = getattr(model.generation_config, "image_generation", None) or {}
+        model.generation_config.image_generation = {**defaults, "max_plan_tokens": args.max_plan_tokens}
     if args.lora:
         from peft import get_peft_model
 
