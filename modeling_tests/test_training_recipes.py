@@ -257,7 +257,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     replacements = {
         "--num-scenes 50000 --num-emoji 40000": "--num-scenes 96",
         "--num-scenes 80000 --num-emoji 16000": "--num-scenes 96",
-        "--max_steps 4300 --warmup_steps 50": "--max_steps 2 --warmup_steps 1",
+        "--max_steps 3900 --warmup_steps 50": "--max_steps 2 --warmup_steps 1",
         ' --emoji-dir "$emoji"': "",
         "--codebook-size 8192 --num-cells 64": "--codebook-size 128 --num-cells 4",
         "--num-images 20000": "--num-images 96",
@@ -276,7 +276,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         assert "redrawing | new scenes" in done.stdout
         folder = tmp_path / "outputs/unicode2-tiny" / model
-        assert json.loads((folder / "model_index.json").read_text())["num_candidates"] == 8
+        assert json.loads((folder / "model_index.json").read_text())["num_candidates"] == 4
         defaults = json.loads((folder / "generation_config.json").read_text())["image_generation"]
         assert defaults["max_plan_tokens"] == 64 and defaults["guidance_scale"] == 2.0
 

@@ -78,10 +78,10 @@ more_language() { # C1 and C2 rest, and so mapper and decoder stay valid
   once data-language unicode2 scenes --output $out/data-language --seed 1 --num-scenes 80000 --num-emoji 16000 --emoji-dir "$emoji"
   once tokens-language unicode2 tokenize --data $out/data-language --model "$start" --output $out/tokens-language
   once stage2-language launch -m transformers_unicode2.training.sft --config $recipes/stage2.yaml --model "$start" \
-    --data $out/tokens-language --output_dir $out/stage2-language --max_steps 4300 --warmup_steps 50 \
+    --data $out/tokens-language --output_dir $out/stage2-language --max_steps 3900 --warmup_steps 50 \
     --train_modules projector language_model lm_head visual_head
   once assemble-language unicode2 assemble --model $out/stage2-language --mapper "$start/condition_mapper" --decoder "$start" \
-    --image-size 64 --num-candidates 8 --output $model
+    --image-size 64 --num-candidates 4 --output $model
 }
 job=
 trap '[ -z "$job" ] || kill -- -$job 2> /dev/null || true' EXIT
@@ -93,6 +93,6 @@ else
   once siglip launch $recipes/train_siglip.py --config $recipes/siglip.yaml ${start:+--start "$start"} $(steps 1300)
   codes
   both
-  once assemble unicode2 assemble --model $out/stage2 --mapper $out/mapper-flux --decoder $out/flux --image-size 64 --num-candidates 8 --output $model
+  once assemble unicode2 assemble --model $out/stage2 --mapper $out/mapper-flux --decoder $out/flux --image-size 64 --num-candidates 4 --output $model
 fi
 unicode2 evaluate scenes --model $model --emoji-dir "$emoji" --json $model.json
