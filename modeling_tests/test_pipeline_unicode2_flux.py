@@ -55,29 +55,26 @@ def test_batches_and_several_images_per_prompt(pipe):
     assert output.visual_token_ids.shape == (4, 64)
 
 
-def test_score_is_the_log_likelihood_of_the_prompt_as_a_caption(pipe):
+def test_score_is_the_log_likelihood_of_the_prompt_as_a_caption(tiny_checkpoint):
     from transformers_unicode2.training.data import build_examples
 
-    model = pipe.vision_language_encoder
-    dtype, offset = model.dtype, model.config.visual_token_offset
+    pipe = UniCode2FluxPipeline.from_pretrained(str(tiny_checkpoint))
+    model = pipe.vision_language_encoder.float()
+    offset = model.config.visual_token_offset
     prompts = ["a red circle", "three small green hearts and a blue ring on a white ground", "a heart"]
     tokens = pipe.generate_visual_tokens(prompts, torch.Generator().manual_seed(0), num_candidates=1)
     rows = datasets.Dataset.from_list(
         [{"codes": codes, "caption": text} for codes, text in zip((tokens - offset).tolist(), prompts)]
     )
-    model.float()
-    try:
-        scores = pipe.score_visual_tokens(prompts, tokens)
-        alone = torch.cat([pipe.score_visual_tokens(text, row[None]) for text, row in zip(prompts, tokens)])
-        wrong = pipe.score_visual_tokens(prompts[::-1], tokens)
-        expected = []
-        for row in build_examples(rows, {"caption": 1.0}, pipe.processor, offset):
-            labels = torch.tensor([row["labels"]])
-            with torch.no_grad():
-                loss = model(torch.tensor([row["input_ids"]]), labels=labels).text_loss
-            expected.append(-loss * (labels != -100).sum())
-    finally:
-        model.to(dtype)
+    scores = pipe.score_visual_tokens(prompts, tokens)
+    alone = torch.cat([pipe.score_visual_tokens(text, row[None]) for text, row in zip(prompts, tokens)])
+    wrong = pipe.score_visual_tokens(prompts[::-1], tokens)
+    expected = []
+    for row in build_examples(rows, {"caption": 1.0}, pipe.processor, offset):
+        labels = torch.tensor([row["labels"]])
+        with torch.no_grad():
+            loss = model(torch.tensor([row["input_ids"]]), labels=labels).text_loss
+        expected.append(-loss * (labels != -100).sum())
     torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(scores, alone, rtol=1e-3, atol=1e-2)
     assert scores[0] > wrong[2] and scores[2] > wrong[0]
