@@ -129,6 +129,9 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
             raise ValueError(f"`max_plan_tokens` is {args.max_plan_tokens}; it must be at least 0.")
         defaults = getattr(model.generation_config, "image_generation", None) or {}
         model.generation_config.image_generation = {**defaults, "max_plan_tokens": args.max_plan_tokens}
+        model.generation_config._from_model_config = (
+            False  # else it would be made anew from the model's config when loaded
+        )
     if args.lora:
         from peft import get_peft_model
 
