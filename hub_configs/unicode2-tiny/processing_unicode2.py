@@ -118,6 +118,8 @@ class UniCode2Processor(ProcessorMixin):
         image_token, boi_token, eoi_token (`str`): the three tokens; Qwen2.5's own by default.
     """
 
+    caption_prompt = CAPTION_PROMPT
+
     def __init__(
         self,
         image_processor=None,

@@ -17,9 +17,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from ..modeling_unicode2 import MAX_SCORES
-from ..processing_unicode2 import CAPTION_PROMPT
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
+
+MAX_SCORES = 2**26  # of text ids, held at a time when prompts are read back: 256 MiB in float32
 
 
 @dataclass
@@ -160,7 +160,7 @@ class UniCode2FluxPipeline(FluxPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(visual_token_ids):
             raise ValueError(f"{len(prompts)} prompts do not fit {len(visual_token_ids)} images of visual tokens.")
-        question = self.processor.image_token + CAPTION_PROMPT
+        question = self.processor.image_token + self.processor.caption_prompt
         rows = []
         for text, ids in zip(prompts, visual_token_ids.tolist()):
             chat = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
