@@ -218,20 +218,131 @@ def test_contrastive_loss_is_lowest_for_matching_pairs():
 
 def test_mapper_starts_from_image_prompts_and_is_drawn_to_them():
     from transformers_unicode2 import UniCode2ConditionMapper
-    from transformers_unicode2.training.mapper import MapperArguments, load_image_prompts, start_from
+    from transformers_unicode2.training.mapper import start_from
 
     sizes = {"visual_dim": 8, "hidden_dim": 12, "output_dim": 8, "pooled_dim": 4, "num_visual_tokens": 4}
+    sizes["num_attention_heads"] = 2
     adapter = UniCode2ConditionMapper(**sizes, output_scale=0.6)
     mapper = UniCode2ConditionMapper(**sizes, pooled_scale=0.01)
     features = torch.randn(2, 4, 8)
     start_from(mapper, adapter)
     assert torch.equal(mapper(features).prompt_embeds, adapter(features).prompt_embeds)
     assert mapper(features).pooled_prompt_embeds.abs().max() < 0.1
-    deeper = UniCode2ConditionMapper(**sizes, num_layers=1, num_attention_heads=2)
+    deeper = UniCode2ConditionMapper(**sizes, num_layers=1)
     start_from(deeper, adapter)
     assert torch.equal(deeper(features).prompt_embeds, adapter(features).prompt_embeds)
-    with pytest.raises(ValueError, match="`image_prompts` and `encoder` belong together"):
-        load_image_prompts(MapperArguments("", "", "", "", image_prompts="somewhere"))
+    start_from(deeper, adapter, whole=True)
+    assert torch.equal(deeper(features).pooled_prompt_embeds, adapter(features).pooled_prompt_embeds)
+    for other, message in (
+        ({"hidden_dim": 16}, "`hidden_dim` was 12 and is 16"),
+        ({"num_layers": 0}, "`num_layers` was 1 and is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start_from(
+                UniCode2ConditionMapper(**{**sizes, "num_layers": 1, **other}),
+                deeper,
+                whole=True,
+            )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"start": "x", "image_prompts": "y"}, "give `start` or `image_prompts`, not both"),
+        ({"encoder": "x", "decoder": "y"}, "`encoder` makes the patch features for `image_prompts`"),
+        ({"start": "x"}, r"from `start` \(x\) by regression only; got `contrastive_weight` 1, `flow"),
+        ({"contrastive_weight": 0.0, "flow_matching_weight": 0.0}, r"learns from `start` \(None\)"),
+        (
+            {"start": "x", "contrastive_weight": 0.0, "flow_matching_weight": 0.0},
+            "nothing to learn: .*`regression_weight` 0",
+        ),
+        ({"decoder": "x", "regression_weight": -1.0}, "`regression_weight` -1; none may be negative"),
+        ({"decoder": "y", "features_share": 0.5}, "`features_share` is 0.5; .* 0 without `start`"),
+        ({"decoder": "y", "start": "x", "features_share": 1.0}, r"`features_share` is 1; it must be in \[0, 1\)"),
+    ],
+)
+def test_mapper_refuses_losses_without_what_they_need(options, message):
+    from transformers_unicode2.training.mapper import MapperArguments, check_arguments
+
+    with pytest.raises(ValueError, match=message):
+        check_arguments(MapperArguments("data", "tokens", "model", **options))
+
+
+def test_features_take_the_places_of_codes():
+    """The distance of a mapper to itself on the same features is 0, and that of images that come as codes is not."""
+    from transformers_unicode2 import UniCode2ConditionMapper
+    from transformers_unicode2.training.mapper import MapperArguments, MapperWithLosses
+
+    torch.manual_seed(0)
+    mapper = UniCode2ConditionMapper(visual_dim=8, hidden_dim=12, output_dim=8, pooled_dim=4, num_visual_tokens=4)
+    options = {"start": "x", "contrastive_weight": 0.0, "flow_matching_weight": 0.0, "regression_weight": 2.0}
+    model = MapperWithLosses(mapper, None, torch.randn(16, 8), MapperArguments("", "", "", **options))
+    codes, features = torch.randint(16, (4, 4)), torch.randn(4, 4, 8)
+    targets = {name: value.detach() for name, value in mapper(features).items()}
+    whole, half, none = (model(codes, features=features[:n], **targets) for n in (4, 2, 0))
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        assert whole[name] == 0 < half[name] < none[name]
+    assert none["loss"].item() == pytest.approx(2 * (none["prompt_embeds"] + none["pooled_prompt_embeds"]).item())
+
+
+def test_mapper_learns_alone_to_make_of_codes_what_it_makes_of_features(tiny_checkpoint, tmp_path):
+    """On images that it does not learn from; without a decoder; a killed run goes on to the same bytes."""
+    import shutil
+
+    from transformers import AutoImageProcessor, TrainingArguments
+
+    from transformers_unicode2 import UniCode2ConditionMapper
+    from transformers_unicode2.evaluation import dataset
+    from transformers_unicode2.training import data
+    from transformers_unicode2.training.mapper import MapperArguments, main
+
+    for split in ("train", "test"):
+        arguments = ["--output", str(tmp_path / "data"), "--num-scenes", "48", "--split", split]
+        dataset.main(dataset.make_parser().parse_args(arguments))
+    arguments = [
+        "--data",
+        str(tmp_path / "data"),
+        "--model",
+        str(tiny_checkpoint),
+        "--output",
+        str(tmp_path / "tokens"),
+    ]
+    data.main(data.make_parser().parse_args(arguments))
+    start = UniCode2ConditionMapper.from_pretrained(tiny_checkpoint, subfolder="condition_mapper").float()
+    options = {"num_layers": start.config.num_layers + 1}
+
+    def learn(output):
+        folder = f"{tiny_checkpoint}/condition_mapper"
+        args = MapperArguments(
+            *(str(tmp_path / "data"), str(tmp_path / "tokens"), str(tiny_checkpoint)),
+            **{"start": folder, "mapper": options, "features_share": 0.125, "muon": True},
+            **{"contrastive_weight": 0.0, "flow_matching_weight": 0.0, "regression_weight": 1.0},
+        )
+        options_ = {"max_steps": 24, "save_steps": 12, "learning_rate": 5e-4, "warmup_steps": 4, "adam_beta2": 0.98}
+        options_ |= {"use_cpu": True, "bf16": True, "report_to": "none", "remove_unused_columns": False}
+        main(args, TrainingArguments(str(output), per_device_train_batch_size=16, **options_))
+        return (output / "diffusion_pytorch_model.safetensors").read_bytes()
+
+    whole = learn(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole/checkpoint-12", tmp_path / "killed/checkpoint-12")
+    kept = (tmp_path / "killed/checkpoint-12/trainer_state.json").stat().st_mtime_ns
+    assert learn(tmp_path / "killed") == whole
+    assert (tmp_path / "killed/checkpoint-12/trainer_state.json").stat().st_mtime_ns == kept  # it was not made anew
+    model = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    quantizer, offset = model.get_quantizer(), model.config.visual_token_offset
+    images = [data.decode_image(row) for row in data.load_images(str(tmp_path / "data"), "test")]
+    pixels = AutoImageProcessor.from_pretrained(tiny_checkpoint)(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = quantizer.vision_model(pixels).last_hidden_state
+        embeds = model.model.visual_embeddings.weight[model.get_image_tokens(pixels) - offset].float()
+        wanted = start(features)
+        learnt = UniCode2ConditionMapper.from_pretrained(tmp_path / "whole")
+        for name in ("prompt_embeds", "pooled_prompt_embeds"):
+            before, after, kept = (
+                float((mapper(inputs)[name] - wanted[name]).square().mean() / wanted[name].var())
+                for mapper, inputs in ((start, embeds), (learnt, embeds), (learnt, features))
+            )
+            assert after < 0.97 * before and kept < 0.7 * before, name
 
 
 @pytest.mark.slow
@@ -240,9 +351,10 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     import os
 
     text = (RECIPES / "unicode2-tiny/run.sh").read_text()
-    for name in ("siglip", "stage1", "stage1.5", "stage2", "vae", "flux", "mapper-flux"):
+    for name in ("siglip", "stage1", "stage1.5", "stage2", "vae", "flux", "mapper-flux", "mapper-codes"):
         recipe = yaml.safe_load((RECIPES / f"unicode2-tiny/{name}.yaml").read_text())
         recipe |= {"max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 1, "save_steps": 2}
+        recipe |= {"features_share": 0.25} if "features_share" in recipe else {}
         target = tmp_path / f"training_recipes/unicode2-tiny/{name}.yaml"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(yaml.safe_dump(recipe))
@@ -257,6 +369,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     replacements = {
         "--num-scenes 50000 --num-emoji 40000": "--num-scenes 96",
         "--num-scenes 80000 --num-emoji 16000": "--num-scenes 96",
+        "--num-scenes 20000 --num-emoji 120000": "--num-scenes 96",
         "--max_steps 3900 --warmup_steps 50": "--max_steps 2 --warmup_steps 1",
         ' --emoji-dir "$emoji"': "",
         "--codebook-size 8192 --num-cells 64": "--codebook-size 128 --num-cells 4",
@@ -285,9 +398,18 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     (tmp_path / "outputs/unicode2-tiny").rename(tmp_path / "first")
     run("", "first/unicode2-tiny")  # its parts go on learning
     run("", "first/unicode2-tiny", "language", model="unicode2-tiny-language")  # its language model alone
+    run("", "first/unicode2-tiny", "mapper", model="unicode2-tiny-mapper")
 
 
-@pytest.mark.parametrize("arguments, message", [(["", "", "language"], "needs START"), (["", "", "all?"], "is all?;")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["", "", "language"], "needs START"),
+        (["", "", "mapper"], "mapper needs START"),
+        (["", "/"], "START / has no config.json"),
+        (["", "", "all?"], "is all?;"),
+    ],
+)
 def test_recipe_refuses_arguments_before_any_work(arguments, message, tmp_path):
     command = ["bash", str(RECIPES / "unicode2-tiny/run.sh"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -1,15 +1,25 @@
 #!/usr/bin/env bash
-# Trains unicode2-tiny: run it from the root of the repository, as `run.sh [EMOJI [START [language]]]`. Stages that are done are skipped,
+# Trains unicode2-tiny: run it from the root of the repository, as `run.sh [EMOJI [START [language | mapper]]]`. Stages that are done are skipped,
 # one that was killed goes on from its last checkpoint. Emoji: training_recipes/README.md. Without START all of it learns from nothing; with
-# a checkpoint as START, its parts go on learning, or its language model alone, on new scenes.
+# a checkpoint as START, its parts go on learning, or its language model or its mapper alone, on new scenes.
 set -euo pipefail
 recipes=training_recipes/unicode2-tiny
 out=outputs/unicode2-tiny
 emoji=${1:-$out/emoji}
 start=${2:+$(realpath "$2")}
 part=${3:-all}
-case $part in all | language) ;; *) echo "The third argument is $part; it must be all or language." >&2; exit 2 ;; esac
-if [ "$part$start" = language ]; then echo "language needs START, a checkpoint." >&2; exit 2; fi
+case $part in all | language | mapper) ;; *) echo "The third argument is $part; it must be all, language or mapper." >&2; exit 2 ;; esac
+if [ "$part" != all ] && [ -z "$start" ]; then echo "$part needs START, a checkpoint." >&2; exit 2; fi
+if [ -n "$start" ]; then
+  for file in config.json condition_mapper/config.json transformer/config.json; do
+    [ -f "$start/$file" ] || { echo "START $start has no $file; it must be an assembled checkpoint." >&2; exit 2; }
+  done
+fi
+begun=$out/.start-$part
+if [ -f "$begun" ] && [ "$(< "$begun")" != "$start" ]; then
+  echo "$out was begun with START '$(< "$begun")', not '$start'; move $out away." >&2
+  exit 2
+fi
 model=$out/unicode2-tiny
 [ "$part" = all ] || model+=-$part
 faster_in_bfloat16() {
@@ -25,6 +35,7 @@ print(str(seconds[torch.bfloat16] < seconds[torch.float32]).lower())
 END
 }
 mkdir -p "$out"
+echo "$start" > "$begun"
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   launch() { accelerate launch --num_processes 1 "$@"; }
 else
@@ -83,10 +94,18 @@ more_language() { # C1 and C2 rest, and so mapper and decoder stay valid
   once assemble-language unicode2 assemble --model $out/stage2-language --mapper "$start/condition_mapper" --decoder "$start" \
     --image-size 64 --num-candidates 4 --output $model
 }
+more_mapper() { # codes, language model and decoder stay as they are; mostly emoji, whose details the codes keep least of
+  once data-mapper unicode2 scenes --output $out/data-mapper --seed 3 --num-scenes 20000 --num-emoji 120000 --emoji-dir "$emoji"
+  once tokens-mapper unicode2 tokenize --data $out/data-mapper --model "$start" --output $out/tokens-mapper
+  once mapper-codes launch -m transformers_unicode2.training.mapper --config $recipes/mapper-codes.yaml --model "$start" \
+    --start "$start/condition_mapper"
+  once assemble-mapper unicode2 assemble --model "$start" --mapper $out/mapper-codes --decoder "$start" \
+    --image-size 64 --num-candidates 4 --output $model
+}
 job=
 trap '[ -z "$job" ] || kill -- -$job 2> /dev/null || true' EXIT
-if [ "$part" = language ]; then
-  more_language
+if [ "$part" != all ]; then
+  "more_$part"
 else
   once data unicode2 scenes --output $out/data --num-scenes 50000 --num-emoji 40000 --emoji-dir "$emoji"
   once llm python $recipes/make_llm.py --config $recipes/llm.yaml ${start:+--start "$start"}

@@ -7,12 +7,16 @@ the frozen text encoder's pooled embedding of its caption, with the other captio
 scale and the single tokens free, so flow matching through the frozen decoder, which the paper does not use, is there to teach
 the tokens what the decoder understands. For a decoder that reads image prompts already, as FLUX.1-dev does with FLUX.1 Redux, the mapper
 can start from what makes these out of patch features, and be drawn to its outputs for the same image (`image_prompts`,
-`regression_weight`). Neither the decoder nor C2 learns.
+`regression_weight`). A trained mapper can go on by itself, without a decoder: it learns to make of codes what it made of the patch
+features behind them (`start`, `features_share`). Neither the decoder nor C2 learns.
 """
 
+import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass
@@ -20,18 +24,34 @@ class MapperArguments:
     data: str = field(metadata={"help": "folder of train-*.parquet with images and captions"})
     tokens: str = field(metadata={"help": "folder of the same rows, pre-tokenized"})
     model: str = field(metadata={"help": "UniCode² checkpoint whose C2 embeds the tokens"})
-    decoder: str = field(metadata={"help": "frozen FLUX pipeline with its text encoders"})
-    mapper: dict = field(default_factory=dict, metadata={"help": "fields of UniCode2ConditionMapper"})
+    decoder: str | None = field(
+        default=None,
+        metadata={"help": "frozen FLUX pipeline with its text encoders; regression from `start` can do without"},
+    )
+    start: str | None = field(
+        default=None,
+        metadata={"help": "UniCode2ConditionMapper that goes on learning, drawn to what it makes of patch features"},
+    )
+    mapper: dict = field(
+        default_factory=dict, metadata={"help": "fields of UniCode2ConditionMapper (default: those of `start`)"}
+    )
     contrastive_weight: float = 1.0
     flow_matching_weight: float = 1.0
     flow_matching_share: float = field(
         default=1.0, metadata={"help": "share of the steps with flow matching, which takes most of a step's time"}
     )
-    regression_weight: float = field(default=0.0, metadata={"help": "of the squared distance to the image prompts"})
+    regression_weight: float = field(
+        default=0.0, metadata={"help": "of the squared distance to the image prompts, or to what `start` makes"}
+    )
     image_prompts: str | None = field(
         default=None, metadata={"help": "UniCode2ConditionMapper from patch features to prompts of this decoder"}
     )
-    encoder: str | None = field(default=None, metadata={"help": "vision encoder of these patch features"})
+    encoder: str | None = field(
+        default=None, metadata={"help": "vision encoder of these patch features (default: the one in `model`)"}
+    )
+    features_share: float = field(
+        default=0.0, metadata={"help": "share of the images whose patch features are mapped in place of their codes"}
+    )
     temperature: float = field(default=0.07, metadata={"help": "tau of Eq. 10"})
     muon: bool = field(
         default=False, metadata={"help": "Muon for the matrices, AdamW for the rest; AdamW alone if false"}
@@ -95,14 +115,25 @@ class MapperWithLosses(torch.nn.Module):
         self.mapper, self.args = mapper, args
         self.frozen = [decoder, visual_embeddings.detach()]  # in a list, so that nothing of it is registered
 
-    def forward(self, codes, latents, input_ids, image_prompts=None):
+    def forward(self, codes, latents=None, input_ids=None, features=None, **targets):
+        """
+        `features` `(num_images, num_visual_tokens, visual_dim)` take the places of the first codes; `targets` are what regression draws
+        the outputs of these names to.
+        """
         decoder, visual_embeddings = self.frozen
-        condition = self.mapper(visual_embeddings[codes])
-        with torch.no_grad():
-            text = decoder.text_encoder(input_ids).pooler_output  # (batch_size, pooled_dim)
-        contrastive = contrastive_loss(condition.pooled_prompt_embeds, text, self.args.temperature)
-        loss = self.args.contrastive_weight * contrastive
-        losses = {"contrastive": contrastive.detach()}
+        embeds = visual_embeddings[codes]  # (batch_size, num_visual_tokens, visual_dim)
+        if features is not None:
+            embeds = torch.cat([features.to(embeds), embeds[len(features) :]])
+        small = embeds.device.type == "cpu" and embeds.shape[1] <= 256
+        with sdpa_kernel(SDPBackend.MATH) if small else nullcontext():  # the fastest there
+            condition = self.mapper(embeds)
+        loss, losses = condition.prompt_embeds.sum() * 0.0, {}
+        if self.args.contrastive_weight:
+            with torch.no_grad():
+                text = decoder.text_encoder(input_ids).pooler_output  # (batch_size, pooled_dim)
+            contrastive = contrastive_loss(condition.pooled_prompt_embeds, text, self.args.temperature)
+            loss = loss + self.args.contrastive_weight * contrastive
+            losses["contrastive"] = contrastive.detach()
         # a pass through the decoder, by far the largest part of a step
         if self.args.flow_matching_weight and torch.rand(()) < self.args.flow_matching_share:
             flow = flow_matching_loss(
@@ -110,89 +141,116 @@ class MapperWithLosses(torch.nn.Module):
             )
             loss = loss + self.args.flow_matching_weight * flow
             losses["flow"] = flow.detach()
-        if image_prompts is not None:
-            distance = (condition.prompt_embeds.float() - image_prompts).square().mean() / image_prompts.var()
+        for name, target in targets.items():
+            distance = (condition[name].float() - target).square().mean() / target.var()
             loss = loss + self.args.regression_weight * distance
-            losses["regression"] = distance.detach()
+            losses[name] = distance.detach()
         return {"loss": loss, **losses}
 
 
-def load_image_prompts(args: MapperArguments):
-    """The encoder and the mapper from its patch features to prompts, both frozen, or `None`.
+def check_arguments(args: MapperArguments) -> None:
+    """Raises `ValueError` when what a loss needs is not given, or when nothing would be learnt."""
+    if args.start and args.image_prompts:
+        raise ValueError("`start` is drawn to its own outputs; give `start` or `image_prompts`, not both.")
+    if args.encoder and not args.image_prompts:
+        raise ValueError("`encoder` makes the patch features for `image_prompts`, which is not given.")
+    weights = {name: getattr(args, f"{name}_weight") for name in ("contrastive", "flow_matching", "regression")}
+    given = ", ".join(f"`{name}_weight` {value:g}" for name, value in weights.items())
+    if not args.decoder and (not args.start or weights["contrastive"] or weights["flow_matching"]):
+        raise ValueError(
+            f"Without a `decoder` a mapper learns from `start` ({args.start}) by regression only; got {given}."
+        )
+    taught = bool(args.start or args.image_prompts)
+    if min(weights.values()) < 0 or not (
+        weights["contrastive"] or weights["flow_matching"] or weights["regression"] and taught
+    ):
+        raise ValueError(f"There is nothing to learn: {given}; none may be negative, and regression needs a teacher.")
+    if not 0 <= args.features_share < 1 or args.features_share and not args.start:
+        raise ValueError(f"`features_share` is {args.features_share:g}; it must be in [0, 1), and 0 without `start`.")
 
-    Raises `ValueError` when only one of them is given.
+
+def start_from(mapper: torch.nn.Module, other: torch.nn.Module, whole: bool = False) -> None:
     """
-    from transformers import SiglipVisionModel
+    Copies the weights of `other` that make `prompt_embeds`, as far as `mapper` has them in the same shape; with `whole`, all of them.
+    Transformer layers that only `mapper` has begin as the identity.
 
-    from transformers_unicode2 import UniCode2ConditionMapper
-
-    if (args.image_prompts is None) != (args.encoder is None):
-        raise ValueError("`image_prompts` and `encoder` belong together: give both or neither.")
-    if args.image_prompts is None:
-        return None
-    encoder = SiglipVisionModel.from_pretrained(args.encoder).requires_grad_(False).eval()
-    return encoder, UniCode2ConditionMapper.from_pretrained(args.image_prompts).requires_grad_(False).eval()
-
-
-def start_from(mapper: torch.nn.Module, other: torch.nn.Module) -> None:
+    Raises:
+        `ValueError`: with `whole`, when `mapper` is not `other` with more layers.
     """
-    Copies the weights of `other` that make `prompt_embeds`, as far as `mapper` has them in the same shape. Transformer layers that only
-    `mapper` has begin as the identity.
-    """
+    if whole:
+        pairs = {key: (other.config[key], mapper.config[key]) for key in inspect.signature(type(other)).parameters}
+        differing = [
+            f"`{key}` was {old} and is {new}"
+            for key, (old, new) in pairs.items()
+            if (new < old if key == "num_layers" else new != old) and not key.endswith("_scale")
+        ]
+        if differing:
+            raise ValueError(f"A mapper goes on learning only as it is or with more layers: {', '.join(differing)}.")
     for layer in mapper.layers[len(other.layers) :]:
         for last in (layer.self_attn.out_proj, layer.linear2):
             torch.nn.init.zeros_(last.weight)
             torch.nn.init.zeros_(last.bias)
     own = mapper.state_dict()
     fitting = {k: v for k, v in other.state_dict().items() if k in own and v.shape == own[k].shape}
-    mapper.load_state_dict({**own, **{k: v for k, v in fitting.items() if not k.startswith("pool")}})
+    mapper.load_state_dict({**own, **{k: v for k, v in fitting.items() if whole or not k.startswith("pool")}})
 
 
 def main(args: MapperArguments, training_args) -> None:
     from diffusers import FluxPipeline
-    from transformers import Trainer, set_seed
+    from transformers import SiglipVisionModel, Trainer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
     from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ForConditionalGeneration
     from transformers_unicode2.training.data import load_images_with_codes, pixel_collator
     from transformers_unicode2.training.optimizer import MuonWithAdamW
 
+    check_arguments(args)
     set_seed(training_args.seed)
-    decoder = FluxPipeline.from_pretrained(args.decoder)
-    for module in (decoder.transformer, decoder.vae, decoder.text_encoder):
-        module.requires_grad_(False).eval()
-    visual_embeddings = UniCode2ForConditionalGeneration.from_pretrained(args.model).model.visual_embeddings.weight
+    device = training_args.device
+    source = UniCode2ForConditionalGeneration.from_pretrained(args.model)
+    visual_embeddings = source.model.visual_embeddings.weight.detach().to(device)
     rows = load_images_with_codes(args.data, args.tokens)
-    with torch.no_grad():  # calibrate the starting scale to the text encoders' (see UniCode2ConditionMapper)
-        sample = decoder.encode_prompt(rows["caption"][:64], None, max_sequence_length=decoder.tokenizer_max_length)
-    scales = {
-        "output_scale": sample[0].square().mean().sqrt().item(),
-        "pooled_scale": sample[1].square().mean().sqrt().item(),
-    }
-    mapper = UniCode2ConditionMapper(**{**scales, **args.mapper})
-    prompts = load_image_prompts(args)
-    if prompts:
-        start_from(mapper, prompts[1])
+    options, decoder, teacher, encoder = dict(args.mapper), None, None, None
+    if args.decoder:
+        decoder = FluxPipeline.from_pretrained(args.decoder)
+        with torch.no_grad():  # calibrate the starting scale to the text encoders' (see UniCode2ConditionMapper)
+            sample = decoder.encode_prompt(rows["caption"][:64], None, max_sequence_length=decoder.tokenizer_max_length)
+        options.setdefault("output_scale", sample[0].square().mean().sqrt().item())
+        options.setdefault("pooled_scale", sample[1].square().mean().sqrt().item())
+        for module in (decoder.transformer, decoder.vae, decoder.text_encoder):
+            module.requires_grad_(False).eval().to(device)
+    if args.start or args.image_prompts:
+        teacher = UniCode2ConditionMapper.from_pretrained(args.start or args.image_prompts)
+        teacher = teacher.float().requires_grad_(False).eval().to(device)
+        encoder = (
+            SiglipVisionModel.from_pretrained(args.encoder) if args.encoder else source.get_quantizer().vision_model
+        )
+        encoder = encoder.requires_grad_(False).eval().to(device)
+    del source
+    if args.start:
+        parameters = inspect.signature(UniCode2ConditionMapper).parameters
+        options = {key: teacher.config[key] for key in parameters} | options
+    mapper = UniCode2ConditionMapper(**options)
+    if teacher:
+        start_from(mapper, teacher, whole=bool(args.start))
 
     def collate(batch):
-        captions = [row["caption"] for row in batch]
-        tokens = decoder.tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=decoder.tokenizer_max_length,
-            return_tensors="pt",
-        )
-        pixel_values = pixel_collator(batch)["pixel_values"]
-        inputs = {
-            "codes": torch.tensor([row["codes"] for row in batch]),
-            "latents": encode_latents(decoder.vae, pixel_values),
-            "input_ids": tokens["input_ids"],
-        }
-        if prompts:
-            encoder, adapter = prompts
-            with torch.no_grad():
-                inputs["image_prompts"] = adapter(encoder(pixel_values).last_hidden_state).prompt_embeds
+        pixel_values = pixel_collator(batch)["pixel_values"].to(device)
+        inputs = {"codes": torch.tensor([row["codes"] for row in batch])}
+        if decoder:
+            captions, max_length = [row["caption"] for row in batch], decoder.tokenizer_max_length
+            inputs["input_ids"] = decoder.tokenizer(
+                captions, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
+            )["input_ids"]
+            inputs["latents"] = encode_latents(decoder.vae, pixel_values).cpu()
+        if teacher:
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=training_args.bf16):
+                features = encoder(pixel_values).last_hidden_state  # (batch_size, num_patches, visual_dim)
+                target = teacher(features)
+            inputs["prompt_embeds"] = target.prompt_embeds.float().cpu()
+            if args.start:
+                inputs["pooled_prompt_embeds"] = target.pooled_prompt_embeds.float().cpu()
+                inputs["features"] = features[: round(args.features_share * len(features))].float().cpu()
         return inputs
 
     model = MapperWithLosses(mapper, decoder, visual_embeddings, args)
