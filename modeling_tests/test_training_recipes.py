@@ -345,16 +345,90 @@ def test_mapper_learns_alone_to_make_of_codes_what_it_makes_of_features(tiny_che
             assert after < 0.97 * before and kept < 0.7 * before, name
 
 
+def test_flux_goes_on_alone_from_coarse_image_prompts(tiny_checkpoint, tmp_path, monkeypatch):
+    """A FLUX that has forgotten part of its output layer paints images anew that it does not learn from; killed, it goes on to the same bytes."""
+    import shutil
+
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from transformers import TrainingArguments
+
+    from transformers_unicode2 import UniCode2ConditionMapper
+    from transformers_unicode2.evaluation import dataset
+    from transformers_unicode2.training import data
+    from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss
+
+    monkeypatch.syspath_prepend(RECIPES / "unicode2-tiny")
+    from tune_flux import TuneFluxArguments, main
+
+    for split in ("train", "test"):
+        arguments = ["--output", str(tmp_path / "data"), "--num-scenes", "48", "--split", split]
+        dataset.main(dataset.make_parser().parse_args(arguments))
+    model, mapper = tmp_path / "model", f"{tiny_checkpoint}/condition_mapper"
+    shutil.copytree(tiny_checkpoint, model)
+    flux = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer")
+    flux.proj_out.weight.data *= 0.5
+    flux.save_pretrained(model / "transformer")
+
+    def learn(output):
+        options = {"max_steps": 16, "save_steps": 8, "learning_rate": 1e-3, "warmup_steps": 2, "adam_beta2": 0.98}
+        options |= {"use_cpu": True, "bf16": True, "report_to": "none", "remove_unused_columns": False}
+        main(
+            TuneFluxArguments(str(tmp_path / "data"), str(model), mapper, table_size=256, shift=3.0),
+            TrainingArguments(str(output), per_device_train_batch_size=16, **options),
+        )
+        return (output / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
+
+    whole = learn(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole/checkpoint-8", tmp_path / "killed/checkpoint-8")
+    kept = (tmp_path / "killed/checkpoint-8/trainer_state.json").stat().st_mtime_ns
+    assert learn(tmp_path / "killed") == whole
+    assert (tmp_path / "killed/checkpoint-8/trainer_state.json").stat().st_mtime_ns == kept  # it was not made anew
+    without_texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    learnt = FluxPipeline.from_pretrained(tmp_path / "whole", **without_texts)
+    assert learnt.scheduler.config.shift == 3.0
+    source = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    pixels = data.pixel_collator(list(data.load_images(str(tmp_path / "data"), "test")))["pixel_values"]
+    with torch.no_grad():
+        codes = source.get_image_tokens(pixels) - source.config.visual_token_offset
+        embeds = source.model.visual_embeddings.weight[codes].float()
+        condition = UniCode2ConditionMapper.from_pretrained(mapper).float()(embeds)
+        latents, losses = encode_latents(learnt.vae, pixels), []
+        for transformer in (flux, learnt.transformer):
+            torch.manual_seed(0)
+            losses.append(flow_matching_loss(transformer.float(), latents, *condition.values(), shift=3.0).item())
+    assert losses[1] < 0.5 * losses[0]
+
+
+def test_shift_moves_times_towards_noise():
+    """`x_t` of an image of zeros is `t noise`, and a transformer that gives it back is off by `(1 - t) noise`, by less where t is more."""
+    from types import SimpleNamespace
+
+    from transformers_unicode2.training.mapper import flow_matching_loss
+
+    def echo(hidden_states, timestep, **_):
+        times.append(timestep)
+        return SimpleNamespace(sample=hidden_states)
+
+    losses, times = [], []
+    for shift in (1.0, 3.0):
+        torch.manual_seed(0)
+        inputs = torch.zeros(64, 4, 4, 4), torch.zeros(64, 2, 8), torch.zeros(64, 8)
+        losses.append(flow_matching_loss(echo, *inputs, shift=shift).item())
+    torch.testing.assert_close(times[1], 3 * times[0] / (1 + 2 * times[0]))
+    assert losses[1] < losses[0]
+
+
 @pytest.mark.slow
 def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     """Two steps of each command of run.sh, on 96 drawn scenes, up to an assembled repository that draws."""
     import os
 
     text = (RECIPES / "unicode2-tiny/run.sh").read_text()
-    for name in ("siglip", "stage1", "stage1.5", "stage2", "vae", "flux", "mapper-flux", "mapper-codes"):
+    for name in ("siglip", "stage1", "stage1.5", "stage2", "vae", "flux", "mapper-flux", "mapper-codes", "flux-coarse"):
         recipe = yaml.safe_load((RECIPES / f"unicode2-tiny/{name}.yaml").read_text())
         recipe |= {"max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 1, "save_steps": 2}
         recipe |= {"features_share": 0.25} if "features_share" in recipe else {}
+        recipe |= {"table_size": 256} if "table_size" in recipe else {}
         target = tmp_path / f"training_recipes/unicode2-tiny/{name}.yaml"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(yaml.safe_dump(recipe))
@@ -399,6 +473,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     run("", "first/unicode2-tiny")  # its parts go on learning
     run("", "first/unicode2-tiny", "language", model="unicode2-tiny-language")  # its language model alone
     run("", "first/unicode2-tiny", "mapper", model="unicode2-tiny-mapper")
+    run("", "outputs/unicode2-tiny/unicode2-tiny-mapper", "decoder", model="unicode2-tiny-decoder")
 
 
 @pytest.mark.parametrize(
@@ -406,6 +481,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     [
         (["", "", "language"], "needs START"),
         (["", "", "mapper"], "mapper needs START"),
+        (["", "", "decoder"], "decoder needs START"),
         (["", "/"], "START / has no config.json"),
         (["", "", "all?"], "is all?;"),
     ],

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains unicode2-tiny: run it from the root of the repository, as `run.sh [EMOJI [START [language | mapper]]]`. Stages that are done are skipped,
+# Trains unicode2-tiny: run it from the root of the repository, as `run.sh [EMOJI [START [language | mapper | decoder]]]`. Stages that are done are skipped,
 # one that was killed goes on from its last checkpoint. Emoji: training_recipes/README.md. Without START all of it learns from nothing; with
-# a checkpoint as START, its parts go on learning, or its language model or its mapper alone, on new scenes.
+# a checkpoint as START, its parts go on learning, or its language model, its mapper or its FLUX alone, on new scenes.
 set -euo pipefail
 recipes=training_recipes/unicode2-tiny
 out=outputs/unicode2-tiny
 emoji=${1:-$out/emoji}
 start=${2:+$(realpath "$2")}
 part=${3:-all}
-case $part in all | language | mapper) ;; *) echo "The third argument is $part; it must be all, language or mapper." >&2; exit 2 ;; esac
+case $part in all | language | mapper | decoder) ;; *) echo "The third argument is $part; it must be all, language, mapper or decoder." >&2; exit 2 ;; esac
 if [ "$part" != all ] && [ -z "$start" ]; then echo "$part needs START, a checkpoint." >&2; exit 2; fi
 if [ -n "$start" ]; then
   for file in config.json condition_mapper/config.json transformer/config.json; do
@@ -94,12 +94,21 @@ more_language() { # C1 and C2 rest, and so mapper and decoder stay valid
   once assemble-language unicode2 assemble --model $out/stage2-language --mapper "$start/condition_mapper" --decoder "$start" \
     --image-size 64 --num-candidates 4 --output $model
 }
-more_mapper() { # codes, language model and decoder stay as they are; mostly emoji, whose details the codes keep least of
-  once data-mapper unicode2 scenes --output $out/data-mapper --seed 3 --num-scenes 20000 --num-emoji 120000 --emoji-dir "$emoji"
-  once tokens-mapper unicode2 tokenize --data $out/data-mapper --model "$start" --output $out/tokens-mapper
+mostly_emoji() { # whose details the codes keep least of
+  once data-emoji unicode2 scenes --output $out/data-emoji --seed 3 --num-scenes 20000 --num-emoji 120000 --emoji-dir "$emoji"
+}
+more_mapper() { # codes, language model and decoder stay as they are
+  mostly_emoji
+  once tokens-emoji unicode2 tokenize --data $out/data-emoji --model "$start" --output $out/tokens-emoji
   once mapper-codes launch -m transformers_unicode2.training.mapper --config $recipes/mapper-codes.yaml --model "$start" \
     --start "$start/condition_mapper"
   once assemble-mapper unicode2 assemble --model "$start" --mapper $out/mapper-codes --decoder "$start" \
+    --image-size 64 --num-candidates 4 --output $model
+}
+more_decoder() { # all but the FLUX transformer stays as it is
+  mostly_emoji
+  once flux-coarse launch $recipes/tune_flux.py --config $recipes/flux-coarse.yaml --model "$start" --mapper "$start/condition_mapper"
+  once assemble-decoder unicode2 assemble --model "$start" --mapper "$start/condition_mapper" --decoder $out/flux-coarse \
     --image-size 64 --num-candidates 4 --output $model
 }
 job=

@@ -12,7 +12,13 @@ image tokens of an inner block point where the clean image's patch features poin
 Redux is saved as `image_prompts` beside the pipeline; the mapper starts from it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+
+from transformers_unicode2.training.data import pixel_collator
 
 
 @dataclass
@@ -42,8 +48,29 @@ class FluxArguments:
     )
 
 
+class CoarseFeatures:
+    """Rounds patch features to the nearest of a random half of a table of patch features; which half is drawn anew each time.
+
+    Args:
+        encode: images `(1, 3, height, width)` to patch features `(1, num_patches, dim)`.
+        images: the data set, of whose images the table holds some features each.
+        size: of the table.
+    """
+
+    def __init__(self, encode: Callable, images: Dataset, size: int, per_image: int = 16):
+        rows = images.select(torch.randperm(len(images))[: size // per_image].tolist())
+        patches = (encode(pixel_collator([row])["pixel_values"])[0] for row in rows)
+        self.table = torch.cat([features[torch.randperm(len(features))[:per_image]] for features in patches])
+
+    def __call__(self, features: torch.Tensor, share: float) -> torch.Tensor:
+        """Rounds the first `share` of the images; `(num_images, num_patches, dim)`."""
+        num_coarse = round(share * len(features))
+        codes = self.table[torch.randperm(len(self.table))[: len(self.table) // 2]].to(features)
+        coarse = codes[torch.cdist(features[:num_coarse].flatten(0, 1), codes).argmin(-1)]
+        return torch.cat([coarse.view_as(features[:num_coarse]), features[num_coarse:]])
+
+
 def main(args: FluxArguments, training_args) -> None:
-    import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import (
         AutoTokenizer,
@@ -58,7 +85,7 @@ def main(args: FluxArguments, training_args) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     from transformers_unicode2 import UniCode2ConditionMapper
-    from transformers_unicode2.training.data import load_images, pixel_collator
+    from transformers_unicode2.training.data import load_images
     from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss, start_from
     from transformers_unicode2.training.optimizer import MuonWithAdamW
 
@@ -104,7 +131,7 @@ def main(args: FluxArguments, training_args) -> None:
         def forward(self, latents, features, input_ids, is_image_prompt):
             texts = self.text_encoder_2(input_ids)[0]  # (num_texts, max_length, joint_attention_dim)
             pooled_texts = self.text_encoder(input_ids).pooler_output  # (num_texts, pooled_projection_dim)
-            images = self.image_prompts(coarsen(features[is_image_prompt])).prompt_embeds
+            images = self.image_prompts(coarsen(features[is_image_prompt], args.coarse_share)).prompt_embeds
             prompts = images.new_zeros(len(latents), *images.shape[1:])
             prompts[is_image_prompt], prompts[~is_image_prompt] = images, texts.to(images)
             pooled = pooled_texts.new_zeros(len(latents), pooled_texts.shape[-1])  # Redux has none either
@@ -120,13 +147,6 @@ def main(args: FluxArguments, training_args) -> None:
         with torch.no_grad(), torch.autocast(pixel_values.device.type, torch.bfloat16):
             return encoder(pixel_values).last_hidden_state.float()  # (batch_size, num_patches, width)
 
-    def coarsen(features):
-        """Rounds the first `coarse_share` of the images to a random half of the table."""
-        num_coarse = round(args.coarse_share * len(features))
-        codes = table[torch.randperm(len(table))[: len(table) // 2]].to(features)
-        coarse = codes[torch.cdist(features[:num_coarse].flatten(0, 1), codes).argmin(-1)]
-        return torch.cat([coarse.view_as(features[:num_coarse]), features[num_coarse:]])
-
     def collate(rows):
         num_images = round(args.image_prompt_share * len(rows))  # the rows come in random order
         exact = torch.rand(len(rows)) < args.layout_share
@@ -141,10 +161,7 @@ def main(args: FluxArguments, training_args) -> None:
         }
 
     images = load_images(args.data)
-    per_image = 16  # of the patches
-    rows = images.select(torch.randperm(len(images))[: args.table_size // per_image].tolist())
-    patches = (encode(pixel_collator([row])["pixel_values"])[0] for row in rows)
-    table = torch.cat([features[torch.randperm(len(features))[:per_image]] for features in patches])
+    coarsen = CoarseFeatures(encode, images, args.table_size)
     model = FluxWithLoss()
     if args.start:
         start = FluxTransformer2DModel.from_pretrained(args.start, subfolder="transformer", torch_dtype=torch.float32)

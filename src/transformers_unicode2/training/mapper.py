@@ -67,13 +67,17 @@ def encode_latents(vae, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def flow_matching_loss(
-    transformer, latents: torch.Tensor, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
+    transformer,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    shift: float = 1.0,
 ) -> torch.Tensor:
     """The flow-matching loss of a FLUX transformer, a scalar.
 
     `x_t = (1 - t) x_0 + t noise` with `t` logit-normal in (0, 1), as FLUX was trained; the target is `noise - x_0`. `latents` is
     `(batch_size, channels, h, w)`, `prompt_embeds` `(batch_size, num_tokens, joint_attention_dim)`, `pooled_prompt_embeds`
-    `(batch_size, pooled_projection_dim)`.
+    `(batch_size, pooled_projection_dim)`. `shift`, as of the scheduler, moves the times towards 1, where there is more noise.
     """
     from diffusers import FluxPipeline
     from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -83,6 +87,7 @@ def flow_matching_loss(
     like = {"device": latents.device, "dtype": latents.dtype}
     image_ids = FluxPipeline._prepare_latent_image_ids(batch_size, height // 2, width // 2, **like)
     times = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0).to(latents.device)
+    times = shift * times / (1 + (shift - 1) * times)
     noise = torch.randn_like(packed)
     mix = times[:, None, None]
     prediction = transformer(

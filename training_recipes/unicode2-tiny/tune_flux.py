@@ -1,0 +1,82 @@
+"""The FLUX transformer of a checkpoint goes on alone, on image prompts that the checkpoint's mapper makes of coarse patch features.
+
+    accelerate launch training_recipes/unicode2-tiny/tune_flux.py --config training_recipes/unicode2-tiny/flux-coarse.yaml
+
+The last part of what `train_flux.py` does, with the mapper as it is, in the place of the counterpart of Redux: it does not learn, and so
+the two still fit together. Features are coarse as there, rounded to a table that has nothing to do with the codebook.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from train_flux import CoarseFeatures
+
+
+@dataclass
+class TuneFluxArguments:
+    data: str = field(metadata={"help": "folder of train-*.parquet"})
+    model: str = field(metadata={"help": "UniCode² checkpoint with a FLUX pipeline around it"})
+    mapper: str = field(metadata={"help": "UniCode2ConditionMapper that makes the image prompts; stays as it is"})
+    coarse_share: float = field(default=0.8, metadata={"help": "share of the images with coarse features"})
+    table_size: int = field(
+        default=32768, metadata={"help": "patch features in the table; each step rounds to a random half of them"}
+    )
+    shift: float = field(
+        default=1.0, metadata={"help": "of the times, in training and for the scheduler; above 1: more noise"}
+    )
+
+
+def main(args: TuneFluxArguments, training_args) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from transformers import Trainer, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ForConditionalGeneration
+    from transformers_unicode2.training.data import load_images, pixel_collator
+    from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss
+    from transformers_unicode2.training.optimizer import MuonWithAdamW
+
+    set_seed(training_args.seed)
+    encoder = UniCode2ForConditionalGeneration.from_pretrained(args.model).get_quantizer().vision_model
+    mapper = UniCode2ConditionMapper.from_pretrained(args.mapper)
+    without_texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    parts = FluxPipeline.from_pretrained(args.model, **without_texts)
+    for module in (encoder, mapper, parts.vae):
+        module.float().requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def encode(pixel_values):
+        with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=training_args.bf16):
+            return encoder(pixel_values).last_hidden_state.float()  # (batch_size, num_patches, visual_dim)
+
+    @torch.no_grad()
+    def collate(rows):
+        pixel_values = pixel_collator(rows)["pixel_values"]
+        return {"latents": encode_latents(parts.vae, pixel_values), "features": encode(pixel_values)}
+
+    class FluxWithLoss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transformer = parts.transformer.float().train().requires_grad_(True)
+
+        def forward(self, latents, features):
+            with torch.no_grad():
+                condition = mapper(coarsen(features, args.coarse_share))
+            return {"loss": flow_matching_loss(self.transformer, latents, *condition.values(), shift=args.shift)}
+
+    images = load_images(args.data)
+    coarsen = CoarseFeatures(encode, images, args.table_size)
+    model = FluxWithLoss()
+    optimizer = MuonWithAdamW.for_trainer(model, training_args, ("x_embedder", "proj_out"))
+    trainer = Trainer(model, training_args, train_dataset=images, data_collator=collate, optimizers=(optimizer, None))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=args.shift)
+    pipe = FluxPipeline(scheduler, parts.vae, None, None, None, None, model.transformer.eval())
+    pipe.save_pretrained(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    from transformers import TrainingArguments
+    from trl import TrlParser
+
+    main(*TrlParser((TuneFluxArguments, TrainingArguments)).parse_args_and_config())
