@@ -308,17 +308,28 @@ def test_mapper_learns_alone_to_make_of_codes_what_it_makes_of_features(tiny_che
         str(tmp_path / "tokens"),
     ]
     data.main(data.make_parser().parse_args(arguments))
-    start = UniCode2ConditionMapper.from_pretrained(tiny_checkpoint, subfolder="condition_mapper").float()
-    options = {"num_layers": start.config.num_layers + 1}
+    tiny = UniCode2ConditionMapper.from_pretrained(tiny_checkpoint, subfolder="condition_mapper").config
+    torch.manual_seed(0)
+    names = ("visual_dim", "output_dim", "pooled_dim", "num_visual_tokens")
+    start = UniCode2ConditionMapper(
+        **{name: tiny[name] for name in names}, hidden_dim=64, num_layers=1, num_attention_heads=3
+    )
+    start.save_pretrained(tmp_path / "start")
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    model = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    model.model.visual_embeddings.weight.data *= (
+        0.5  # a C2 that has gone far from C1, which the mapper must make up for
+    )
+    model.save_pretrained(tmp_path / "model")
+    options = {"num_layers": 2}
 
     def learn(output):
-        folder = f"{tiny_checkpoint}/condition_mapper"
         args = MapperArguments(
-            *(str(tmp_path / "data"), str(tmp_path / "tokens"), str(tiny_checkpoint)),
-            **{"start": folder, "mapper": options, "features_share": 0.125, "muon": True},
+            *(str(tmp_path / "data"), str(tmp_path / "tokens"), str(tmp_path / "model")),
+            **{"start": str(tmp_path / "start"), "mapper": options, "features_share": 0.125, "muon": True},
             **{"contrastive_weight": 0.0, "flow_matching_weight": 0.0, "regression_weight": 1.0},
         )
-        options_ = {"max_steps": 24, "save_steps": 12, "learning_rate": 5e-4, "warmup_steps": 4, "adam_beta2": 0.98}
+        options_ = {"max_steps": 24, "save_steps": 12, "learning_rate": 3e-3, "warmup_steps": 4, "adam_beta2": 0.98}
         options_ |= {"use_cpu": True, "bf16": True, "report_to": "none", "remove_unused_columns": False}
         main(args, TrainingArguments(str(output), per_device_train_batch_size=16, **options_))
         return (output / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -328,7 +339,6 @@ def test_mapper_learns_alone_to_make_of_codes_what_it_makes_of_features(tiny_che
     kept = (tmp_path / "killed/checkpoint-12/trainer_state.json").stat().st_mtime_ns
     assert learn(tmp_path / "killed") == whole
     assert (tmp_path / "killed/checkpoint-12/trainer_state.json").stat().st_mtime_ns == kept  # it was not made anew
-    model = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
     quantizer, offset = model.get_quantizer(), model.config.visual_token_offset
     images = [data.decode_image(row) for row in data.load_images(str(tmp_path / "data"), "test")]
     pixels = AutoImageProcessor.from_pretrained(tiny_checkpoint)(images, return_tensors="pt")["pixel_values"]
@@ -342,7 +352,7 @@ def test_mapper_learns_alone_to_make_of_codes_what_it_makes_of_features(tiny_che
                 float((mapper(inputs)[name] - wanted[name]).square().mean() / wanted[name].var())
                 for mapper, inputs in ((start, embeds), (learnt, embeds), (learnt, features))
             )
-            assert after < 0.97 * before and kept < 0.7 * before, name
+            assert after < 0.9 * before and kept < 0.7 * before, name
 
 
 def test_flux_goes_on_alone_from_coarse_image_prompts(tiny_checkpoint, tmp_path, monkeypatch):
@@ -355,48 +365,98 @@ def test_flux_goes_on_alone_from_coarse_image_prompts(tiny_checkpoint, tmp_path,
     from transformers_unicode2 import UniCode2ConditionMapper
     from transformers_unicode2.evaluation import dataset
     from transformers_unicode2.training import data
+    from transformers_unicode2.training import mapper as losses_of
     from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss
 
     monkeypatch.syspath_prepend(RECIPES / "unicode2-tiny")
     from tune_flux import TuneFluxArguments, main
 
+    shifts = []
+    spy = lambda *args, shift: shifts.append(shift) or flow_matching_loss(*args, shift=shift)  # noqa: E731
+    monkeypatch.setattr(losses_of, "flow_matching_loss", spy)
+
     for split in ("train", "test"):
         arguments = ["--output", str(tmp_path / "data"), "--num-scenes", "48", "--split", split]
         dataset.main(dataset.make_parser().parse_args(arguments))
-    model, mapper = tmp_path / "model", f"{tiny_checkpoint}/condition_mapper"
+    model = tmp_path / "model"
     shutil.copytree(tiny_checkpoint, model)
     flux = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer")
     flux.proj_out.weight.data *= 0.5
     flux.save_pretrained(model / "transformer")
 
     def learn(output):
-        options = {"max_steps": 16, "save_steps": 8, "learning_rate": 1e-3, "warmup_steps": 2, "adam_beta2": 0.98}
+        options = {"max_steps": 12, "save_steps": 6, "learning_rate": 1e-3, "warmup_steps": 2, "adam_beta2": 0.98}
         options |= {"use_cpu": True, "bf16": True, "report_to": "none", "remove_unused_columns": False}
         main(
-            TuneFluxArguments(str(tmp_path / "data"), str(model), mapper, table_size=256, shift=3.0),
-            TrainingArguments(str(output), per_device_train_batch_size=16, **options),
+            TuneFluxArguments(str(tmp_path / "data"), str(model), table_size=256, shift=3.0),
+            TrainingArguments(str(output), per_device_train_batch_size=8, **options),
         )
         return (output / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
 
     whole = learn(tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole/checkpoint-8", tmp_path / "killed/checkpoint-8")
-    kept = (tmp_path / "killed/checkpoint-8/trainer_state.json").stat().st_mtime_ns
+    shutil.copytree(tmp_path / "whole/checkpoint-6", tmp_path / "killed/checkpoint-6")
+    kept = (tmp_path / "killed/checkpoint-6/trainer_state.json").stat().st_mtime_ns
     assert learn(tmp_path / "killed") == whole
-    assert (tmp_path / "killed/checkpoint-8/trainer_state.json").stat().st_mtime_ns == kept  # it was not made anew
+    assert (tmp_path / "killed/checkpoint-6/trainer_state.json").stat().st_mtime_ns == kept  # it was not made anew
     without_texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     learnt = FluxPipeline.from_pretrained(tmp_path / "whole", **without_texts)
-    assert learnt.scheduler.config.shift == 3.0
+    was = FluxPipeline.from_pretrained(model, **without_texts).scheduler.config
+    assert dict(learnt.scheduler.config) == dict(was) | {"shift": 3.0}
+    assert set(shifts) == {3.0}
     source = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
     pixels = data.pixel_collator(list(data.load_images(str(tmp_path / "data"), "test")))["pixel_values"]
     with torch.no_grad():
         codes = source.get_image_tokens(pixels) - source.config.visual_token_offset
         embeds = source.model.visual_embeddings.weight[codes].float()
-        condition = UniCode2ConditionMapper.from_pretrained(mapper).float()(embeds)
+        condition = UniCode2ConditionMapper.from_pretrained(model, subfolder="condition_mapper").float()(embeds)
         latents, losses = encode_latents(learnt.vae, pixels), []
         for transformer in (flux, learnt.transformer):
             torch.manual_seed(0)
             losses.append(flow_matching_loss(transformer.float(), latents, *condition.values(), shift=3.0).item())
     assert losses[1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"coarse_share": 1.5}, r"`coarse_share` is 1.5; it must be in \[0, 1\]"),
+        ({"table_size": 15}, "`table_size` is 15; it must be 16 at least"),
+        ({"shift": 0.0}, "`shift` is 0; it must be above 0"),
+    ],
+)
+def test_flux_alone_says_which_number_is_wrong(wrong, message, monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES / "unicode2-tiny")
+    from tune_flux import TuneFluxArguments, main
+
+    with pytest.raises(ValueError, match=message):
+        main(TuneFluxArguments("nowhere", "nowhere", **wrong), None)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_coarse_features_are_rows_of_the_table(share, tmp_path, monkeypatch):
+    """The first images are rounded, each patch to the nearest of half a table; the others keep every bit."""
+    from transformers_unicode2.evaluation import dataset
+    from transformers_unicode2.training.data import load_images
+
+    monkeypatch.syspath_prepend(RECIPES / "unicode2-tiny")
+    from train_flux import CoarseFeatures
+
+    dataset.main(dataset.make_parser().parse_args(["--output", str(tmp_path), "--num-scenes", "8"]))
+
+    def encode(pixel_values):  # (1, 3, 64, 64) to the means of 64 patches
+        return torch.nn.functional.avg_pool2d(pixel_values, 8).flatten(2).transpose(1, 2)
+
+    coarsen = CoarseFeatures(encode, load_images(str(tmp_path)), 64)
+    assert coarsen.table.shape == (64, 3)
+    features = torch.rand(4, 64, 3) * 2 - 1
+    coarse = coarsen(features, share)
+    num_coarse = round(4 * share)
+    assert torch.equal(coarse[num_coarse:], features[num_coarse:])
+    assert (coarse[:num_coarse, :, None] == coarsen.table).all(-1).any(-1).all()
+    distances = torch.cdist(features[:num_coarse], coarsen.table)
+    kept = (coarsen.table == coarse[:num_coarse, :, None]).all(-1)
+    rank = (distances < distances.where(kept, torch.inf).amin(-1, keepdim=True)).sum(-1)
+    assert (rank <= 32).all()  # at most the other half of the table is nearer
 
 
 def test_shift_moves_times_towards_noise():
@@ -473,7 +533,13 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     run("", "first/unicode2-tiny")  # its parts go on learning
     run("", "first/unicode2-tiny", "language", model="unicode2-tiny-language")  # its language model alone
     run("", "first/unicode2-tiny", "mapper", model="unicode2-tiny-mapper")
+    weights = "diffusion_pytorch_model.safetensors"
+    parts = ["model.safetensors", f"vae/{weights}", f"condition_mapper/{weights}", f"transformer/{weights}"]
     run("", "outputs/unicode2-tiny/unicode2-tiny-mapper", "decoder", model="unicode2-tiny-decoder")
+    start, end = (tmp_path / f"outputs/unicode2-tiny/unicode2-tiny-{part}" for part in ("mapper", "decoder"))
+    same = {part: (start / part).read_bytes() == (end / part).read_bytes() for part in parts}
+    assert same == dict.fromkeys(parts, True) | {parts[-1]: False}
+    assert json.loads((end / "scheduler/scheduler_config.json").read_text())["shift"] == 3.0
 
 
 @pytest.mark.parametrize(

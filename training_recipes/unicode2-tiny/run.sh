@@ -105,9 +105,9 @@ more_mapper() { # codes, language model and decoder stay as they are
   once assemble-mapper unicode2 assemble --model "$start" --mapper $out/mapper-codes --decoder "$start" \
     --image-size 64 --num-candidates 4 --output $model
 }
-more_decoder() { # all but the FLUX transformer stays as it is
+more_decoder() { # all but the FLUX transformer and the shift of its scheduler stays as it is
   mostly_emoji
-  once flux-coarse launch $recipes/tune_flux.py --config $recipes/flux-coarse.yaml --model "$start" --mapper "$start/condition_mapper"
+  once flux-coarse launch $recipes/tune_flux.py --config $recipes/flux-coarse.yaml --model "$start"
   once assemble-decoder unicode2 assemble --model "$start" --mapper "$start/condition_mapper" --decoder $out/flux-coarse \
     --image-size 64 --num-candidates 4 --output $model
 }

@@ -54,13 +54,15 @@ class CoarseFeatures:
     Args:
         encode: images `(1, 3, height, width)` to patch features `(1, num_patches, dim)`.
         images: the data set, of whose images the table holds some features each.
-        size: of the table.
+        size: of the table, in features; a whole number of images gives `per_image` each.
     """
 
-    def __init__(self, encode: Callable, images: Dataset, size: int, per_image: int = 16):
-        rows = images.select(torch.randperm(len(images))[: size // per_image].tolist())
+    per_image = 16
+
+    def __init__(self, encode: Callable, images: Dataset, size: int):
+        rows = images.select(torch.randperm(len(images))[: size // self.per_image].tolist())
         patches = (encode(pixel_collator([row])["pixel_values"])[0] for row in rows)
-        self.table = torch.cat([features[torch.randperm(len(features))[:per_image]] for features in patches])
+        self.table = torch.cat([features[torch.randperm(len(features))[: self.per_image]] for features in patches])
 
     def __call__(self, features: torch.Tensor, share: float) -> torch.Tensor:
         """Rounds the first `share` of the images; `(num_images, num_patches, dim)`."""
@@ -136,7 +138,7 @@ def main(args: FluxArguments, training_args) -> None:
             prompts[is_image_prompt], prompts[~is_image_prompt] = images, texts.to(images)
             pooled = pooled_texts.new_zeros(len(latents), pooled_texts.shape[-1])  # Redux has none either
             pooled[~is_image_prompt] = pooled_texts
-            flow = flow_matching_loss(self.transformer, latents, prompts, pooled)
+            flow = flow_matching_loss(self.transformer, latents, prompts, pooled, shift=scheduler.config.shift)
             aligned = self.align(self.seen.pop("hidden"))  # (batch_size, num_patches, width of the encoder)
             target = features - features.mean((0, 1))  # what all patches share says nothing
             alignment = 1 - torch.nn.functional.cosine_similarity(aligned.float(), target, dim=-1).mean()
@@ -163,7 +165,9 @@ def main(args: FluxArguments, training_args) -> None:
     images = load_images(args.data)
     coarsen = CoarseFeatures(encode, images, args.table_size)
     model = FluxWithLoss()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     if args.start:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(args.start, subfolder="scheduler")
         start = FluxTransformer2DModel.from_pretrained(args.start, subfolder="transformer", torch_dtype=torch.float32)
         model.transformer.load_state_dict(start.state_dict())
         mapper = UniCode2ConditionMapper.from_pretrained(args.start, subfolder="condition_mapper")
@@ -180,7 +184,6 @@ def main(args: FluxArguments, training_args) -> None:
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
     model.eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     FluxPipeline(
         scheduler, vae, model.text_encoder, tokenizer, model.text_encoder_2, tokenizer, model.transformer
     ).save_pretrained(training_args.output_dir)  # fmt: skip

@@ -16,18 +16,36 @@ from train_flux import CoarseFeatures
 class TuneFluxArguments:
     data: str = field(metadata={"help": "folder of train-*.parquet"})
     model: str = field(metadata={"help": "UniCode² checkpoint with a FLUX pipeline around it"})
-    mapper: str = field(metadata={"help": "UniCode2ConditionMapper that makes the image prompts; stays as it is"})
+    mapper: str | None = field(
+        default=None,
+        metadata={
+            "help": "UniCode2ConditionMapper that makes the image prompts; stays as it is (default: the one in `model`)"
+        },
+    )
     coarse_share: float = field(default=0.8, metadata={"help": "share of the images with coarse features"})
     table_size: int = field(
         default=32768, metadata={"help": "patch features in the table; each step rounds to a random half of them"}
     )
-    shift: float = field(
-        default=1.0, metadata={"help": "of the times, in training and for the scheduler; above 1: more noise"}
+    shift: float | None = field(
+        default=None,
+        metadata={
+            "help": "of the times, in training and for the scheduler; above 1: more noise (default: as in `model`)"
+        },
     )
 
 
+def check_arguments(args: TuneFluxArguments) -> None:
+    """Raises `ValueError` when a number is out of its range."""
+    if not 0 <= args.coarse_share <= 1:
+        raise ValueError(f"`coarse_share` is {args.coarse_share:g}; it must be in [0, 1].")
+    if args.table_size < CoarseFeatures.per_image:
+        raise ValueError(f"`table_size` is {args.table_size}; it must be {CoarseFeatures.per_image} at least.")
+    if args.shift is not None and args.shift <= 0:
+        raise ValueError(f"`shift` is {args.shift:g}; it must be above 0.")
+
+
 def main(args: TuneFluxArguments, training_args) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from diffusers import FluxPipeline
     from transformers import Trainer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -36,13 +54,20 @@ def main(args: TuneFluxArguments, training_args) -> None:
     from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss
     from transformers_unicode2.training.optimizer import MuonWithAdamW
 
+    check_arguments(args)
     set_seed(training_args.seed)
     encoder = UniCode2ForConditionalGeneration.from_pretrained(args.model).get_quantizer().vision_model
-    mapper = UniCode2ConditionMapper.from_pretrained(args.mapper)
+    mapper = UniCode2ConditionMapper.from_pretrained(
+        args.mapper or args.model, subfolder=None if args.mapper else "condition_mapper"
+    )
     without_texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     parts = FluxPipeline.from_pretrained(args.model, **without_texts)
     for module in (encoder, mapper, parts.vae):
-        module.float().requires_grad_(False).eval()
+        module.float().requires_grad_(False).eval().to(training_args.device)
+    scheduler = parts.scheduler
+    if args.shift is not None:
+        scheduler = type(scheduler).from_config(scheduler.config, shift=args.shift)
+    shift = scheduler.config.shift
 
     @torch.no_grad()
     def encode(pixel_values):
@@ -51,8 +76,8 @@ def main(args: TuneFluxArguments, training_args) -> None:
 
     @torch.no_grad()
     def collate(rows):
-        pixel_values = pixel_collator(rows)["pixel_values"]
-        return {"latents": encode_latents(parts.vae, pixel_values), "features": encode(pixel_values)}
+        pixel_values = pixel_collator(rows)["pixel_values"].to(training_args.device)
+        return {"latents": encode_latents(parts.vae, pixel_values).cpu(), "features": encode(pixel_values).cpu()}
 
     class FluxWithLoss(torch.nn.Module):
         def __init__(self):
@@ -62,15 +87,16 @@ def main(args: TuneFluxArguments, training_args) -> None:
         def forward(self, latents, features):
             with torch.no_grad():
                 condition = mapper(coarsen(features, args.coarse_share))
-            return {"loss": flow_matching_loss(self.transformer, latents, *condition.values(), shift=args.shift)}
+            return {"loss": flow_matching_loss(self.transformer, latents, *condition.values(), shift=shift)}
 
     images = load_images(args.data)
-    coarsen = CoarseFeatures(encode, images, args.table_size)
+    coarsen = CoarseFeatures(
+        lambda pixel_values: encode(pixel_values.to(training_args.device)), images, args.table_size
+    )
     model = FluxWithLoss()
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("x_embedder", "proj_out"))
     trainer = Trainer(model, training_args, train_dataset=images, data_collator=collate, optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=args.shift)
     pipe = FluxPipeline(scheduler, parts.vae, None, None, None, None, model.transformer.eval())
     pipe.save_pretrained(training_args.output_dir)
 

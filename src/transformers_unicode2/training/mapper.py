@@ -141,9 +141,8 @@ class MapperWithLosses(torch.nn.Module):
             losses["contrastive"] = contrastive.detach()
         # a pass through the decoder, by far the largest part of a step
         if self.args.flow_matching_weight and torch.rand(()) < self.args.flow_matching_share:
-            flow = flow_matching_loss(
-                decoder.transformer, latents, condition.prompt_embeds, condition.pooled_prompt_embeds
-            )
+            shift = decoder.scheduler.config.shift
+            flow = flow_matching_loss(decoder.transformer, latents, *condition.values(), shift=shift)
             loss = loss + self.args.flow_matching_weight * flow
             losses["flow"] = flow.detach()
         for name, target in targets.items():
