@@ -1,9 +1,11 @@
 """Bad input is one sentence on stderr and exit status 2; nothing half-written stays."""
 
+import json
 import os
 import shutil
 import sys
 
+import diffusers  # noqa: F401 - says on stderr what it lacks when it is first imported, which is no part of a message
 import pytest
 
 from transformers_unicode2 import cli
@@ -72,6 +74,9 @@ def test_missing_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path):
         ("evaluate scenes --model m --steps 0", "--steps is 0"),
         ("evaluate scenes --model m --batch-size -1", "--batch-size is -1"),
         ("evaluate scenes --model m --num-scenes 2", "--num-scenes is 2; it must be at least 6."),
+        ("evaluate scenes --model m --true-cfg-scale 0.5", "--true-cfg-scale is 0.5; it must be at least 1"),
+        ("assemble --model m --mapper m --decoder m --output o --true-cfg-scale inf", "--true-cfg-scale is inf"),
+        ("scenes --output {}/out --photo-share 2", "--photo-share is 2; it must be in [0, 1]."),
         ("evaluate scenes --model m --json {}/no/x.json", "there is no folder"),
         ("evaluate scenes --model m --sheet x.txt", "has no ending of an image file"),
         ("evaluate scenes --model m --emoji-dir {}", "has no captions.tsv"),
@@ -91,6 +96,10 @@ def test_scenes_of_other_options_are_refused(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, capsys, "scenes", "--output", tmp_path, "--num-scenes", 2)[0] == 0
     code, printed = run(monkeypatch, capsys, "scenes", "--output", tmp_path, "--num-scenes", 2, "--seed", 7)
     assert code == 2 and "seed was 0 and is 7" in printed.err
+    begun = json.loads((tmp_path / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps({name: begun[name] for name in begun if name != "photo_share"}))
+    code, printed = run(monkeypatch, capsys, "scenes", "--output", tmp_path, "--num-scenes", 2, "--photo-share", 0)
+    assert code == 2 and "photo_share was 0.5 and is 0.0" in printed.err  # of a folder that earlier versions began
 
 
 @pytest.mark.parametrize("damage", ["truncated", "sizes"])

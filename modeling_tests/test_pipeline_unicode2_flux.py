@@ -34,7 +34,11 @@ def test_same_generator_gives_the_same_bits_and_leaves_the_global_one_alone(pipe
 def test_painting_written_tokens_equals_drawing_the_prompt(pipe):
     drawn = pipe.generate_visual_tokens("a blue star", torch.Generator().manual_seed(3))
     image = pipe(
-        visual_token_ids=drawn, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)
+        visual_token_ids=drawn,
+        num_inference_steps=2,
+        true_cfg_scale=1.0,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
     ).images
     conditioning = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), pipe.encode_visual_tokens(drawn)))
     plain = FluxPipeline.__call__(
@@ -107,11 +111,44 @@ def test_the_candidate_that_reads_best_is_kept(pipe):
         pipe.score_visual_tokens("<|image_pad|>", written[:1])
 
 
-def test_number_of_candidates_is_kept_with_the_pipeline(pipe, tmp_path):
+def test_candidates_and_guidance_are_kept_with_the_pipeline(pipe, tmp_path):
     names = {name: getattr(pipe, name) for name in ("scheduler", "vae", "transformer", "vision_language_encoder")}
     names |= {"processor": pipe.processor, "condition_mapper": pipe.condition_mapper}
-    UniCode2FluxPipeline(**names, image_size=64, num_candidates=4).save_pretrained(tmp_path)
-    assert UniCode2FluxPipeline.from_pretrained(str(tmp_path)).config.num_candidates == 4
+    UniCode2FluxPipeline(**names, image_size=64, num_candidates=4, true_cfg_scale=1.5).save_pretrained(tmp_path)
+    config = UniCode2FluxPipeline.from_pretrained(str(tmp_path)).config
+    assert (config.num_candidates, config.true_cfg_scale) == (4, 1.5)
+
+
+def test_guidance_leads_away_from_a_prompt_of_zeros(pipe):
+    tokens = pipe.generate_visual_tokens("a blue ring", torch.Generator().manual_seed(3))
+    embeds, pooled = pipe.encode_visual_tokens(tokens)
+    options = {
+        "prompt_embeds": embeds,
+        "pooled_prompt_embeds": pooled,
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 2,
+    }
+
+    def plainly(scale, negative):
+        negatives = {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": 0 * pooled}
+        generator = torch.Generator().manual_seed(0)
+        return FluxPipeline.__call__(
+            pipe, **options, **negatives, true_cfg_scale=scale, output_type="pt", generator=generator
+        ).images
+
+    without = draw(pipe, visual_token_ids=tokens, true_cfg_scale=1.0).images
+    guided = draw(pipe, visual_token_ids=tokens, true_cfg_scale=2.0).images
+    assert torch.equal(without, plainly(1.0, 0 * embeds)) and not torch.equal(guided, without)
+    assert torch.equal(guided, plainly(2.0, 0 * embeds))
+    own = {"negative_prompt_embeds": embeds.flip(1), "negative_pooled_prompt_embeds": 0 * pooled}
+    from_own = draw(pipe, visual_token_ids=tokens, true_cfg_scale=2.0, **own).images
+    assert torch.equal(from_own, plainly(2.0, embeds.flip(1))) and not torch.equal(from_own, guided)
+    parts = {name: getattr(pipe, name) for name in ("scheduler", "vae", "transformer", "vision_language_encoder")}
+    parts |= {"processor": pipe.processor, "condition_mapper": pipe.condition_mapper}
+    other = UniCode2FluxPipeline(**parts, image_size=64, true_cfg_scale=2.0)
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(other, visual_token_ids=tokens).images, guided)
 
 
 def test_image_is_redrawn_from_its_own_codes(pipe, photo):
@@ -155,6 +192,13 @@ def test_bad_input_is_refused_with_the_numbers(pipe, photo):
         ({"prompt": "a star", "num_images_per_prompt": 0}, "`num_images_per_prompt` is 0"),
         ({"prompt": "a star", "num_inference_steps": 0}, "`num_inference_steps` is 0"),
         ({"prompt": "a star", "height": -64}, "`height` is -64"),
+        ({"prompt": "a star", "true_cfg_scale": "2"}, "`true_cfg_scale` is '2'; it must be a number of at least 1"),
+        ({"prompt": "a star", "true_cfg_scale": float("nan")}, "`true_cfg_scale` is nan"),
+        ({"prompt": "a star", "true_cfg_scale": 0.5}, "`true_cfg_scale` is 0.5"),
+        (
+            {"prompt": "a star", "negative_pooled_prompt_embeds": torch.zeros(1, 192)},
+            "`negative_prompt_embeds` and `negative_pooled_prompt_embeds`, or neither",
+        ),
         (
             {"prompt": "a star", "negative_prompt": "a ring", "true_cfg_scale": 2.0},
             "`negative_prompt` needs FLUX's own",

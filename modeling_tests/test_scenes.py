@@ -114,6 +114,11 @@ def test_emoji_split_and_captions():
         assert emoji.split_of(scene) == split
         assert "fox" in emoji.caption(scene, rng)
         assert emoji.dense_caption(scene).startswith(f"a {scene.size} fox {scene.turned} at ")
+    for share in (0.0, 0.2, 1.0):
+        grounds = [emoji.sample_emoji_scene(rng, photo_share=share).ground for _ in range(300)]
+        assert np.mean([ground in emoji.PHOTOS for ground in grounds]) == pytest.approx(
+            share, abs=0.08 * (0 < share < 1)
+        )
 
 
 def test_missing_emoji_are_one_sentence(tmp_path):
@@ -122,6 +127,36 @@ def test_missing_emoji_are_one_sentence(tmp_path):
     (tmp_path / "captions.tsv").write_text("fox.png\tfox\nbear.png bear\n")
     with pytest.raises(ValueError, match="Line 2 of .*captions.tsv is not `file<TAB>name`; it has 1 columns"):
         emoji.draw_emoji_scene(emoji.sample_emoji_scene(np.random.default_rng(0)), tmp_path)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_data_set_has_the_share_of_photos_that_was_asked_for(share, tmp_path):
+    from datasets import load_dataset
+
+    from transformers_unicode2.evaluation import dataset
+
+    Image.new("RGBA", (8, 8), "red").save(tmp_path / "emoji.png")
+    (tmp_path / "captions.tsv").write_text("".join(f"emoji.png\t{name}\n" for name in emoji.NAMES))
+    words = ["--output", tmp_path / "data", "--num-scenes", 0, "--num-emoji", 6, "--emoji-dir", tmp_path]
+    dataset.main(dataset.make_parser().parse_args([str(word) for word in [*words, "--photo-share", share]]))
+    rows = load_dataset("parquet", data_files=str(tmp_path / "data/train-*.parquet"), split="train")
+    assert [text.endswith("on a photo") for text in rows["dense_caption"]] == [share == 1] * 6
+
+
+def test_painting_passes_steps_and_guidance_on():
+    from types import SimpleNamespace
+
+    from transformers_unicode2.evaluation.evaluate_scenes import make_parser, paint
+
+    calls = []
+
+    def pipe(visual_token_ids, **options):
+        calls.append(options)
+        return SimpleNamespace(images=list(visual_token_ids))
+
+    for words in ([], ["--true-cfg-scale", "2.5", "--steps", "7"]):
+        paint(pipe, torch.zeros(3, 64, dtype=torch.long), make_parser().parse_args(["--model", "m", *words]))
+    assert [(call["num_inference_steps"], call["true_cfg_scale"]) for call in calls] == [(4, None), (7, 2.5)]
 
 
 def test_shares_and_shuffle():

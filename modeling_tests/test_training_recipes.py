@@ -259,6 +259,7 @@ def test_mapper_starts_from_image_prompts_and_is_drawn_to_them():
         ({"decoder": "x", "regression_weight": -1.0}, "`regression_weight` -1; none may be negative"),
         ({"decoder": "y", "features_share": 0.5}, "`features_share` is 0.5; .* 0 without `start`"),
         ({"decoder": "y", "start": "x", "features_share": 1.0}, r"`features_share` is 1; it must be in \[0, 1\)"),
+        ({"decoder": "y", "code_noise": 1.5}, r"`code_noise` is 1.5; it must be in \[0, 1\]"),
     ],
 )
 def test_mapper_refuses_losses_without_what_they_need(options, message):
@@ -266,6 +267,22 @@ def test_mapper_refuses_losses_without_what_they_need(options, message):
 
     with pytest.raises(ValueError, match=message):
         check_arguments(MapperArguments("data", "tokens", "model", **options))
+
+
+def test_near_codes_take_the_places_of_a_share_of_codes():
+    """Up to the share asked for, another one in each image, always by one of the nearest rows and never by the code itself."""
+    from transformers_unicode2.training.mapper import NearCodes
+
+    torch.manual_seed(0)
+    line = torch.arange(3000.0)[:, None] * torch.tensor([[1.0, 0.0]])  # the nearest rows are the next numbers
+    near_codes = NearCodes(line, num_nearest=4)
+    codes = torch.randint(10, 2990, (400, 64))
+    moved = (near_codes(codes, 0.6) - codes).abs()
+    assert moved.max() == 2 and torch.equal(near_codes(codes, 0.0), codes)
+    shares = (moved > 0).float().mean(1)
+    assert shares.mean().item() == pytest.approx(0.3, abs=0.03) and shares.min() < 0.03 and 0.5 < shares.max() < 0.85
+    assert ((near_codes(codes, 1.0) - codes).abs() == 1).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert NearCodes(line[:3]).nearest.shape == (3, 2)
 
 
 def test_features_take_the_places_of_codes():
@@ -286,7 +303,7 @@ def test_features_take_the_places_of_codes():
 
 
 def test_mapper_learns_alone_to_make_of_codes_what_it_makes_of_features(tiny_checkpoint, tmp_path):
-    """On images that it does not learn from; without a decoder; a killed run goes on to the same bytes."""
+    """On images that it does not learn from; without a decoder; a run killed within an epoch goes on to the same bytes."""
     import shutil
 
     from transformers import AutoImageProcessor, TrainingArguments
@@ -327,18 +344,19 @@ def test_mapper_learns_alone_to_make_of_codes_what_it_makes_of_features(tiny_che
         args = MapperArguments(
             *(str(tmp_path / "data"), str(tmp_path / "tokens"), str(tmp_path / "model")),
             **{"start": str(tmp_path / "start"), "mapper": options, "features_share": 0.125, "muon": True},
+            code_noise=0.2,
             **{"contrastive_weight": 0.0, "flow_matching_weight": 0.0, "regression_weight": 1.0},
         )
-        options_ = {"max_steps": 24, "save_steps": 12, "learning_rate": 3e-3, "warmup_steps": 4, "adam_beta2": 0.98}
+        options_ = {"max_steps": 24, "save_steps": 10, "learning_rate": 3e-3, "warmup_steps": 4, "adam_beta2": 0.98}
         options_ |= {"use_cpu": True, "bf16": True, "report_to": "none", "remove_unused_columns": False}
         main(args, TrainingArguments(str(output), per_device_train_batch_size=16, **options_))
         return (output / "diffusion_pytorch_model.safetensors").read_bytes()
 
     whole = learn(tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole/checkpoint-12", tmp_path / "killed/checkpoint-12")
-    kept = (tmp_path / "killed/checkpoint-12/trainer_state.json").stat().st_mtime_ns
+    shutil.copytree(tmp_path / "whole/checkpoint-10", tmp_path / "killed/checkpoint-10")
+    kept = (tmp_path / "killed/checkpoint-10/trainer_state.json").stat().st_mtime_ns
     assert learn(tmp_path / "killed") == whole
-    assert (tmp_path / "killed/checkpoint-12/trainer_state.json").stat().st_mtime_ns == kept  # it was not made anew
+    assert (tmp_path / "killed/checkpoint-10/trainer_state.json").stat().st_mtime_ns == kept  # it was not made anew
     quantizer, offset = model.get_quantizer(), model.config.visual_token_offset
     images = [data.decode_image(row) for row in data.load_images(str(tmp_path / "data"), "test")]
     pixels = AutoImageProcessor.from_pretrained(tiny_checkpoint)(images, return_tensors="pt")["pixel_values"]
@@ -356,7 +374,7 @@ def test_mapper_learns_alone_to_make_of_codes_what_it_makes_of_features(tiny_che
 
 
 def test_flux_goes_on_alone_from_coarse_image_prompts(tiny_checkpoint, tmp_path, monkeypatch):
-    """A FLUX that has forgotten part of its output layer paints images anew that it does not learn from; killed, it goes on to the same bytes."""
+    """A FLUX that has forgotten part of its output layer paints images anew that it does not learn from; killed within an epoch, it goes on to the same bytes."""
     import shutil
 
     from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -385,7 +403,7 @@ def test_flux_goes_on_alone_from_coarse_image_prompts(tiny_checkpoint, tmp_path,
     flux.save_pretrained(model / "transformer")
 
     def learn(output):
-        options = {"max_steps": 12, "save_steps": 6, "learning_rate": 1e-3, "warmup_steps": 2, "adam_beta2": 0.98}
+        options = {"max_steps": 12, "save_steps": 4, "learning_rate": 1e-3, "warmup_steps": 2, "adam_beta2": 0.98}
         options |= {"use_cpu": True, "bf16": True, "report_to": "none", "remove_unused_columns": False}
         main(
             TuneFluxArguments(str(tmp_path / "data"), str(model), table_size=256, shift=3.0),
@@ -394,10 +412,10 @@ def test_flux_goes_on_alone_from_coarse_image_prompts(tiny_checkpoint, tmp_path,
         return (output / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
 
     whole = learn(tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole/checkpoint-6", tmp_path / "killed/checkpoint-6")
-    kept = (tmp_path / "killed/checkpoint-6/trainer_state.json").stat().st_mtime_ns
+    shutil.copytree(tmp_path / "whole/checkpoint-4", tmp_path / "killed/checkpoint-4")
+    kept = (tmp_path / "killed/checkpoint-4/trainer_state.json").stat().st_mtime_ns
     assert learn(tmp_path / "killed") == whole
-    assert (tmp_path / "killed/checkpoint-6/trainer_state.json").stat().st_mtime_ns == kept  # it was not made anew
+    assert (tmp_path / "killed/checkpoint-4/trainer_state.json").stat().st_mtime_ns == kept  # it was not made anew
     without_texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     learnt = FluxPipeline.from_pretrained(tmp_path / "whole", **without_texts)
     was = FluxPipeline.from_pretrained(model, **without_texts).scheduler.config
@@ -420,6 +438,7 @@ def test_flux_goes_on_alone_from_coarse_image_prompts(tiny_checkpoint, tmp_path,
     "wrong, message",
     [
         ({"coarse_share": 1.5}, r"`coarse_share` is 1.5; it must be in \[0, 1\]"),
+        ({"drop_share": -0.1}, r"`drop_share` is -0.1; it must be in \[0, 1\]"),
         ({"table_size": 15}, "`table_size` is 15; it must be 16 at least"),
         ({"shift": 0.0}, "`shift` is 0; it must be above 0"),
     ],
@@ -457,6 +476,22 @@ def test_coarse_features_are_rows_of_the_table(share, tmp_path, monkeypatch):
     kept = (coarsen.table == coarse[:num_coarse, :, None]).all(-1)
     rank = (distances < distances.where(kept, torch.inf).amin(-1, keepdim=True)).sum(-1)
     assert (rank <= 32).all()  # at most the other half of the table is nearer
+
+
+def test_prompts_are_dropped_of_whole_images(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES / "unicode2-tiny")
+    from train_flux import drop_prompts
+
+    torch.manual_seed(0)
+    prompts = torch.ones(400, 3, 5, dtype=torch.bfloat16), torch.ones(400, 2)
+    for share in (0.0, 0.25, 1.0):
+        kept, pooled = drop_prompts(share, *prompts)
+        dropped = (pooled == 0).all(1)
+        assert torch.equal(dropped, (kept == 0).all(2).all(1)) and torch.equal(~dropped, (kept == 1).all(2).all(1))
+        assert kept.dtype == torch.bfloat16 and pooled.dtype == torch.float32
+        assert dropped.float().mean().item() == pytest.approx(share, abs=0.08 * (0 < share < 1))
+    with pytest.raises(ValueError, match=r"`drop_share` is nan; it must be in \[0, 1\]"):
+        drop_prompts(float("nan"), *prompts)
 
 
 def test_shift_moves_times_towards_noise():
@@ -523,7 +558,8 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         assert "redrawing | new scenes" in done.stdout
         folder = tmp_path / "outputs/unicode2-tiny" / model
-        assert json.loads((folder / "model_index.json").read_text())["num_candidates"] == 4
+        index = json.loads((folder / "model_index.json").read_text())
+        assert (index["num_candidates"], index["true_cfg_scale"]) == (4, 1.5)
         defaults = json.loads((folder / "generation_config.json").read_text())["image_generation"]
         assert defaults["max_plan_tokens"] == 64 and defaults["guidance_scale"] == 2.0
 

@@ -234,7 +234,13 @@ class ShardWriter:
 
 
 def assemble_pipeline(
-    model: str, mapper: str, decoder: str, output: str, image_size: int, num_candidates: int = 1
+    model: str,
+    mapper: str,
+    decoder: str,
+    output: str,
+    image_size: int,
+    num_candidates: int = 1,
+    true_cfg_scale: float = 1.0,
 ) -> None:
     """Writes one repository that is both: a Transformers checkpoint in its root and a Diffusers pipeline around it.
 
@@ -247,6 +253,7 @@ def assemble_pipeline(
         output: folder to write.
         image_size: side of the images that the pipeline draws, in pixels.
         num_candidates: images that the language model writes for a prompt, the best of which is painted.
+        true_cfg_scale: classifier-free guidance with which FLUX paints; 1 is without.
     """
     from diffusers import FluxPipeline
     from transformers import AutoProcessor
@@ -263,6 +270,7 @@ def assemble_pipeline(
         *(parts.scheduler, parts.vae, parts.transformer, encoder, processor, condition_mapper),
         image_size=image_size,
         num_candidates=num_candidates,
+        true_cfg_scale=true_cfg_scale,
     )
     state = {
         name: value.bfloat16() if value.dtype == torch.float32 and value.bfloat16().float().equal(value) else value
@@ -311,10 +319,21 @@ def make_assemble_parser() -> argparse.ArgumentParser:
         default=1,
         help="images written for a prompt, the best of which is painted (default: %(default)s)",
     )
+    parser.add_argument(
+        "--true-cfg-scale",
+        type=float,
+        default=1.0,
+        help="classifier-free guidance of FLUX; 1 is without (default: %(default)s)",
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     return parser
 
 
 def assemble(args: argparse.Namespace) -> None:
-    assemble_pipeline(args.model, args.mapper, args.decoder, args.output, args.image_size, args.num_candidates)
+    if not 1 <= args.true_cfg_scale < float("inf"):
+        raise ValueError(
+            f"--true-cfg-scale is {args.true_cfg_scale:g}; it must be at least 1, which is without guidance."
+        )
+    numbers = (args.image_size, args.num_candidates, args.true_cfg_scale)
+    assemble_pipeline(args.model, args.mapper, args.decoder, args.output, *numbers)
     print(f"{args.output}: assembled")

@@ -11,7 +11,7 @@ part=${3:-all}
 case $part in all | language | mapper | decoder) ;; *) echo "The third argument is $part; it must be all, language, mapper or decoder." >&2; exit 2 ;; esac
 if [ "$part" != all ] && [ -z "$start" ]; then echo "$part needs START, a checkpoint." >&2; exit 2; fi
 if [ -n "$start" ]; then
-  for file in config.json condition_mapper/config.json transformer/config.json; do
+  for file in config.json model_index.json condition_mapper/config.json transformer/config.json; do
     [ -f "$start/$file" ] || { echo "START $start has no $file; it must be an assembled checkpoint." >&2; exit 2; }
   done
 fi
@@ -45,6 +45,9 @@ else
   [ -f $out/.bf16 ] || { faster_in_bfloat16 > $out/.bf16.tmp && mv $out/.bf16.tmp $out/.bf16; }
   launch() { accelerate launch --config_file training_recipes/accelerate/cpu.yaml "$@" --use_cpu true --bf16 "$(< $out/.bf16)"; }
 fi
+guidance() { # of the FLUX of START
+  python -c 'import json, sys; print(json.load(open(sys.argv[1])).get("true_cfg_scale", 1.0))' "$start/model_index.json"
+}
 steps() { [ -z "$start" ] || echo "--max_steps $1"; } # of a stage that goes on from START
 once() { # NAME COMMAND...: runs a stage unless it has finished
   local mark=$out/.done-$1
@@ -92,10 +95,11 @@ more_language() { # C1 and C2 rest, and so mapper and decoder stay valid
     --data $out/tokens-language --output_dir $out/stage2-language --max_steps 3900 --warmup_steps 50 \
     --train_modules projector language_model lm_head visual_head
   once assemble-language unicode2 assemble --model $out/stage2-language --mapper "$start/condition_mapper" --decoder "$start" \
-    --image-size 64 --num-candidates 4 --output $model
+    --image-size 64 --num-candidates 4 --true-cfg-scale "$(guidance)" --output $model
 }
 mostly_emoji() { # whose details the codes keep least of
-  once data-emoji unicode2 scenes --output $out/data-emoji --seed 3 --num-scenes 20000 --num-emoji 120000 --emoji-dir "$emoji"
+  once data-emoji unicode2 scenes --output $out/data-emoji --seed 4 --num-scenes 20000 --num-emoji 120000 --photo-share 0.2 \
+    --emoji-dir "$emoji"
 }
 more_mapper() { # codes, language model and decoder stay as they are
   mostly_emoji
@@ -103,13 +107,13 @@ more_mapper() { # codes, language model and decoder stay as they are
   once mapper-codes launch -m transformers_unicode2.training.mapper --config $recipes/mapper-codes.yaml --model "$start" \
     --start "$start/condition_mapper"
   once assemble-mapper unicode2 assemble --model "$start" --mapper $out/mapper-codes --decoder "$start" \
-    --image-size 64 --num-candidates 4 --output $model
+    --image-size 64 --num-candidates 4 --true-cfg-scale "$(guidance)" --output $model
 }
 more_decoder() { # all but the FLUX transformer and the shift of its scheduler stays as it is
   mostly_emoji
   once flux-coarse launch $recipes/tune_flux.py --config $recipes/flux-coarse.yaml --model "$start"
   once assemble-decoder unicode2 assemble --model "$start" --mapper "$start/condition_mapper" --decoder $out/flux-coarse \
-    --image-size 64 --num-candidates 4 --output $model
+    --image-size 64 --num-candidates 4 --true-cfg-scale 1.5 --output $model
 }
 job=
 trap '[ -z "$job" ] || kill -- -$job 2> /dev/null || true' EXIT
@@ -121,6 +125,7 @@ else
   once siglip launch $recipes/train_siglip.py --config $recipes/siglip.yaml ${start:+--start "$start"} $(steps 1300)
   codes
   both
-  once assemble unicode2 assemble --model $out/stage2 --mapper $out/mapper-flux --decoder $out/flux --image-size 64 --num-candidates 4 --output $model
+  once assemble unicode2 assemble --model $out/stage2 --mapper $out/mapper-flux --decoder $out/flux \
+    --image-size 64 --num-candidates 4 --true-cfg-scale 1.5 --output $model
 fi
 unicode2 evaluate scenes --model $model --emoji-dir "$emoji" --json $model.json

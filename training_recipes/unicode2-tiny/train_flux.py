@@ -7,8 +7,9 @@ encoders learn with it. Some images come with a text, the others with an image p
 to the width of the T5 embeddings by two linear layers, as FLUX.1 Redux does for FLUX.1-dev. A part of these features is coarse: each is
 replaced by the nearest one of a random table of patch features, so that FLUX learns to paint clean shapes from prompts that only hint
 at them, as those of any codebook do; it never meets the codebook itself. FLUX has learnt from billions of images to paint what its
-prompt embeddings say in detail; on a CPU, texts alone do not get that far. A second term, representation alignment (REPA), makes the
-image tokens of an inner block point where the clean image's patch features point. Afterwards all of it is frozen, as the pretrained decoder of the paper is. The counterpart of
+prompt embeddings say in detail; on a CPU, texts alone do not get that far. A few images come with a prompt of zeros, so that FLUX can be
+guided away from what it paints without one. A second term, representation alignment (REPA), makes the image tokens of an inner block point
+where the clean image's patch features point. Afterwards all of it is frozen, as the pretrained decoder of the paper is. The counterpart of
 Redux is saved as `image_prompts` beside the pipeline; the mapper starts from it.
 """
 
@@ -43,9 +44,23 @@ class FluxArguments:
     table_size: int = field(
         default=16384, metadata={"help": "patch features in the table; each step rounds to a random half of them"}
     )
+    drop_share: float = field(
+        default=0.1, metadata={"help": "share of the images with zeros for a prompt, for classifier-free guidance"}
+    )
     layout_share: float = field(
         default=0.8, metadata={"help": "share of the texts that are exact layouts, not captions"}
     )
+
+
+def drop_prompts(share: float, *prompts: torch.Tensor) -> list[torch.Tensor]:
+    """Zeros in place of the prompts of a share of the images, chosen at random: FLUX learns to paint without a prompt, too, and
+    what it paints with one can then be guided away from that. Tensors of any shape, the first size is the number of images.
+
+    Raises `ValueError` when `share` is not in [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"`drop_share` is {share:g}; it must be in [0, 1].")
+    kept = torch.rand(len(prompts[0]), device=prompts[0].device) >= share
+    return [value * kept.view(-1, *[1] * (value.ndim - 1)) for value in prompts]
 
 
 class CoarseFeatures:
@@ -131,6 +146,9 @@ def main(args: FluxArguments, training_args) -> None:
             }
 
         def forward(self, latents, features, input_ids, is_image_prompt):
+            # chosen here, not in the collator, which runs ahead of what a killed run remembers of its random numbers
+            exact = torch.rand(len(input_ids), 1, device=input_ids.device) < args.layout_share
+            input_ids = torch.where(exact, input_ids[:, 0], input_ids[:, 1])
             texts = self.text_encoder_2(input_ids)[0]  # (num_texts, max_length, joint_attention_dim)
             pooled_texts = self.text_encoder(input_ids).pooler_output  # (num_texts, pooled_projection_dim)
             images = self.image_prompts(coarsen(features[is_image_prompt], args.coarse_share)).prompt_embeds
@@ -138,6 +156,7 @@ def main(args: FluxArguments, training_args) -> None:
             prompts[is_image_prompt], prompts[~is_image_prompt] = images, texts.to(images)
             pooled = pooled_texts.new_zeros(len(latents), pooled_texts.shape[-1])  # Redux has none either
             pooled[~is_image_prompt] = pooled_texts
+            prompts, pooled = drop_prompts(args.drop_share, prompts, pooled)
             flow = flow_matching_loss(self.transformer, latents, prompts, pooled, shift=scheduler.config.shift)
             aligned = self.align(self.seen.pop("hidden"))  # (batch_size, num_patches, width of the encoder)
             target = features - features.mean((0, 1))  # what all patches share says nothing
@@ -151,14 +170,13 @@ def main(args: FluxArguments, training_args) -> None:
 
     def collate(rows):
         num_images = round(args.image_prompt_share * len(rows))  # the rows come in random order
-        exact = torch.rand(len(rows)) < args.layout_share
-        texts = [row["layout"] if flag else row["caption"] for row, flag in zip(rows, exact)][num_images:]
+        texts = [row[name] for row in rows[num_images:] for name in ("layout", "caption")]
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
         pixel_values = pixel_collator(rows)["pixel_values"]
         return {
             "latents": encode_latents(vae, pixel_values),
             "features": encode(pixel_values),
-            "input_ids": tokens["input_ids"],
+            "input_ids": tokens["input_ids"].unflatten(0, (-1, 2)),  # (num_texts, 2, max_length)
             "is_image_prompt": torch.arange(len(rows)) < num_images,
         }
 

@@ -9,7 +9,7 @@ the two still fit together. Features are coarse as there, rounded to a table tha
 from dataclasses import dataclass, field
 
 import torch
-from train_flux import CoarseFeatures
+from train_flux import CoarseFeatures, drop_prompts
 
 
 @dataclass
@@ -23,6 +23,9 @@ class TuneFluxArguments:
         },
     )
     coarse_share: float = field(default=0.8, metadata={"help": "share of the images with coarse features"})
+    drop_share: float = field(
+        default=0.1, metadata={"help": "share of the images with zeros for a prompt, for classifier-free guidance"}
+    )
     table_size: int = field(
         default=32768, metadata={"help": "patch features in the table; each step rounds to a random half of them"}
     )
@@ -36,8 +39,9 @@ class TuneFluxArguments:
 
 def check_arguments(args: TuneFluxArguments) -> None:
     """Raises `ValueError` when a number is out of its range."""
-    if not 0 <= args.coarse_share <= 1:
-        raise ValueError(f"`coarse_share` is {args.coarse_share:g}; it must be in [0, 1].")
+    for name in ("coarse_share", "drop_share"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"`{name}` is {getattr(args, name):g}; it must be in [0, 1].")
     if args.table_size < CoarseFeatures.per_image:
         raise ValueError(f"`table_size` is {args.table_size}; it must be {CoarseFeatures.per_image} at least.")
     if args.shift is not None and args.shift <= 0:
@@ -86,8 +90,9 @@ def main(args: TuneFluxArguments, training_args) -> None:
 
         def forward(self, latents, features):
             with torch.no_grad():
-                condition = mapper(coarsen(features, args.coarse_share))
-            return {"loss": flow_matching_loss(self.transformer, latents, *condition.values(), shift=shift)}
+                condition = mapper(coarsen(features, args.coarse_share)).values()
+                prompts = drop_prompts(args.drop_share, *condition)
+            return {"loss": flow_matching_loss(self.transformer, latents, *prompts, shift=shift)}
 
     images = load_images(args.data)
     coarsen = CoarseFeatures(

@@ -1,5 +1,6 @@
 """`UniCode2FluxPipeline`: a prompt, an image or visual tokens to an image, painted by a frozen FLUX."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ class UniCode2FluxPipeline(FluxPipeline):
         image_size (`int`, *optional*, defaults to 512): side of the images in pixels when a call names none.
         num_candidates (`int`, *optional*, defaults to 1): images that the language model writes for a prompt when a call names no
             number; the one from which it reads the prompt back best is painted.
+        true_cfg_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance of FLUX when a call names none; 1 is without.
         scheduler, vae, transformer, text_encoder, tokenizer, text_encoder_2, tokenizer_2, image_encoder, feature_extractor:
             as in [`FluxPipeline`].
     """
@@ -78,6 +80,7 @@ class UniCode2FluxPipeline(FluxPipeline):
         feature_extractor: CLIPImageProcessor = None,
         image_size: int = 512,
         num_candidates: int = 1,
+        true_cfg_scale: float = 1.0,
     ):
         super().__init__(
             scheduler,
@@ -93,7 +96,7 @@ class UniCode2FluxPipeline(FluxPipeline):
         self.register_modules(
             vision_language_encoder=vision_language_encoder, processor=processor, condition_mapper=condition_mapper
         )
-        self.register_to_config(image_size=image_size, num_candidates=num_candidates)
+        self.register_to_config(image_size=image_size, num_candidates=num_candidates, true_cfg_scale=true_cfg_scale)
 
     @torch.no_grad()
     def generate_visual_tokens(
@@ -224,7 +227,15 @@ class UniCode2FluxPipeline(FluxPipeline):
         return condition.prompt_embeds.to(dtype), condition.pooled_prompt_embeds.to(dtype)
 
     def check_arguments(
-        self, prompt, image, num_images_per_prompt: int, num_inference_steps: int, height, width, kwargs: dict
+        self,
+        prompt,
+        image,
+        num_images_per_prompt: int,
+        num_inference_steps: int,
+        height,
+        width,
+        true_cfg_scale: float,
+        kwargs: dict,
     ) -> None:
         """Raises `ValueError` before any work on what would fail after it; [`FluxPipeline`] has a `check_inputs` of its own."""
         if prompt is not None and not isinstance(prompt, str):
@@ -241,6 +252,13 @@ class UniCode2FluxPipeline(FluxPipeline):
         for name, value in (counts | {"num_inference_steps": num_inference_steps}).items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
+        if not isinstance(true_cfg_scale, (int, float)) or not 1 <= true_cfg_scale < math.inf:
+            raise ValueError(
+                f"`true_cfg_scale` is {true_cfg_scale!r}; it must be a number of at least 1, which is without guidance."
+            )
+        pair = [kwargs.get(name) is None for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds")]
+        if pair[0] != pair[1]:
+            raise ValueError("Give `negative_prompt_embeds` and `negative_pooled_prompt_embeds`, or neither.")
         texts = [name for name in ("negative_prompt", "negative_prompt_2") if kwargs.get(name) is not None]
         if texts and (self.text_encoder is None or self.text_encoder_2 is None):
             raise ValueError(
@@ -262,6 +280,7 @@ class UniCode2FluxPipeline(FluxPipeline):
         prior_guidance_scale: float | None = None,
         prior_generation_kwargs: dict | None = None,
         num_candidates: int | None = None,
+        true_cfg_scale: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **kwargs,
@@ -280,6 +299,9 @@ class UniCode2FluxPipeline(FluxPipeline):
             prior_generation_kwargs (`dict`, *optional*): passed on to its `generate`.
             num_candidates (`int`, *optional*): images written for each, of which the one is painted from which the prompt is read back
                 best; by default the pipeline's own number.
+            true_cfg_scale (`float`, *optional*): classifier-free guidance of FLUX, twice the work above 1; by default the pipeline's own
+                number. What FLUX is guided away from is a prompt of zeros, on which it must have learnt, unless `negative_prompt_embeds` or
+                `negative_prompt` say something else. The paper has none.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             **kwargs: everything else that [`FluxPipeline`] takes.
         """
@@ -292,7 +314,11 @@ class UniCode2FluxPipeline(FluxPipeline):
             raise ValueError(
                 f"Give exactly one of `prompt`, `image` and `visual_token_ids`; got {' and '.join(given) or 'none'}."
             )
-        self.check_arguments(prompt, image, num_images_per_prompt, num_inference_steps, height, width, kwargs)
+        if true_cfg_scale is None:
+            true_cfg_scale = self.config.true_cfg_scale
+        self.check_arguments(
+            *(prompt, image, num_images_per_prompt, num_inference_steps, height, width, true_cfg_scale, kwargs)
+        )
         # 1. Tokens
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -314,6 +340,10 @@ class UniCode2FluxPipeline(FluxPipeline):
                 for value in (visual_token_ids, prompt_embeds, pooled_prompt_embeds)
             )
         # 3. Painting
+        negatives = ("negative_prompt", "negative_prompt_embeds")
+        if true_cfg_scale > 1 and all(kwargs.get(name) is None for name in negatives):
+            kwargs["negative_prompt_embeds"] = torch.zeros_like(prompt_embeds)
+            kwargs["negative_pooled_prompt_embeds"] = torch.zeros_like(pooled_prompt_embeds)
         images = (
             super()
             .__call__(
@@ -323,6 +353,7 @@ class UniCode2FluxPipeline(FluxPipeline):
                 width=width or self.config.image_size,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                true_cfg_scale=true_cfg_scale,
                 generator=generator,
                 output_type=output_type,
                 return_dict=True,

@@ -4,7 +4,7 @@
 
 Columns: `image` (PNG), `kind` ("scene" or "emoji"), `caption`, `dense_caption`, `layout` (a dense caption with exact places),
 `questions` and `answers` (lists of strings).
-Row i of a split depends on the seed and on i alone, so a data set can be made in pieces and made again.
+Row i of a split depends on the seed, the share of photographs and i alone, so a data set can be made in pieces and made again.
 """
 
 import argparse
@@ -18,14 +18,16 @@ from . import emoji, scenes
 ROWS_PER_SHARD = 10_000
 
 
-def render_row(index: int, kind: str, split: str, seed: int, emoji_dir: str | None, image_size: int) -> dict:
+def render_row(
+    index: int, kind: str, split: str, seed: int, emoji_dir: str | None, image_size: int, photo_share: float = 0.5
+) -> dict:
     """One row: the image and every text about it."""
     rng = np.random.default_rng([seed, ("train", "test").index(split), ("scene", "emoji").index(kind), index])
     if kind == "scene":
         module, scene = scenes, scenes.sample_scene(rng, split)
         image = scenes.draw_scene(scene, image_size)
     else:
-        module, scene = emoji, emoji.sample_emoji_scene(rng, split)
+        module, scene = emoji, emoji.sample_emoji_scene(rng, split, photo_share=photo_share)
         image = emoji.draw_emoji_scene(scene, emoji_dir, image_size)
     asked = module.questions(scene, rng)
     return {
@@ -49,6 +51,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--emoji-dir", help="folder with captions.tsv and the images that it lists; needed with --num-emoji"
     )
+    parser.add_argument(
+        "--photo-share",
+        type=float,
+        default=0.5,
+        help="share of the emoji on photographs, the others are on plain grounds (default: %(default)s)",
+    )
     parser.add_argument("--split", choices=("train", "test"), default="train")
     parser.add_argument("--image-size", type=int, default=64, help="pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -64,6 +72,8 @@ def main(args: argparse.Namespace) -> None:
     for name, least in (("num_scenes", 0), ("num_emoji", 0), ("seed", 0), ("image_size", 16)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}.")
+    if not 0 <= args.photo_share <= 1:
+        raise ValueError(f"--photo-share is {args.photo_share:g}; it must be in [0, 1].")
     if args.num_emoji and not (Path(args.emoji_dir) / "captions.tsv").is_file():
         raise ValueError(f"--emoji-dir {args.emoji_dir} has no captions.tsv.")
     text = Value("string")
@@ -90,7 +100,8 @@ def main(args: argparse.Namespace) -> None:
         if not path.is_file():
             rows = []
             for offset, kind in enumerate(kinds):
-                rows.append(render_row(start + offset, kind, args.split, args.seed, args.emoji_dir, args.image_size))
+                options = (args.split, args.seed, args.emoji_dir, args.image_size, args.photo_share)
+                rows.append(render_row(start + offset, kind, *options))
                 progress.update()
             temporary = path.with_suffix(".tmp")
             Dataset.from_list(rows, features=features).to_parquet(str(temporary))
@@ -102,10 +113,10 @@ def main(args: argparse.Namespace) -> None:
 
 def refuse_other_arguments(path: Path, args) -> None:
     """Keeps what a split is made of beside its shards. Raises `ValueError` when they were begun with something else."""
-    names = ("num_scenes", "num_emoji", "seed", "image_size")
+    names = ("num_scenes", "num_emoji", "photo_share", "seed", "image_size")
     asked = {name: getattr(args, name) for name in names}
     if path.is_file():
-        begun = json.loads(path.read_text())
+        begun = {"photo_share": 0.5} | json.loads(path.read_text())  # which earlier versions had no choice of
         other = [f"{name} was {begun[name]} and is {asked[name]}" for name in names if begun[name] != asked[name]]
         if other:
             raise ValueError(f"{path.parent} was begun with other options: {', '.join(other)}. Name another --output.")

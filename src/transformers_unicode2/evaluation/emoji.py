@@ -61,13 +61,15 @@ def split_of(scene: EmojiScene) -> str:
     return "test" if hashlib.sha256(repr(shown).encode()).digest()[0] % 10 == 0 else "train"
 
 
-def sample_emoji_scene(rng: np.random.Generator, split: str = "train", name: str | None = None) -> EmojiScene:
-    """Draws a rendering of `name` (any of `NAMES` if it is not given), half of them on photographs."""
+def sample_emoji_scene(
+    rng: np.random.Generator, split: str = "train", name: str | None = None, photo_share: float = 0.5
+) -> EmojiScene:
+    """Draws a rendering of `name` (any of `NAMES` if it is not given), a share of them on photographs."""
     while True:
         size = str(rng.choice(list(SIZES)))
         side = float(rng.uniform(*SIZES[size]))
         x, y = (float(value) for value in rng.uniform(side / 2, 1 - side / 2, size=2))
-        ground = str(rng.choice(PHOTOS) if rng.random() < 0.5 else rng.choice(list(GROUNDS)))
+        ground = str(rng.choice(PHOTOS) if rng.random() < photo_share else rng.choice(list(GROUNDS)))
         crop_side = float(rng.uniform(0.4, 1.0))
         left, top = (float(value) for value in rng.uniform(0, 1 - crop_side, size=2))
         scene = EmojiScene(

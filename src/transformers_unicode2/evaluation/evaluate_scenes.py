@@ -55,6 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--guidance", type=float, help="classifier-free guidance of the language model (default: the model's)"
     )
     parser.add_argument(
+        "--true-cfg-scale", type=float, help="classifier-free guidance of the decoder (default: the pipeline's)"
+    )
+    parser.add_argument(
         "--num-candidates",
         type=int,
         help="images written for a prompt, of which the one is painted that reads best (default: the model's)",
@@ -81,6 +84,7 @@ def main(args: argparse.Namespace) -> dict:
     num_candidates = pipe.config.num_candidates if args.num_candidates is None else args.num_candidates
     report = {"model": args.model, "seed": args.seed, "num_scenes": args.num_scenes, "num_candidates": num_candidates}
     report["steps"] = args.steps
+    report["true_cfg_scale"] = pipe.config.true_cfg_scale if args.true_cfg_scale is None else args.true_cfg_scale
     report |= {"understanding": {}, "drawing": {}, "redrawing": {}, "counts": {"understanding": {}, "drawing": {}}}
     for number, (part, pairs) in enumerate(PARTS.items()):
         rng = np.random.default_rng([args.seed, number])
@@ -135,6 +139,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}.")
+    if args.true_cfg_scale is not None and not 1 <= args.true_cfg_scale < float("inf"):
+        raise ValueError(
+            f"--true-cfg-scale is {args.true_cfg_scale:g}; it must be at least 1, which is without guidance."
+        )
     for name in ("json", "sheet"):
         path = getattr(args, name)
         if path and not Path(path).absolute().parent.is_dir():
@@ -194,7 +202,8 @@ def paint(pipe, tokens: torch.LongTensor, args: argparse.Namespace) -> list[Imag
     """Visual token ids to images."""
     generator, images = torch.Generator().manual_seed(args.seed), []
     for batch in batches(list(tokens), args.batch_size, "painting"):
-        images += pipe(visual_token_ids=torch.stack(batch), generator=generator, num_inference_steps=args.steps).images
+        options = {"num_inference_steps": args.steps, "true_cfg_scale": args.true_cfg_scale}
+        images += pipe(visual_token_ids=torch.stack(batch), generator=generator, **options).images
     return images
 
 
