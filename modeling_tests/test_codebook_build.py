@@ -113,7 +113,8 @@ def test_build_makes_distinct_finite_bfloat16_codes_and_leaves_nothing_else(plac
 
 def launch(place, output, num_processes: int, *more) -> list[str]:
     """The build as a command of its own, by `torchrun` when it is to have several processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher += ["--nproc_per_node", str(num_processes)]
     module = ["-m", "transformers_unicode2.codebook.build", *words(place, output, *more)]
     return [sys.executable, *(launcher if num_processes > 1 else []), *module]
 
@@ -151,7 +152,8 @@ def kill_and_resume(place, folder, delay: float, num_processes: int) -> bool:
     if running:
         kill_tree(job.pid)
     job.wait()
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, f"killed after {delay:.3f} s: {resumed.stdout}{resumed.stderr[-6000:]}"
     return running
 
 
