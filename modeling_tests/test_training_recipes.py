@@ -537,7 +537,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
         target.write_bytes(path.read_bytes())
     replacements = {
         "--num-scenes 50000 --num-emoji 40000": "--num-scenes 96",
-        "--num-scenes 80000 --num-emoji 16000": "--num-scenes 96",
+        "--num-scenes 60000 --num-emoji 60000": "--num-scenes 96",
         "--num-scenes 20000 --num-emoji 120000": "--num-scenes 96",
         "--max_steps 3900 --warmup_steps 50": "--max_steps 2 --warmup_steps 1",
         ' --emoji-dir "$emoji"': "",
@@ -559,7 +559,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
         assert "redrawing | new scenes" in done.stdout
         folder = tmp_path / "outputs/unicode2-tiny" / model
         index = json.loads((folder / "model_index.json").read_text())
-        assert (index["num_candidates"], index["true_cfg_scale"]) == (4, 1.5)
+        assert (index["num_candidates"], index["true_cfg_scale"]) == (4, 2.0)
         defaults = json.loads((folder / "generation_config.json").read_text())["image_generation"]
         assert defaults["max_plan_tokens"] == 64 and defaults["guidance_scale"] == 2.0
 

@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="checkpoint with a FLUX decoder (default: the embedded unicode2-tiny)")
     parser.add_argument(
-        "--steps", type=int, default=4, help="diffusion steps (default: %(default)s, which suit unicode2-tiny)"
+        "--steps", type=int, default=8, help="diffusion steps (default: %(default)s, which suit unicode2-tiny)"
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser

@@ -89,7 +89,8 @@ both() { # the decoder and its mapper, in the background, and the language model
   if [ -n "$threads" ]; then export OMP_NUM_THREADS=$threads; else unset OMP_NUM_THREADS; fi
 }
 more_language() { # C1 and C2 rest, and so mapper and decoder stay valid
-  once data-language unicode2 scenes --output $out/data-language --seed 1 --num-scenes 80000 --num-emoji 16000 --emoji-dir "$emoji"
+  once data-language unicode2 scenes --output $out/data-language --seed 5 --num-scenes 60000 --num-emoji 60000 --photo-share 0.2 \
+    --emoji-dir "$emoji"
   once tokens-language unicode2 tokenize --data $out/data-language --model "$start" --output $out/tokens-language
   once stage2-language launch -m transformers_unicode2.training.sft --config $recipes/stage2.yaml --model "$start" \
     --data $out/tokens-language --output_dir $out/stage2-language --max_steps 3900 --warmup_steps 50 \
@@ -98,7 +99,7 @@ more_language() { # C1 and C2 rest, and so mapper and decoder stay valid
     --image-size 64 --num-candidates 4 --true-cfg-scale "$(guidance)" --output $model
 }
 mostly_emoji() { # whose details the codes keep least of
-  once data-emoji unicode2 scenes --output $out/data-emoji --seed 4 --num-scenes 20000 --num-emoji 120000 --photo-share 0.2 \
+  once data-emoji unicode2 scenes --output $out/data-emoji --seed 6 --num-scenes 20000 --num-emoji 120000 --photo-share 0.2 \
     --emoji-dir "$emoji"
 }
 more_mapper() { # codes, language model and decoder stay as they are
@@ -113,7 +114,7 @@ more_decoder() { # all but the FLUX transformer and the shift of its scheduler s
   mostly_emoji
   once flux-coarse launch $recipes/tune_flux.py --config $recipes/flux-coarse.yaml --model "$start"
   once assemble-decoder unicode2 assemble --model "$start" --mapper "$start/condition_mapper" --decoder $out/flux-coarse \
-    --image-size 64 --num-candidates 4 --true-cfg-scale 1.5 --output $model
+    --image-size 64 --num-candidates 4 --true-cfg-scale 2.0 --output $model
 }
 job=
 trap '[ -z "$job" ] || kill -- -$job 2> /dev/null || true' EXIT
@@ -126,6 +127,6 @@ else
   codes
   both
   once assemble unicode2 assemble --model $out/stage2 --mapper $out/mapper-flux --decoder $out/flux \
-    --image-size 64 --num-candidates 4 --true-cfg-scale 1.5 --output $model
+    --image-size 64 --num-candidates 4 --true-cfg-scale 2.0 --output $model
 fi
 unicode2 evaluate scenes --model $model --emoji-dir "$emoji" --json $model.json

@@ -134,8 +134,8 @@ def ground_phrase(scene: EmojiScene) -> str:
 
 
 def caption(scene: EmojiScene, rng: np.random.Generator) -> str:
-    """A short caption: the name, at times with its size, at times with its ground."""
-    name = f"{scene.size} {scene.name}" if rng.random() < 0.2 else scene.name
+    """A short caption: the name, every other time with its size, every other time with its ground."""
+    name = f"{scene.size} {scene.name}" if rng.random() < 0.5 else scene.name
     return f"{article(name)} {ground_phrase(scene)}" if rng.random() < 0.5 else article(name)
 
 

@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="also write the figures to a file")
     parser.add_argument(
-        "--steps", type=int, default=4, help="diffusion steps (default: %(default)s, which suit unicode2-tiny)"
+        "--steps", type=int, default=8, help="diffusion steps (default: %(default)s, which suit unicode2-tiny)"
     )
     parser.add_argument(
         "--guidance", type=float, help="classifier-free guidance of the language model (default: the model's)"

@@ -240,10 +240,10 @@ def ground_phrase(scene: Scene) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A short caption: the objects at one level of detail, with their relation or their ground every now and then."""
+    """A short caption: the objects at one level of detail, two of them mostly with their relation, any with their ground every now and then."""
     level = str(rng.choice(["shape", "color", "size"], p=[0.35, 0.55, 0.1]))
     phrases = [describe(o, level) for o in scene.objects]
-    if len(scene.objects) == 2 and phrases[0] != phrases[1] and rng.random() < 0.5:
+    if len(scene.objects) == 2 and phrases[0] != phrases[1] and rng.random() < 0.75:
         first, second = scene.objects if rng.random() < 0.5 else scene.objects[::-1]
         relations = [r for r in RELATIONS if holds(r, first, second)]
         if relations:
