@@ -71,11 +71,20 @@ def test_missing_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path):
     [
         ("demo --steps 0", "--steps is 0; it must be at least 1."),
         ("demo --image {}", "is a folder; give an image file."),
+        ("demo --seed 99999999999999999999", "--seed is 99999999999999999999; it must be in [0, 2**63)."),
+        ("demo --model {} --output {}/out", "is no whole checkpoint: it has no config.json"),
         ("evaluate scenes --model m --steps 0", "--steps is 0"),
         ("evaluate scenes --model m --batch-size -1", "--batch-size is -1"),
         ("evaluate scenes --model m --num-scenes 2", "--num-scenes is 2; it must be at least 6."),
         ("evaluate scenes --model m --true-cfg-scale 0.5", "--true-cfg-scale is 0.5; it must be at least 1"),
         ("assemble --model m --mapper m --decoder m --output o --true-cfg-scale inf", "--true-cfg-scale is inf"),
+        ("assemble --model m --mapper m --decoder m --output o --num-candidates 0", "--num-candidates is 0"),
+        ("assemble --model m --mapper m --decoder m --output o --image-size 0", "--image-size is 0"),
+        ("assemble --model {} --mapper m --decoder m --output o", "is no whole checkpoint: it has no config.json"),
+        ("evaluate scenes --model {} --num-scenes 6", "is no whole checkpoint: it has no config.json"),
+        ("evaluate scenes --model m --guidance nan", "--guidance is nan; it must be a number of at least 0."),
+        ("evaluate scenes --model m --json {}", "is a folder; give a file."),
+        ("evaluate scenes --model m --sheet x.psd", "has no ending of an image file"),
         ("scenes --output {}/out --photo-share 2", "--photo-share is 2; it must be in [0, 1]."),
         ("evaluate scenes --model m --json {}/no/x.json", "there is no folder"),
         ("evaluate scenes --model m --sheet x.txt", "has no ending of an image file"),
@@ -90,6 +99,28 @@ def test_bad_options_are_refused_before_any_work(monkeypatch, capsys, tmp_path, 
     code, printed = run(monkeypatch, capsys, *words.replace("{}", str(tmp_path)).split())
     assert code == 2 and sentence in printed.err and printed.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_emoji_that_a_folder_lacks_are_named_before_any_work(monkeypatch, capsys, tmp_path):
+    (tmp_path / "captions.tsv").write_text("x.png\tno such emoji\n")
+    for command in ("scenes --num-emoji 1 --output", "evaluate scenes --model"):
+        code, printed = run(monkeypatch, capsys, *command.split(), tmp_path / "out", "--emoji-dir", tmp_path)
+        assert code == 2 and "lists 1 emoji, none of them named 'avocado'" in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_assemble_refuses_a_size_that_the_decoder_cannot_paint(monkeypatch, capsys, tmp_path, tiny_checkpoint):
+    parts = (
+        "--model",
+        tiny_checkpoint,
+        "--mapper",
+        f"{tiny_checkpoint}/condition_mapper",
+        "--decoder",
+        tiny_checkpoint,
+    )
+    code, printed = run(monkeypatch, capsys, "assemble", *parts, "--image-size", 65, "--output", tmp_path / "out")
+    assert code == 2 and "--image-size is 65; this decoder paints multiples of 8 pixels." in printed.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_scenes_of_other_options_are_refused(monkeypatch, capsys, tmp_path):

@@ -156,7 +156,7 @@ def test_painting_passes_steps_and_guidance_on():
 
     for words in ([], ["--true-cfg-scale", "2.5", "--steps", "7"]):
         paint(pipe, torch.zeros(3, 64, dtype=torch.long), make_parser().parse_args(["--model", "m", *words]))
-    assert [(call["num_inference_steps"], call["true_cfg_scale"]) for call in calls] == [(4, None), (7, 2.5)]
+    assert [(call["num_inference_steps"], call["true_cfg_scale"]) for call in calls] == [(8, None), (7, 2.5)]
 
 
 def test_shares_and_shuffle():

@@ -15,7 +15,7 @@ from .processing_unicode2 import load_image
 
 # Bundled images with what the demo asks about them and what it draws beside them.
 EXAMPLES = (
-    ("emoji_on_photo.jpg", "what is this?", "a red circle left of a blue square"),
+    ("emoji_on_photo.jpg", "what is this?", "a red circle and a blue square"),
     ("scene.png", "how many objects are there?", "three green hearts"),
 )
 TILE = 256  # pixels
@@ -52,6 +52,8 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is empty; write some text.")
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}; it must be at least 1.")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed is {args.seed}; it must be in [0, 2**63).")
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; give a folder.")
@@ -65,10 +67,11 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from transformers_unicode2 import UniCode2FluxPipeline
+    from transformers_unicode2.hub import check_checkpoint
 
+    check_checkpoint(root)
     start = time.perf_counter()
     pipe = UniCode2FluxPipeline.from_pretrained(root)
-    output.mkdir(parents=True, exist_ok=True)
     print(f"model loaded in {time.perf_counter() - start:.1f} s")
     generator = torch.Generator().manual_seed(args.seed)
     rows = []
@@ -91,6 +94,7 @@ def main(args: argparse.Namespace) -> None:
                 prompt,
             ]
         )
+    output.mkdir(parents=True, exist_ok=True)
     for i, row in enumerate(rows):
         row[3].save(output / f"drawing-{i + 1}.png")
     contact_sheet(rows).save(output / "contact-sheet.png")

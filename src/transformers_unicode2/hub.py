@@ -233,6 +233,13 @@ class ShardWriter:
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def check_checkpoint(name: str, *files: str) -> None:
+    """Raises `FileNotFoundError` when the folder `name` lacks `config.json` or one of `files`. What is no folder may be a Hub name."""
+    missing = [file for file in ("config.json", *files) if not (Path(name) / file).is_file()]
+    if Path(name).is_dir() and missing:
+        raise FileNotFoundError(f"{name} is no whole checkpoint: it has no {missing[0]}; copy or assemble it again.")
+
+
 def assemble_pipeline(
     model: str,
     mapper: str,
@@ -254,6 +261,9 @@ def assemble_pipeline(
         image_size: side of the images that the pipeline draws, in pixels.
         num_candidates: images that the language model writes for a prompt, the best of which is painted.
         true_cfg_scale: classifier-free guidance with which FLUX paints; 1 is without.
+
+    Raises:
+        `ValueError`: when `image_size` is no multiple of what the VAE and the patches of FLUX cut an image into.
     """
     from diffusers import FluxPipeline
     from transformers import AutoProcessor
@@ -272,6 +282,9 @@ def assemble_pipeline(
         num_candidates=num_candidates,
         true_cfg_scale=true_cfg_scale,
     )
+    grid = 2 * pipe.vae_scale_factor
+    if image_size % grid:
+        raise ValueError(f"--image-size is {image_size}; this decoder paints multiples of {grid} pixels.")
     state = {
         name: value.bfloat16() if value.dtype == torch.float32 and value.bfloat16().float().equal(value) else value
         for name, value in encoder.state_dict().items()
@@ -330,10 +343,17 @@ def make_assemble_parser() -> argparse.ArgumentParser:
 
 
 def assemble(args: argparse.Namespace) -> None:
+    for name in ("image_size", "num_candidates"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
     if not 1 <= args.true_cfg_scale < float("inf"):
         raise ValueError(
             f"--true-cfg-scale is {args.true_cfg_scale:g}; it must be at least 1, which is without guidance."
         )
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} is a file; give a folder.")
+    for name in (args.model, args.mapper):
+        check_checkpoint(name)
     numbers = (args.image_size, args.num_candidates, args.true_cfg_scale)
     assemble_pipeline(args.model, args.mapper, args.decoder, args.output, *numbers)
     print(f"{args.output}: assembled")

@@ -6,7 +6,7 @@ set -euo pipefail
 recipes=training_recipes/unicode2-tiny
 out=outputs/unicode2-tiny
 emoji=${1:-$out/emoji}
-start=${2:+$(realpath "$2")}
+start=${2:+$(realpath -m "$2")}
 part=${3:-all}
 case $part in all | language | mapper | decoder) ;; *) echo "The third argument is $part; it must be all, language, mapper or decoder." >&2; exit 2 ;; esac
 if [ "$part" != all ] && [ -z "$start" ]; then echo "$part needs START, a checkpoint." >&2; exit 2; fi

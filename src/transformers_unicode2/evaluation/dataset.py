@@ -74,8 +74,8 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}.")
     if not 0 <= args.photo_share <= 1:
         raise ValueError(f"--photo-share is {args.photo_share:g}; it must be in [0, 1].")
-    if args.num_emoji and not (Path(args.emoji_dir) / "captions.tsv").is_file():
-        raise ValueError(f"--emoji-dir {args.emoji_dir} has no captions.tsv.")
+    if args.num_emoji:
+        emoji.check_folder(args.emoji_dir)
     text = Value("string")
     features = Features(
         {

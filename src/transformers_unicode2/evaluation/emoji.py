@@ -106,6 +106,12 @@ def load_photo(name: str) -> Image.Image:
     return photo.reduce(max(min(photo.size) // 192, 1))
 
 
+def check_folder(folder: str | Path) -> None:
+    """Loads all of `NAMES`, so that what is wrong with a folder is said before any work. Raises as `load_emoji` does."""
+    for name in NAMES:
+        load_emoji(str(folder), name)
+
+
 @cache
 def load_emoji(folder: str, name: str) -> Image.Image:
     """One emoji as a 128 x 128 RGBA image.

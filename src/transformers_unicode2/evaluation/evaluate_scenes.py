@@ -77,8 +77,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict:
     from transformers_unicode2 import UniCode2FluxPipeline
+    from transformers_unicode2.hub import check_checkpoint
 
     check_arguments(args)
+    check_checkpoint(args.model, "model_index.json")
     pipe = UniCode2FluxPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     num_candidates = pipe.config.num_candidates if args.num_candidates is None else args.num_candidates
@@ -147,10 +149,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}.")
-    if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
+        if path and Path(path).is_dir():
+            raise ValueError(f"--{name} {path} is a folder; give a file.")
+    formats = Image.registered_extensions()  # some of which can only be read
+    if args.sheet and formats.get(Path(args.sheet).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--sheet {args.sheet} has no ending of an image file; .png is one.")
-    if args.emoji_dir and not (Path(args.emoji_dir) / "captions.tsv").is_file():
-        raise ValueError(f"--emoji-dir {args.emoji_dir} has no captions.tsv.")
+    if args.guidance is not None and not 0 <= args.guidance < float("inf"):
+        raise ValueError(f"--guidance is {args.guidance:g}; it must be a number of at least 0.")
+    if args.emoji_dir:
+        emoji.check_folder(args.emoji_dir)
     if args.clip and not args.emoji_dir:
         raise ValueError("--clip judges drawn emoji; give --emoji-dir, too.")
     if args.clip and not (Path(args.clip) / "config.json").is_file():
