@@ -546,7 +546,11 @@ def main(args: argparse.Namespace) -> dict:
     from accelerate import PartialState
 
     check_arguments(args)
-    return Build(args, PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))).run()
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    try:
+        return Build(args, state).run()
+    finally:  # Gloo's threads, left to the end of the interpreter, abort the process now and then
+        state.destroy_process_group()
 
 
 if __name__ == "__main__":
