@@ -50,6 +50,12 @@ class FluxArguments:
     layout_share: float = field(
         default=0.8, metadata={"help": "share of the texts that are exact layouts, not captions"}
     )
+    shift: float = field(
+        default=1.0,
+        metadata={
+            "help": "of the times, in training and for the scheduler; above 1: more noise (with `start`: as there)"
+        },
+    )
 
 
 def drop_prompts(share: float, *prompts: torch.Tensor) -> list[torch.Tensor]:
@@ -183,7 +189,7 @@ def main(args: FluxArguments, training_args) -> None:
     images = load_images(args.data)
     coarsen = CoarseFeatures(encode, images, args.table_size)
     model = FluxWithLoss()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=args.shift)
     if args.start:
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(args.start, subfolder="scheduler")
         start = FluxTransformer2DModel.from_pretrained(args.start, subfolder="transformer", torch_dtype=torch.float32)
