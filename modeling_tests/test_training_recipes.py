@@ -451,6 +451,14 @@ def test_flux_alone_says_which_number_is_wrong(wrong, message, monkeypatch):
         main(TuneFluxArguments("nowhere", "nowhere", **wrong), None)
 
 
+def test_flux_from_nothing_says_which_shift_is_wrong(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES / "unicode2-tiny")
+    from train_flux import FluxArguments, main
+
+    with pytest.raises(ValueError, match="`shift` is -1; it must be above 0"):
+        main(FluxArguments("nowhere", "nowhere", "nowhere", "nowhere", shift=-1.0), None)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_coarse_features_are_rows_of_the_table(share, tmp_path, monkeypatch):
     """The first images are rounded, each patch to the nearest of half a table; the others keep every bit."""

@@ -69,6 +69,12 @@ def drop_prompts(share: float, *prompts: torch.Tensor) -> list[torch.Tensor]:
     return [value * kept.view(-1, *[1] * (value.ndim - 1)) for value in prompts]
 
 
+def check_shift(shift: float) -> None:
+    """Raises `ValueError` when the times cannot be shifted so."""
+    if shift <= 0:
+        raise ValueError(f"`shift` is {shift:g}; it must be above 0.")
+
+
 class CoarseFeatures:
     """Rounds patch features to the nearest of a random half of a table of patch features; which half is drawn anew each time.
 
@@ -112,6 +118,7 @@ def main(args: FluxArguments, training_args) -> None:
     from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss, start_from
     from transformers_unicode2.training.optimizer import MuonWithAdamW
 
+    check_shift(args.shift)
     set_seed(training_args.seed)
     max_length = args.clip["max_position_embeddings"]  # of texts; image prompts have as many patches
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, padding_side="right", model_max_length=max_length)

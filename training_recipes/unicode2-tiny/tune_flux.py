@@ -9,7 +9,7 @@ the two still fit together. Features are coarse as there, rounded to a table tha
 from dataclasses import dataclass, field
 
 import torch
-from train_flux import CoarseFeatures, drop_prompts
+from train_flux import CoarseFeatures, check_shift, drop_prompts
 
 
 @dataclass
@@ -44,8 +44,8 @@ def check_arguments(args: TuneFluxArguments) -> None:
             raise ValueError(f"`{name}` is {getattr(args, name):g}; it must be in [0, 1].")
     if args.table_size < CoarseFeatures.per_image:
         raise ValueError(f"`table_size` is {args.table_size}; it must be {CoarseFeatures.per_image} at least.")
-    if args.shift is not None and args.shift <= 0:
-        raise ValueError(f"`shift` is {args.shift:g}; it must be above 0.")
+    if args.shift is not None:
+        check_shift(args.shift)
 
 
 def main(args: TuneFluxArguments, training_args) -> None:
