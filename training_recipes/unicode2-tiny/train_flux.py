@@ -29,7 +29,10 @@ class FluxArguments:
     vae: str = field(metadata={"help": "folder of the trained VAE"})
     encoder: str = field(metadata={"help": "folder of the SigLIP vision encoder"})
     start: str | None = field(
-        default=None, metadata={"help": "UniCode² checkpoint whose FLUX transformer and mapper go on learning"}
+        default=None,
+        metadata={
+            "help": "UniCode² checkpoint whose FLUX transformer and the linear layers of its mapper go on learning"
+        },
     )
     transformer: dict = field(default_factory=dict, metadata={"help": "fields of FluxTransformer2DModel"})
     t5: dict = field(default_factory=dict, metadata={"help": "fields of T5Config"})
