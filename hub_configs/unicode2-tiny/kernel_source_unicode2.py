@@ -190,7 +190,7 @@ static int64_t lay_out(Workspace *w, char *space, int64_t count, int64_t num_nea
     w->heads = (int32_t *)place, place += num_spans * sizeof(int32_t);
     w->next = (int32_t *)place, place += num_near * count * sizeof(int32_t);
     w->least = (float *)place, place += count * sizeof(float);
-    w->cost = 0;
+    w->cost = w->alternative = 0;
     return place - space;
 }
 
@@ -229,21 +229,24 @@ static void scan_near(const Tables *t, const Queries *q, int64_t begin, int64_t 
         tighten(visit);
     }
     scan(t, t->spans + 3 * span, w->visits, count, w);
+    w->alternative += t->costs[3] * count * (t->spans[3 * span + 1] - t->spans[3 * span]);
 }
 
 /*
  * Nearest codes of queries `begin` to `end`: among all codes, or, if `near_only`, in the cells that are near. Returns 0, or 1 with
- * nothing found as soon as it is clear that it costs more than `budget`, in cycles.
+ * nothing found as soon as it is clear that it costs more than a `share` of a scan: that of all codes, or, as in the nearest cells the
+ * bounds exclude least, ten times that of the codes there. What a few queries cost says nothing.
  */
 static int search_group(
-        const Tables *t, const Queries *q, int64_t begin, int64_t end, int near_only, double budget, void *space) {
+        const Tables *t, const Queries *q, int64_t begin, int64_t end, int near_only, double share, void *space) {
     Workspace w;
+    double budget = share * t->costs[3] * t->size * (end - begin), spare = share * t->costs[3] * FEW_PAIRS;
     lay_out(&w, space, end - begin, q->num_near, t->num_spans);
     prepare(t, q, begin, end, &w);
     for (int later = 0; later < 2; later++)
         for (int64_t s = 0; s < t->num_spans; s++) {
             scan_near(t, q, begin, s, later, &w);
-            if (w.cost > budget * 0.3 && !near_only) return 1;
+            if (!near_only && (w.cost > budget * 0.3 || w.cost > 10 * share * w.alternative + spare)) return 1;
         }
     for (int64_t s = 0; s < t->num_spans && !near_only; s++) {
         const int64_t *span = t->spans + 3 * s;
@@ -261,13 +264,13 @@ static int search_group(
     return 0;
 }
 
-/* The same for all queries, `group` at a time; `budget` is that of one query, `space` has `workspace_size` bytes for each group. */
-void search(const Tables *t, const Queries *q, int64_t group, int near_only, double budget, char *space) {
+/* The same for all queries, `group` at a time; `space` has `workspace_size` bytes for each group. */
+void search(const Tables *t, const Queries *q, int64_t group, int near_only, double share, char *space) {
     int64_t num_groups = (q->count + group - 1) / group, size = workspace_size(group, q->num_near, t->num_spans);
     #pragma omp parallel for schedule(dynamic)
     for (int64_t g = 0; g < num_groups; g++) {
         int64_t begin = g * group, end = begin + group < q->count ? begin + group : q->count;
-        search_group(t, q, begin, end, near_only, budget * (end - begin), space + g * size);
+        search_group(t, q, begin, end, near_only, share, space + g * size);
     }
 }
 """

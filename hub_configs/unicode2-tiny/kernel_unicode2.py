@@ -30,7 +30,7 @@ class Tables(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int64) for name in SIZES),
-        ("costs", ctypes.c_float * 3),
+        ("costs", ctypes.c_float * 4),
         ("limits", ctypes.c_float * 6),
     ]
 

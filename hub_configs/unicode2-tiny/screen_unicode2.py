@@ -159,16 +159,16 @@ class Screen:
             setattr(self, name, torch.cat([table, table.new_zeros(padding, *table.shape[1:])]))
 
     def prepare(self, centred: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features less the mean, float64 `(num_features, dim)`, rounded, and what the bounds need to know of them.
+        """Features less the mean, float32 `(num_features, dim)`, rounded, and what the bounds need to know of them.
 
         `usable` is false for a feature that is too far from the codes for float32. `squares`, `(4, num_parts, num_features)`, has the
         squared distances to the centres: in all, in the outline, in the directions of the first product and of the second. `norm` is
         that of the features, `lost` `(num_features, 2)` what rounding them for the products takes.
         """
-        centred = centred.float()
         norm = centred.norm(dim=-1)
         usable = norm < 1e15
-        centred = centred.masked_fill(~usable[:, None], 0)
+        if not usable.all():
+            centred = centred.masked_fill(~usable[:, None], 0)
         query = {"usable": usable, "norm": norm.masked_fill(~usable, 0)}
         values, centres = (x.split((self.lead, self.rest_size), -1) for x in (self.project(centred), self.projected))
         outlined = (multiply(part[0], self.outline) for part in (centres, values))
@@ -176,10 +176,11 @@ class Screen:
         query["squares"] = torch.stack([square_distances(*pair) for pair in pairs])
         scales, lost = [], []
         for name, value in zip(("prefix", "rest"), values):
-            scale = value.abs().amax(-1).clamp(min=1e-30) / 127
-            rounded = (value / scale[:, None]).round_().clamp_(-127, 127)
+            scale = torch.maximum(value.amax(-1), -value.amin(-1)).clamp(min=1e-30) / 127
+            rounded = (value / scale[:, None]).round_()
             query[name] = rounded.to(torch.int8)
-            lost.append((value - rounded * scale[:, None]).norm(dim=-1) * (1 + NORM_MARGIN))
+            error = torch.addcmul(value, rounded, scale[:, None], value=-1, out=rounded)
+            lost.append(error.norm(dim=-1) * (1 + NORM_MARGIN))
             scales.append(scale)
         return {**query, "scales": torch.stack(scales, -1), "lost": torch.stack(lost, -1)}
 

@@ -55,7 +55,7 @@ class NearestCodeSearch:
             norm = torch.cat([(part.double() - self.mean).norm(dim=-1) for part in codes.split(rows)])
         finite, self.half_norm = norm.isfinite(), norm.square() / 2
         self.unused = find_repeated(codes, hashes, rows) | ~finite
-        self.any_unused, self.all_finite = bool(self.unused.any()), bool(finite.all())
+        self.all_finite = bool(finite.all())
         self.half_norm.masked_fill_(self.unused, 0)
         self.source, self.version = weakref.ref(codes), version_of(codes)
         self.checksum, self.sampled = sum_up(hashes), sample_sum(codes)
@@ -118,7 +118,7 @@ class NearestCodeSearch:
 
     def search(self, features, codes, cells: "Cells", num_probes: int | None, workspace: int) -> torch.LongTensor:
         best = Best(features, codes, workspace)
-        centred = features.double() - self.mean.double()
+        centred = features.float() - self.mean
         if self.screen:
             query = self.screen.prepare(centred)
             way = self.search_with_kernel if self.screen.kernel else self.search_with_torch
@@ -142,7 +142,7 @@ class NearestCodeSearch:
         kept = [screen.prefix, screen.rest, screen.constant, screen.units, screen.rest_units, screen.more]
         kept += [best.codes.contiguous(), torch.cat([spans, parts], -1), screen.centre_norms, screen.extents]
         sizes = (self.size, self.dim, screen.lead, screen.rest_size, len(screen.centres), len(spans))
-        costs = (screen.lead / 48, 16 + screen.rest_size / 2, 128 + self.dim / 2)  # cycles
+        costs = (screen.lead / 48, 16 + screen.rest_size / 2, 128 + self.dim / 2, self.dim / 16)  # cycles
         limits = (*screen.largest, 1 + screen.margin, (self.dim + 64) * UNIT)
         tables = Tables(*(x.data_ptr() for x in kept), *sizes, costs, limits)
         held = [query["prefix"], query["rest"], best.features.float(), query["scales"], query["lost"], query["norm"]]
@@ -152,8 +152,7 @@ class NearestCodeSearch:
         group = min(GROUP, -(-count // torch.get_num_threads()))
         bytes_of_group = screen.kernel.workspace_size(group, near.shape[1], len(spans))
         space = torch.empty(-(-count // group) * bytes_of_group, dtype=torch.uint8, device="cpu")
-        budget = KERNEL_SHARE * self.dim / 16 * self.size
-        screen.kernel.search(tables, queries, group, near_only, budget, space.data_ptr())
+        screen.kernel.search(tables, queries, group, near_only, KERNEL_SHARE, space.data_ptr())
 
     def search_with_torch(self, query: dict, best: "Best", spans, near: torch.LongTensor, near_only: bool) -> None:
         count, query = len(best.features), {**query, "bounds": self.screen.bound(query)}
@@ -214,23 +213,27 @@ class NearestCodeSearch:
         step = max(1, min(self.size, workspace // (16 * len(features) + 16 * self.dim)))
         if features.device.type == "cpu":
             step = min(step, max(512, BLOCK_SCORES // len(features) // 512 * 512))
-        for start in range(0, self.size, step):
-            place = slice(start, start + step)
-            if self.any_unused and self.unused[place].all():
-                continue
-            score, error = scan.scores(slice(None), place, dtype)  # (num_features, step), (num_features,)
-            rows = (score.amax(-1) >= scan.threshold(dtype, error)).nonzero()[:, 0]
+        kept = torch.arange(self.size, device=codes.device)
+        if self.unused.sum() > self.size / 2:  # worth to copy the others
+            kept = kept[~self.unused]
+        for start in range(0, len(kept), step):
+            number = kept[start : start + step]
+            place = number if len(kept) < self.size else slice(start, start + step)
+            score, error = scan.scores(slice(None), place, dtype)  # (step, num_features), (num_features,)
+            rows = (score.amax(0) >= scan.threshold(dtype, error)).nonzero()[:, 0]
             if not len(rows):
                 continue
-            score, error = (x if len(rows) == len(x) else x[rows] for x in (score, error))
-            best.improve(rows, score.argmax(-1) + start)
-            hits = score >= scan.threshold(dtype, error, rows)[:, None]
-            crowded = hits.sum(-1) > 32 + step // 64
-            if dtype == torch.float32 and crowded.any():  # too coarse for these: again in float64
-                score, error = scan.scores(rows[crowded], place, torch.float64)
-                hits[crowded] = score >= scan.threshold(torch.float64, error, rows[crowded])[:, None]
-            row, code = hits.nonzero(as_tuple=True)
-            best.improve(rows[row], code + start)
+            score, error = (x if len(rows) == len(error) else x[..., rows] for x in (score, error))
+            code, row = (score >= scan.threshold(dtype, error, rows)).nonzero(as_tuple=True)
+            if len(row) > 4 * len(rows):  # fewer are left after the best
+                best.improve(rows, number[score.argmax(0)])
+                hits = score >= scan.threshold(dtype, error, rows)
+                crowded = hits.sum(0) > 32 + step // 64
+                if dtype == torch.float32 and crowded.any():  # too coarse for these: again in float64
+                    score, error = scan.scores(rows[crowded], place, torch.float64)
+                    hits[:, crowded] = score >= scan.threshold(torch.float64, error, rows[crowded])
+                code, row = hits.nonzero(as_tuple=True)
+            best.improve(rows[row], number[code])
         if (best.found == self.size).any():
             raise ValueError(f"None of the {self.size} codes is finite.")
         return best.found
@@ -250,7 +253,7 @@ class Cells:
         """The cells nearest to features less the mean, `(num_features, count)`, the nearest first; those without a code come last."""
         centroids = self.centroids.float() - mean
         bias = (-centroids.square().sum(-1) / 2).masked_fill(self.offsets.diff() == 0, -torch.inf)
-        score = torch.addmm(bias, centred.float(), centroids.T)
+        score = torch.addmm(bias, centred, centroids.T)
         return score.topk(min(count, len(centroids)), dim=-1).indices
 
 
@@ -292,7 +295,7 @@ class Scan:
         )  # of the rounding errors in float64
 
     def scores(self, rows, place: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores of features with codes, `(num_rows, num_codes)`, and float64 `(num_rows,)` by how much they may be too small."""
+        """Scores of codes for features, `(num_codes, num_rows)`, and float64 `(num_rows,)` by how much they may be too small."""
         search = self.search
         codes = self.best.codes[place].to(dtype)
         if not search.all_finite:
@@ -306,7 +309,7 @@ class Scan:
         largest = (2 * half_norm.double().max()).sqrt() + self.rest.norm()
         bias = (-half_norm * (1 - 2 * share)).masked_fill(search.unused[place], -torch.inf).to(dtype)
         query = self.narrow if dtype == torch.float32 else self.query
-        score = torch.addmm(bias, query[rows], codes.T)
+        score = torch.addmm(bias[:, None], codes, query[rows].T)  # in this order it is faster on some processors
         return score, share * self.squared[rows].sqrt() * largest
 
     def threshold(self, dtype: torch.dtype, error: torch.Tensor, rows=slice(None)) -> torch.Tensor:
@@ -315,17 +318,18 @@ class Scan:
         score = self.constant[rows] - distance / 2 - error
         score = score - 1e-12 * (self.size[rows] + distance)
         limits = torch.finfo(dtype)
-        return (score - score.abs() * limits.eps - self.search.dim * limits.tiny).to(dtype)
+        score = score - score.abs() * limits.eps - self.search.dim * limits.tiny
+        return score.clamp(min=limits.min).to(dtype)  # above that of a code that no search may find
 
 
 def exact_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Squared distances of rows `(num_rows, dim)` in float64, `(num_rows,)`; added in an order that gives the same bits everywhere."""
     square = (a.double() - b.double()).square()
-    width = 1 << (square.shape[1] - 1).bit_length()
-    while width > 1:
-        width //= 2
-        square[:, : square.shape[1] - width] += square[:, width:]
-        square = square[:, :width]
+    dim = square.shape[1]
+    square = torch.nn.functional.pad(square, (0, (1 << (dim - 1).bit_length()) - dim))
+    while square.shape[1] > 1:
+        first, second = square.chunk(2, -1)
+        square = first + second
     return square[:, 0]
 
 

@@ -9,7 +9,7 @@ PRODUCTS = r"""
 #define WIDE 1
 #endif
 
-enum { LANES = 16, VECTORS = 4, CODES = VECTORS * LANES, TILE = 6, SEEDS = 4, SEED_CODES = 512 };
+enum { LANES = 16, VECTORS = 4, CODES = VECTORS * LANES, TILE = 6, SEEDS = 4, SEED_CODES = 512, FEW_PAIRS = 1 << 17 };
 
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64)));
@@ -25,7 +25,7 @@ typedef struct {
     const int64_t *spans;     /* (num_spans, 3): first code, last code and part of the cells to look into */
     const float *centre_norms, *extents;  /* (num_parts) and (4, num_parts), see Screen.find_extents */
     int64_t size, dim, prefix_size, rest_size, num_parts, num_spans;
-    float costs[3];           /* of a code in the first product, of LANES codes in the second, of a distance */
+    float costs[4];           /* in cycles: of a code in the first product, of LANES codes in the second, of a distance, of a code in a scan */
     float largest[4], above, error;  /* see Screen.bound: above one by the margin, and the rounding error of a number */
 } Tables;
 
@@ -72,7 +72,7 @@ typedef struct {
     Candidate *candidates;
     int32_t *heads, *next;
     float *least;  /* squared distance of each query to all codes of a part */
-    double cost;
+    double cost, alternative;  /* in cycles: of what was done, and what a scan of the codes that were looked at first would cost */
 } Workspace;
 
 #ifdef WIDE
@@ -155,11 +155,15 @@ static inline __attribute__((always_inline)) void second_product(
     }
 
 static inline float sum(Floats values) {
+#ifdef WIDE
+    return _mm512_reduce_add_ps((__m512)values);
+#else
     float parts[LANES];
     memcpy(parts, &values, sizeof parts);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) parts[i] += parts[i + half];
     return parts[0];
+#endif
 }
 
 /* Squared distance, or a number above `limit` if it is above it. */
