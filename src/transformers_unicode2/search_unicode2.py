@@ -216,24 +216,28 @@ class NearestCodeSearch:
         kept = torch.arange(self.size, device=codes.device)
         if self.unused.sum() > self.size / 2:  # worth to copy the others
             kept = kept[~self.unused]
+        waiting = []  # pairs that are measured together
         for start in range(0, len(kept), step):
             number = kept[start : start + step]
             place = number if len(kept) < self.size else slice(start, start + step)
             score, error = scan.scores(slice(None), place, dtype)  # (step, num_features), (num_features,)
-            rows = (score.amax(0) >= scan.threshold(dtype, error)).nonzero()[:, 0]
-            if not len(rows):
-                continue
-            score, error = (x if len(rows) == len(error) else x[..., rows] for x in (score, error))
-            code, row = (score >= scan.threshold(dtype, error, rows)).nonzero(as_tuple=True)
-            if len(row) > 4 * len(rows):  # fewer are left after the best
-                best.improve(rows, number[score.argmax(0)])
-                hits = score >= scan.threshold(dtype, error, rows)
+            threshold = scan.threshold(dtype, error)
+            near = ((score - threshold).amax(1) >= 0).nonzero()[:, 0]  # to any feature, to look closely at few
+            hits = score[near] >= threshold
+            if hits.sum() > 4 * len(features):  # fewer are left after the best
+                best.improve(torch.arange(len(features), device=codes.device), number[score.argmax(0)])
+                hits = score[near] >= scan.threshold(dtype, error)
                 crowded = hits.sum(0) > 32 + step // 64
                 if dtype == torch.float32 and crowded.any():  # too coarse for these: again in float64
-                    score, error = scan.scores(rows[crowded], place, torch.float64)
-                    hits[:, crowded] = score >= scan.threshold(torch.float64, error, rows[crowded])
-                code, row = hits.nonzero(as_tuple=True)
-            best.improve(rows[row], number[code])
+                    score, error = scan.scores(crowded, place, torch.float64)
+                    hits[:, crowded] = score[near] >= scan.threshold(torch.float64, error, crowded)
+            code, row = hits.nonzero(as_tuple=True)
+            waiting.append((row, number[near[code]]))
+            if sum(len(row) for row, _ in waiting) > len(features):
+                best.improve(*map(torch.cat, zip(*waiting)))
+                waiting.clear()
+        if waiting:
+            best.improve(*map(torch.cat, zip(*waiting)))
         if (best.found == self.size).any():
             raise ValueError(f"None of the {self.size} codes is finite.")
         return best.found
