@@ -16,7 +16,7 @@ from transformers_unicode2 import UniCode2Codebook, UniCode2CodebookConfig
 from transformers_unicode2.codebook.statistics import compute_probe_recall
 from transformers_unicode2.kernel_unicode2 import load_kernel
 from transformers_unicode2.screen_unicode2 import Screen
-from transformers_unicode2.search_unicode2 import MIN_SIZE, Cells, NearestCodeSearch, exact_distance
+from transformers_unicode2.search_unicode2 import MIN_SIZE, Best, Cells, NearestCodeSearch, exact_distance
 
 WAYS = ("kernel", "torch", "scan")
 DIM = 160
@@ -123,6 +123,21 @@ def test_drawn_codes_are_found_exactly(seed, size, dim, num_cells, far, way, wor
     cells = equal_cells(codes, num_cells)
     search = make_search(codes, cells, way)
     assert torch.equal(search(features, codes, cells, None, workspace), brute_force(features, codes))
+
+
+@pytest.mark.skipif(not load_kernel(), reason="no C compiler")
+@pytest.mark.parametrize("dim", [1, 7, 64, 200, 1152])
+def test_pairs_are_measured_alike_with_the_kernel_and_without(dim):
+    generator = torch.Generator().manual_seed(dim)
+    codes, features = (torch.randn(count, dim, generator=generator) for count in (300, 40))
+    codes[200:] = codes[:100]  # ties
+    row, code = (torch.randint(most, (5000,), generator=generator) for most in (30, 300))  # some features have no pair
+    ways = [Best(features, codes, 2**20) for _ in range(2)]
+    ways[0].kernel = load_kernel()
+    for best in ways:
+        for part in (slice(0, 2000), slice(2000, 5000)):
+            best.improve(row[part], code[part])
+    assert torch.equal(ways[0].found, ways[1].found) and torch.equal(ways[0].distance, ways[1].distance)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 40])

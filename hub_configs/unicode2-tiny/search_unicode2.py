@@ -209,7 +209,9 @@ class NearestCodeSearch:
         """All codes: every score, and the distance where it reaches the best so far, less its error."""
         best = Best(features, codes, workspace)
         scan = Scan(self, best)
-        dtype = torch.float32 if self.moderate and products_are_exact() and scan.squared.max() < 1e30 else torch.float64
+        moderate = self.moderate and bool(scan.squared.max() < 1e30)
+        dtype = torch.float32 if moderate and products_are_exact() else torch.float64
+        best.kernel = self.screen.kernel if moderate and self.screen else None
         step = max(1, min(self.size, workspace // (16 * len(features) + 16 * self.dim)))
         if features.device.type == "cpu":
             step = min(step, max(512, BLOCK_SCORES // len(features) // 512 * 512))
@@ -264,6 +266,8 @@ class Cells:
 class Best:
     """The nearest code so far of each feature: int64 `found` (the number of codes if there is none) and the float64 squared `distance`."""
 
+    kernel = None  # to measure with: of numbers that are moderate only
+
     def __init__(self, features: torch.Tensor, codes: torch.Tensor, workspace: int):
         self.features, self.codes, self.workspace = features, codes, workspace
         self.distance = torch.full((len(features),), torch.inf, dtype=torch.double, device=features.device)
@@ -275,6 +279,11 @@ class Best:
 
     def improve(self, row: torch.LongTensor, code: torch.LongTensor) -> None:
         """Considers pairs of features and codes; of equal distances the lowest code wins."""
+        if self.kernel:
+            held = [x.contiguous() for x in (self.features.float(), self.codes, row, code)]
+            first, second, *pairs = (x.data_ptr() for x in held)
+            found = self.distance.data_ptr(), self.found.data_ptr()
+            return self.kernel.improve(first, second, self.features.shape[1], len(row), *pairs, *found)
         step = max(1, self.workspace // (32 * self.features.shape[1]))
         for a, b in zip(row.split(step), code.split(step)):
             distance = exact_distance(self.features[a], self.codes[b])

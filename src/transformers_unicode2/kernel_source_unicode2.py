@@ -21,6 +21,19 @@ static void consider(const Tables *t, State *state, int64_t code) {
         state->distance = distance, state->found = code;
 }
 
+/* Considers pairs of features and codes, as Best.improve does. */
+void improve(const float *features, const float *codes, int64_t dim, int64_t count, const int64_t *rows, const int64_t *numbers,
+             double *distances, int64_t *found) {
+    Tables tables = {.codes = codes, .dim = dim};
+    for (int64_t i = 0; i < count; i++) {
+        int64_t row = rows[i];
+        State state = {.feature = features + row * dim, .distance = distances[row], .found = found[row]};
+        if (i + 4 < count) fetch(codes + numbers[i + 4] * dim, 4 * dim);
+        consider(&tables, &state, numbers[i]);
+        distances[row] = state.distance, found[row] = state.found;
+    }
+}
+
 static inline float positive(float value) { return value > 0 ? value : 0; }
 
 /* At least and at most the length whose square is known up to `spread`, of numbers known up to `error`. */

@@ -58,6 +58,8 @@ def load_kernel():
         return None
     numbers = (ctypes.c_int64, ctypes.c_int, ctypes.c_double)
     library.search.argtypes = (ctypes.POINTER(Tables), ctypes.POINTER(Queries), *numbers, ctypes.c_void_p)
+    pointers = (ctypes.c_void_p,) * 4
+    library.improve.argtypes = (*pointers[:2], ctypes.c_int64, ctypes.c_int64, *pointers)
     library.workspace_size.argtypes, library.workspace_size.restype = (ctypes.c_int64,) * 3, ctypes.c_int64
     return library
 
