@@ -217,6 +217,9 @@ def test_ids_do_not_depend_on_batch_dtype_layout_workspace_or_precision(codebook
     assert torch.equal(codebook.encode(features.view(4, 12, DIM)), expected.view(4, 12))
     assert torch.equal(codebook.encode(features, workspace=2**18), expected)
     assert codebook.encode(features[:0]).shape == (0,)
+    other = copy.deepcopy(codebook)
+    other.codes = codebook.codes.T.contiguous().T
+    assert torch.equal(other.encode(features), expected)
     for dtype in (torch.bfloat16, torch.float16):
         narrow = features.to(dtype)
         assert torch.equal(codebook.encode(narrow), brute_force(narrow.float(), codebook.codes))

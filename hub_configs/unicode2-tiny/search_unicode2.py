@@ -109,6 +109,7 @@ class NearestCodeSearch:
         """
         if not len(features):
             return torch.zeros(0, dtype=torch.long, device=features.device)
+        features, codes = features.float().contiguous(), codes.contiguous()  # as the kernel reads them
         rows = min(4096, workspace // (64 * self.dim), workspace // (64 * len(cells.centroids)))
         if self.screen and not self.screen.kernel:  # squares, bounds and thresholds, in torch
             rows = min(rows, workspace // (192 * len(self.screen.centres)))
@@ -118,7 +119,7 @@ class NearestCodeSearch:
 
     def search(self, features, codes, cells: "Cells", num_probes: int | None, workspace: int) -> torch.LongTensor:
         best = Best(features, codes, workspace)
-        centred = features.float() - self.mean
+        centred = features - self.mean
         if self.screen:
             query = self.screen.prepare(centred)
             way = self.search_with_kernel if self.screen.kernel else self.search_with_torch
@@ -140,12 +141,12 @@ class NearestCodeSearch:
         screen, count = self.screen, len(best.features)
         parts = screen.find_parts(spans[:, :1].contiguous())
         kept = [screen.prefix, screen.rest, screen.constant, screen.units, screen.rest_units, screen.more]
-        kept += [best.codes.contiguous(), torch.cat([spans, parts], -1), screen.centre_norms, screen.extents]
+        kept += [best.codes, torch.cat([spans, parts], -1), screen.centre_norms, screen.extents]
         sizes = (self.size, self.dim, screen.lead, screen.rest_size, len(screen.centres), len(spans))
         costs = (screen.lead / 48, 16 + screen.rest_size / 2, 128 + self.dim / 2, self.dim / 16)  # cycles
         limits = (*screen.largest, 1 + screen.margin, (self.dim + 64) * UNIT)
         tables = Tables(*(x.data_ptr() for x in kept), *sizes, costs, limits)
-        held = [query["prefix"], query["rest"], best.features.float(), query["scales"], query["lost"], query["norm"]]
+        held = [query["prefix"], query["rest"], best.features, query["scales"], query["lost"], query["norm"]]
         held = [x.contiguous() for x in (*held, query["squares"], near)]
         queries = Queries(*(x.data_ptr() for x in held), count, near.shape[1], best.found.data_ptr())
 
@@ -212,7 +213,7 @@ class NearestCodeSearch:
         moderate = self.moderate and bool(scan.squared.max() < 1e30)
         dtype = torch.float32 if moderate and products_are_exact() else torch.float64
         best.kernel = self.screen.kernel if moderate and self.screen else None
-        step = max(1, min(self.size, workspace // (16 * len(features) + 16 * self.dim)))
+        step = max(1, min(self.size, workspace // (32 * len(features) + 32 * self.dim)))
         if features.device.type == "cpu":
             step = min(step, max(512, BLOCK_SCORES // len(features) // 512 * 512))
         kept = torch.arange(self.size, device=codes.device)
@@ -280,11 +281,11 @@ class Best:
     def improve(self, row: torch.LongTensor, code: torch.LongTensor) -> None:
         """Considers pairs of features and codes; of equal distances the lowest code wins."""
         if self.kernel:
-            held = [x.contiguous() for x in (self.features.float(), self.codes, row, code)]
+            held = [self.features, self.codes, row.contiguous(), code.contiguous()]
             first, second, *pairs = (x.data_ptr() for x in held)
             found = self.distance.data_ptr(), self.found.data_ptr()
             return self.kernel.improve(first, second, self.features.shape[1], len(row), *pairs, *found)
-        step = max(1, self.workspace // (32 * self.features.shape[1]))
+        step = max(1, self.workspace // (64 * self.features.shape[1]))
         for a, b in zip(row.split(step), code.split(step)):
             distance = exact_distance(self.features[a], self.codes[b])
             before = self.distance.clone()
