@@ -374,12 +374,11 @@ def hash_rows(codes: torch.Tensor) -> torch.LongTensor:
     """A number for each row, `(len(codes),)`, equal for equal rows."""
     generator = torch.Generator("cpu").manual_seed(0)
     factors = torch.randint(-(2**31), 2**31, (codes.shape[1],), generator=generator, device="cpu")
-    factors = factors.int().to(codes.device) | 1
-    hashes = []
-    for part in codes.split(max(1, CHUNK // codes.shape[1])):
+    factors, hashes, parts = factors.to(codes.device) | 1, [], codes.split(max(1, CHUNK // codes.shape[1]))
+    products = torch.empty_like(parts[0], dtype=torch.long)
+    for part in parts:
         bits = (part.float() + 0.0).view(torch.int32)  # -0.0 equals 0.0
-        bits ^= bits >> 16
-        hashes.append(bits.mul_(factors).sum(-1, dtype=torch.long))
+        hashes.append(torch.mul(bits, factors, out=products[: len(part)]).sum(-1))
     return torch.cat(hashes)
 
 
