@@ -49,8 +49,7 @@ class NearestCodeSearch:
             codes[:: max(1, size // 1024)].float().median(0).values
         )  # what to subtract: any will do, a few far codes do not move it
         self.mean = middle if middle.abs().max() < 1e15 else torch.zeros_like(middle)
-        parts = [(hash_rows(part), (part.float() - self.mean).norm(dim=-1)) for part in codes.split(rows)]
-        hashes, norm = (torch.cat(values) for values in zip(*parts))
+        hashes, norm = hash_rows(codes), find_norms(codes, self.mean)
         if not norm.isfinite().all():
             norm = torch.cat([(part.double() - self.mean).norm(dim=-1) for part in codes.split(rows)])
         finite, self.half_norm = norm.isfinite(), norm.square() / 2
@@ -375,11 +374,20 @@ def hash_rows(codes: torch.Tensor) -> torch.LongTensor:
     generator = torch.Generator("cpu").manual_seed(0)
     factors = torch.randint(-(2**31), 2**31, (codes.shape[1],), generator=generator, device="cpu")
     factors, hashes, parts = factors.to(codes.device) | 1, [], codes.split(max(1, CHUNK // codes.shape[1]))
-    products = torch.empty_like(parts[0], dtype=torch.long)
-    for part in parts:
-        bits = (part.float() + 0.0).view(torch.int32)  # -0.0 equals 0.0
-        hashes.append(torch.mul(bits, factors, out=products[: len(part)]).sum(-1))
+    values, products = (
+        torch.empty(parts[0].shape, dtype=dtype, device=codes.device) for dtype in (torch.float32, torch.long)
+    )
+    for part in parts:  # into the same memory, as to map some anew takes longer than to fill it
+        bits = torch.add(part, 0.0, out=values[: len(part)]).view(torch.int32)  # -0.0 equals 0.0
+        hashes.append(products[: len(part)].copy_(bits).mul_(factors).sum(-1))
     return torch.cat(hashes)
+
+
+def find_norms(codes: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Norms of rows less a mean, float32 `(len(codes),)`."""
+    parts = codes.split(max(1, CHUNK // codes.shape[1]))
+    values = torch.empty(parts[0].shape, dtype=torch.float32, device=codes.device)
+    return torch.cat([torch.sub(part, mean, out=values[: len(part)]).norm(dim=-1) for part in parts])
 
 
 def sum_up(hashes: torch.LongTensor) -> int:
