@@ -307,7 +307,7 @@ class Scan:
             self.squared.sqrt() * search.mean.double().norm() + self.squared
         )  # of the rounding errors in float64
 
-    def scores(self, rows, place: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(self, rows, place: slice | torch.LongTensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores of codes for features, `(num_codes, num_rows)`, and float64 `(num_rows,)` by how much they may be too small."""
         search = self.search
         codes = self.best.codes[place].to(dtype)
