@@ -33,15 +33,17 @@ print(json.dumps(output))
 """
 
 
-def test_remote_code_gives_the_same_bits(tiny_checkpoint, tiny_model, processor, photo, tmp_path):
+def test_remote_code_gives_the_same_bits(tiny_model, processor, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
+    tiny_model.save_pretrained(tmp_path / "repository")  # with the code that travels
+    processor.save_pretrained(tmp_path / "repository")
     run = subprocess.run(
         [
             sys.executable,
             "-S",
             "-c",
             "import site; site.main()\n" + SCRIPT,
-            str(tiny_checkpoint),
+            str(tmp_path / "repository"),
             str(tmp_path / "photo.png"),
         ],
         capture_output=True,

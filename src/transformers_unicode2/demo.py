@@ -40,10 +40,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def embedded_checkpoint() -> Path:
-    """Folder of unicode2-tiny, which comes with the package."""
-    from importlib.resources import files
-
-    return Path(str(files("transformers_unicode2.unicode2_tiny").joinpath("config.json"))).parent
+    """Folder of unicode2-tiny: inside an installed package, or in the checkout that the package is run from."""
+    package = Path(__file__).parent
+    installed = package / "unicode2_tiny"
+    return installed if installed.is_dir() else package.parents[1] / "hub_configs" / "unicode2-tiny"
 
 
 def main(args: argparse.Namespace) -> None:

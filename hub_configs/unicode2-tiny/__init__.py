@@ -1,1 +1,0 @@
-"""The embedded checkpoint; this file only lets the wheel carry the folder as package data."""
