@@ -1,7 +1,11 @@
+import warnings
+
 import pytest
 import torch
+from transformers import DynamicCache
 
 from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
+from transformers_unicode2.modeling_unicode2 import CACHE_NAME
 
 
 def test_pixels_and_their_visual_token_ids_give_the_same_logits(model, prompt, pixel_values, config):
@@ -114,3 +118,31 @@ def test_preview_mosaic_holds_the_thumbnails_in_raster_order(model, config):
     previews = model.get_quantizer().codebook.previews
     assert image.shape == (1, 3, 16, 16)
     assert torch.equal(image[0, :, 4:8, 8:12], previews[6].permute(2, 0, 1) / 255)  # row 1, column 2
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_taken_under_its_old_and_its_new_name(model, prompt, name):
+    ids = prompt["input_ids"].masked_fill(prompt["input_ids"] == 10, 768 + 7)[:1]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        whole = model(ids).logits
+        cache = DynamicCache(config=model.config.text_config)
+        model(ids[:, :-1], **{name: cache})
+        last = model(ids[:, -1:], **{name: cache})
+    assert cache.get_seq_length() == ids.shape[1] and last[CACHE_NAME] is cache
+    torch.testing.assert_close(last.logits[:, -1], whole[:, -1])
+
+
+def test_a_cache_under_both_names_is_refused(model):
+    cache = DynamicCache(config=model.config.text_config)
+    with pytest.raises(ValueError, match="Give at most one of `past_key_values` and `cache`"):
+        model(torch.tensor([[20]]), past_key_values=cache, cache=cache)
+
+
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE_NAME}))
+def test_generate_goes_on_from_a_cache_under_either_name(model, name):
+    ids, options = torch.arange(20, 40)[None], {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    cache = DynamicCache(config=model.config.text_config)
+    model(ids[:, :12], **{name: cache})
+    assert torch.equal(model.generate(ids, **{name: cache}, **options), model.generate(ids, **options))
+    assert cache.get_seq_length() == 23

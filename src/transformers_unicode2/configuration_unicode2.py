@@ -168,7 +168,7 @@ class UniCode2Config(PreTrainedConfig):
     ```"""
 
     model_type = "unicode2"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),

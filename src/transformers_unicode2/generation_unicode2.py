@@ -242,7 +242,7 @@ class UniCode2GenerationMixin(GenerationMixin):
             prompt_length = prompt["input_ids"].shape[1]
         if guidance_scale not in (None, 1):
             config = generation_config or self.generation_config
-            for name in ("past_key_values", "prefill_chunk_size"):
+            for name in ("past_key_values", "cache", "prefill_chunk_size"):
                 if settings.get(name) is not None or getattr(config, name, None) is not None:
                     raise ValueError(f"`{name}` does not go with guidance, whose cache has two rows a prompt.")
             settings.update(visual_guidance_scale=float(guidance_scale), prompt_length=prompt_length)
@@ -260,7 +260,7 @@ class UniCode2GenerationMixin(GenerationMixin):
         self, prompt: dict, max_plan_tokens: int, generation_config: GenerationConfig | None, settings: dict
     ) -> dict:
         """Prompts that end with the begin-of-image id, with a text in front of that id which the model writes; left-padded anew."""
-        for name in ("inputs_embeds", "past_key_values", "position_ids"):
+        for name in ("inputs_embeds", "past_key_values", "cache", "position_ids"):
             if prompt.get(name) is not None or settings.get(name) is not None:
                 raise ValueError(
                     f"`{name}` does not go with a plan, which makes the prompt longer; `max_plan_tokens` is {max_plan_tokens}, "

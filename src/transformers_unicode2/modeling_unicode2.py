@@ -10,7 +10,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -22,6 +22,8 @@ from .processing_unicode2 import UniCode2Processor  # noqa: F401, so that its fi
 from .quantization_unicode2 import UniCode2Quantizer, check_codebook, equal_cells, init_codebook
 
 MAX_SCORES = 2**26  # held at a time by the loss: 256 MiB in float32
+# What Transformers calls the key-value cache of its models: `cache` from 5.24 on.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
@@ -39,27 +41,24 @@ class UniCode2ModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class UniCode2CausalLMOutputWithPast(ModelOutput):
+class UniCode2CausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
             Mean negative log-likelihood over all target tokens, text and visual.
-        text_loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
-            The same over the text targets, Eq. 7; 0 without any.
-        visual_loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
-            The same over the visual targets, Eq. 8; 0 without any.
         logits (`torch.FloatTensor`, *optional*, returned without `labels`):
             Scores over the unified vocabulary, `(batch_size, num_tokens, visual_token_offset + codebook_size)`; with
             `output_modality="text"` only its text part, `(batch_size, num_tokens, visual_token_offset)`.
+        text_loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
+            The loss over the text targets, Eq. 7; 0 without any.
+        visual_loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
+            The loss over the visual targets, Eq. 8; 0 without any.
+        image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
+            Embeddings of the images given as pixels.
     """
 
-    loss: torch.FloatTensor | None = None
     text_loss: torch.FloatTensor | None = None
     visual_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor] | None = None
-    attentions: tuple[torch.FloatTensor] | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
 
@@ -257,6 +256,20 @@ def sum_in_chunks(
     return sum(checkpoint(function, *part, use_reentrant=False) for part in parts)
 
 
+def name_cache(past_key_values: Cache | None, cache: Cache | None) -> dict[str, Cache]:
+    """The key-value cache, given under either name, as the installed Transformers names it. Raises `ValueError` when both are given.
+
+    A cache of continuous batching, which is no `Cache`, has always been called `cache`.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError(
+            "Give at most one of `past_key_values` and `cache`, which is its name from Transformers 5.24 on."
+        )
+    if cache is not None and not isinstance(cache, Cache):
+        return {"cache": cache}
+    return {CACHE_NAME: past_key_values if cache is None else cache}
+
+
 class UniCode2PreTrainedModel(PreTrainedModel):
     config: UniCode2Config
     base_model_prefix = "model"
@@ -264,7 +277,7 @@ class UniCode2PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["UniCode2Codebook"]
     _keep_in_fp32_modules_strict = ["vision_model", "codebook.codes", "codebook.cell_centroids"]  # not its integers
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -374,6 +387,7 @@ class UniCode2Model(UniCode2PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UniCode2ModelOutputWithPast:
         r"""
@@ -384,6 +398,8 @@ class UniCode2Model(UniCode2PreTrainedModel):
                 Images, in the order of their placeholders.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": get_image_features(...)}` in place of `pixel_values`.
+            cache (`Cache`, *optional*):
+                What Transformers calls `past_key_values` from 5.24 on; either name will do.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -408,16 +424,16 @@ class UniCode2Model(UniCode2PreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **name_cache(past_key_values, cache),
             **kwargs,
         )
         return UniCode2ModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=embeds,
             image_tokens=None if images is None else images.image_tokens,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
@@ -560,6 +576,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         visual_guidance_scale: float | None = None,
         visual_temperature: float | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UniCode2CausalLMOutputWithPast:
         r"""
@@ -585,6 +602,8 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
                 With a two-level visual head, draws a cell at this temperature and scores the codes of that cell alone.
             num_items_in_batch (`int`, *optional*):
                 Divisor of the loss; the number of targets by default.
+            cache (`Cache`, *optional*):
+                What Transformers calls `past_key_values` from 5.24 on; either name will do.
         """
         self.check_ids(input_ids)
         if output_modality not in (None, "text", "plan", "image"):
@@ -602,6 +621,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            cache=cache,
             **kwargs,
         )
         losses, logits = (None, None, None), None
@@ -620,10 +640,10 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             text_loss=losses[1],
             visual_loss=losses[2],
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def check_targets(self, hidden_states: torch.Tensor, target: torch.LongTensor) -> None:
