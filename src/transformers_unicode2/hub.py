@@ -137,13 +137,14 @@ def find_safetensors(source: str) -> list[Path]:
     """The safetensors files of a folder, or of a Hub repository, downloaded. Raises `ValueError` when there are none."""
     folder = Path(source)
     if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     files = sorted(folder / name for name in names)
     absent = [file.name for file in files if not file.is_file()]
     if absent:
-        raise ValueError(f"{source} lacks {', '.join(absent)}; the language model must be in safetensors.")
+        raise ValueError(f"{source} lacks {', '.join(absent)}; the weights of a model must be in safetensors.")
     return files
 
 

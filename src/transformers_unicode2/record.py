@@ -1,4 +1,4 @@
-"""What an output was made of: noted inside it, and compared before a command goes on there."""
+"""What an output is made of: noted inside it, and compared before a command goes on there; one run at a time writes to it."""
 
 import hashlib
 import json
@@ -6,29 +6,41 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import WORK, explained, write_file
+from .files import WORK, explained, make_folders, remove, write_file
+
+NOT_CONTENT = (WORK, "lost+found")  # the latter lies in the root of a disk
 
 
 @contextmanager
-def held(folder: str | Path, option: str = "--output") -> Iterator[None]:
-    """Holds a folder, which is made if it is not there, for this run alone; a run that is killed lets go of it.
+def held(folder: str | Path, option: str = "--output", work: str = WORK, doing: str = "writing to") -> Iterator[None]:
+    """Holds a folder for this run alone, by a lock in its folder `work`; a run that is killed lets go of it.
+
+    Both folders are made if they are not there, and removed again at the end if nothing is in them.
 
     Raises:
-        `ValueError`: when another run holds it.
+        `ValueError`: when another run holds it. `NotWrittenError`: when it cannot be written to.
     """
     from filelock import FileLock, Timeout
 
-    with explained(folder):
-        (Path(folder) / WORK).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder) / WORK / "lock")
+    folder = Path(folder)
+    made, place = not folder.exists(), folder / work
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"Another run is writing to {folder}; wait for it or choose another {option}.") from None
-    try:
-        yield
+        make_folders(place, option=option)
+        lock = FileLock(place / "lock")
+        try:
+            with explained(folder):
+                lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"Another run is {doing} {folder}; wait for it or choose another {option}.") from None
+        try:
+            yield
+        finally:
+            remove(place / "lock")  # a run that waits for this file sees that it is gone
+            lock.release()
     finally:
-        lock.release()
+        for empty in (place, folder) if made else (place,):
+            if empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()
 
 
 class Record:
@@ -41,81 +53,139 @@ class Record:
         owns (`tuple[str]`): globs of what the command writes; where such files are and no record, something else made them.
         part (`str`, *optional*, defaults to `"record"`): name of the part, as a split.
         option (`str`, *optional*, defaults to `"--output"`): the option that names the folder.
+        growing (`tuple[str]`, *optional*): entries of `made_of`, dictionaries, to which more may be added later.
+        defaults (`dict`, *optional*): entries that a record may lack which an earlier version wrote, as they were then.
     """
 
     def __init__(
         self,
         folder: str | Path,
         made_of: dict,
-        owns: tuple[str, ...],
+        owns: tuple[str, ...] = ("*",),
         part: str = "record",
         option: str = "--output",
+        growing: tuple[str, ...] = (),
+        defaults: dict | None = None,
     ):
-        self.folder, self.owns, self.option = Path(folder), owns, option
-        self.made_of = json.loads(json.dumps(made_of))
+        self.folder, self.owns, self.part, self.option = Path(folder), owns, part, option
+        self.made_of, self.growing, self.defaults = json.loads(json.dumps(made_of)), growing, defaults or {}
         self.file = self.folder / WORK / f"{part}.json"
 
-    def begin(self) -> bool:
-        """Notes what the output is made of, or compares it with what was noted; returns whether the output is finished.
+    @contextmanager
+    def making(self) -> Iterator[bool]:
+        """Holds the folder while the output is made, and yields whether that is done already. At its end the output is whole.
 
         Raises:
-            `ValueError`: when it was begun with something else, or holds files that no record tells of.
+            `ValueError`: when another run holds the folder; see `check`, too.
         """
-        known = read_record(self.folder, self.file.stem)
-        if known is None:
-            foreign = [path.name for pattern in self.owns for path in sorted(self.folder.glob(pattern))]
-            if foreign:
-                raise ValueError(
-                    f"{self.folder} holds {foreign[0]}, and nothing tells what it was made of; "
-                    f"choose another {self.option}, or delete it."
-                )
-            self.write(finished=False)
+        if self.check():  # needs no lock, and no room to write
+            yield True
+            return
+        with held(self.folder, self.option):
+            finished = self.check()
+            try:
+                if not finished:
+                    self.begin()
+                yield finished
+                if not finished:
+                    self.write(finished=True)
+            finally:
+                if not self.find_files():
+                    remove(self.file)
+
+    def check(self) -> bool:
+        """Whether the output is finished.
+
+        Raises:
+            `ValueError`: when it was begun with something else, holds files that no record tells of, or was changed afterwards.
+        """
+        there, known = self.find_files(), read_record(self.folder, self.part)
+        if not there:  # whatever was begun, nothing of it can be mixed with anything
             return False
-        changes = compare(known["made_of"], self.made_of)
+        if known is None:
+            raise ValueError(
+                f"{self.folder} holds {there[0].relative_to(self.folder)}, and nothing tells what it was made of; "
+                f"choose another {self.option}, or delete it."
+            )
+        before = {**self.defaults, **known["made_of"]}
+        before = {name: value for name, value in before.items() if name in self.made_of}
+        changes = compare(before, self.made_of, self.growing)
         if changes:
             raise ValueError(
                 f"{self.folder} was begun with something else ({'; '.join(changes)}); "
                 f"choose another {self.option}, or delete it."
             )
-        return known["finished"]
+        return known["finished"] and self.made_of == before and is_whole(self.folder, known["files"])
 
-    def finish(self) -> None:
-        """Notes that the output is whole."""
-        self.write(finished=True)
+    def begin(self) -> None:
+        """Notes what the output is made of; nothing of a run that was killed is in the way."""
+        for file in self.folder.glob(".*.tmp"):
+            file.unlink()
+        remove(self.folder / WORK / "new")
+        self.write(finished=False)
+
+    def find_files(self) -> list[Path]:
+        """Files of the output, as far as they are there."""
+        found = {path for pattern in self.owns for path in self.folder.glob(pattern) if path.name not in NOT_CONTENT}
+        files = {
+            file for path in found for file in (path.rglob("*") if path.is_dir() else (path,)) if not file.is_dir()
+        }
+        return sorted(file for file in files if WORK not in file.relative_to(self.folder).parts)
 
     def write(self, finished: bool) -> None:
-        with explained(self.file):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"made_of": self.made_of, "finished": finished}
+        files = {str(file.relative_to(self.folder)): file.stat().st_size for file in self.find_files() if finished}
+        make_folders(self.file.parent, option=self.option)
+        content = {"made_of": self.made_of, "finished": finished, "files": files}
         write_file(self.file, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_record(folder: str | Path, part: str = "record") -> dict | None:
-    """`{"made_of": dict, "finished": bool}` of an output, `None` where there is none. Raises `ValueError` when it is damaged."""
+    """`{"made_of": dict, "finished": bool, "files": dict}` of an output, `None` where there is none. Raises `ValueError` when it
+    is damaged."""
     file = Path(folder) / WORK / f"{part}.json"
     if not file.is_file():
         return None
     try:
         content = json.loads(file.read_text())
-        return {"made_of": dict(content["made_of"]), "finished": bool(content["finished"])}
+        return {"made_of": dict(content["made_of"]), "finished": bool(content["finished"]), "files": content["files"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}); delete {folder} and run the command again.") from error
 
 
-def compare(before: dict, now: dict) -> list[str]:
-    """One phrase for each entry that is not as it was."""
-    names = [*now, *(name for name in before if name not in now)]
-    return [
-        f"{name} was {shorten(before.get(name))} and is {shorten(now.get(name))}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
+def is_whole(folder: Path, files: dict[str, int]) -> bool:
+    """Whether all files of an output are there. Raises `ValueError` when one has another size than the output was written with."""
+    for name, size in files.items():
+        file = folder / name
+        if file.is_file() and file.stat().st_size != size:
+            raise ValueError(
+                f"{file} was written with {size} bytes and has {file.stat().st_size}; delete it and run the command again."
+            )
+    return all((folder / name).is_file() for name in files)
+
+
+def compare(before: dict, now: dict, growing: tuple[str, ...] = (), prefix: str = "") -> list[str]:
+    """One phrase for each entry that is not as it was, of dictionaries within as well; entries may be added to those in `growing`."""
+    changes = []
+    for name in [*now, *(name for name in before if name not in now)]:
+        old, new = before.get(name, "nothing"), now.get(name, "nothing")
+        if isinstance(old, dict) and isinstance(new, dict):
+            added = set(new) - set(old) if name in growing else ()
+            changes += compare(old, {key: new[key] for key in new if key not in added}, (), f"{prefix}{name} ")
+        elif old != new:
+            changes.append(f"{prefix}{name} was {shorten(old)} and is {shorten(new)}")
+    return changes
 
 
 def shorten(value) -> str:
     """A value as it is shown: of a SHA-256 its first 12 digits."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text[:12] if len(text) == 64 and all(digit in "0123456789abcdef" for digit in text) else text
+    text = str(value)
+    return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
+
+
+def hash_file(file: str | Path) -> str:
+    """SHA-256 of the content of a file."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def hash_files(files: Iterable[str | Path], root: str | Path) -> str:
@@ -123,6 +193,5 @@ def hash_files(files: Iterable[str | Path], root: str | Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(map(Path, files)):
         digest.update(str(file.relative_to(root)).encode(errors="surrogateescape") + b"\0")
-        with open(file, "rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(bytes.fromhex(hash_file(file)))
     return digest.hexdigest()

@@ -1,13 +1,15 @@
 """Data sets of the training stages: parquet with images and texts, and the pre-tokenized form of it."""
 
-import hashlib
 import io
-import json
 
 import numpy as np
 import torch
 
+from ..files import whole_file
+from ..hub import check_checkpoint
 from ..processing_unicode2 import CAPTION_PROMPT
+from ..record import Record
+from .tokens import find_tables, hash_image_processor, hash_quantizer, hash_table, read_note, write_codes
 
 
 def load_images(folder: str, split: str = "train"):
@@ -120,22 +122,6 @@ def build_examples(
     return rows.map(expand, batched=True, with_indices=True, remove_columns=rows.column_names, desc="building examples")
 
 
-def refuse_other_quantizer(path, quantizer) -> None:
-    """Keeps what made the codes beside them. Raises `ValueError` when those in the folder are of another encoder or codebook."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(quantizer.state_dict().items()):
-        if not name.endswith("previews"):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().numpy())
-    begun = json.loads(path.read_text())["quantizer_sha256"] if path.is_file() else digest.hexdigest()
-    if begun != digest.hexdigest():
-        raise ValueError(
-            f"{path.parent} holds codes of another encoder or codebook (SHA-256 {begun[:12]}, now {digest.hexdigest()[:12]}). "
-            "Name another --output."
-        )
-    path.write_text(json.dumps({"quantizer_sha256": begun}) + "\n")
-
-
 def make_parser():
     import argparse
 
@@ -152,37 +138,55 @@ def make_parser():
 
 
 def main(args) -> None:
+    """Each file that is there already must have been made of the same rows by the same quantizer; files may be added to the data."""
     from pathlib import Path
 
-    from datasets import load_dataset
+    paths = find_tables(args.data, args.split, "--data")
+    check_checkpoint(args.model)
+    made_of = {
+        "command": "tokenize",
+        "quantizer": hash_quantizer(args.model),
+        "image processor": hash_image_processor(args.model),
+        "data": {path.name: hash_table(path) for path in paths},
+    }
+    record = Record(args.output, made_of, (f"{args.split}-*.parquet",), args.split, growing=("data",))
+    with record.making() as finished:
+        if finished:
+            print(f"{args.output} is finished; nothing to do")
+            return
+        encode, output = make_encoder(args.model), Path(args.output)
+        for path in paths:
+            note = {**made_of, "data": made_of["data"][path.name]}
+            if not (output / path.name).is_file():
+                with whole_file(output / path.name) as file:
+                    write_codes(read_table(path), encode, file, note, args.batch_size)
+            elif read_note(output / path.name) != note:
+                raise ValueError(
+                    f"{output / path.name} has codes of something else; delete it and run the command again."
+                )
+
+
+def make_encoder(model: str):
+    """A function from undecoded images to the codes that the quantizer of a checkpoint makes of them, lists of integers."""
     from transformers import AutoImageProcessor
 
     from transformers_unicode2 import UniCode2ForConditionalGeneration
 
-    paths = sorted(Path(args.data).glob(f"{args.split}-*.parquet"))
-    if not paths:
-        raise ValueError(f"--data {args.data} has no {args.split}-*.parquet.")
-    quantizer = UniCode2ForConditionalGeneration.from_pretrained(args.model).get_quantizer()
-    image_processor = AutoImageProcessor.from_pretrained(args.model)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    refuse_other_quantizer(output / f"{args.split}.json", quantizer)
+    quantizer = UniCode2ForConditionalGeneration.from_pretrained(model).get_quantizer()
+    image_processor = AutoImageProcessor.from_pretrained(model)
 
-    def encode(batch: dict) -> dict:
-        images = [decode_image({"image": image}) for image in batch["image"]]
-        return {"codes": quantizer.encode_images(image_processor(images, return_tensors="pt")["pixel_values"]).tolist()}
+    def encode(images: list[dict]) -> list[list[int]]:
+        pixels = image_processor([decode_image({"image": image}) for image in images], return_tensors="pt")
+        return quantizer.encode_images(pixels["pixel_values"]).tolist()
 
-    for path in paths:
-        target = output / path.name
-        if not target.is_file():
-            from datasets import Image
+    return encode
 
-            rows = load_dataset("parquet", data_files=str(path), split="train").cast_column(
-                "image", Image(decode=False)
-            )
-            rows = rows.map(encode, batched=True, batch_size=args.batch_size, remove_columns="image", desc=path.name)
-            rows.to_parquet(str(target.with_suffix(".tmp")))
-            target.with_suffix(".tmp").rename(target)
+
+def read_table(path):
+    """The rows of one parquet file with undecoded images."""
+    from datasets import Image, load_dataset
+
+    return load_dataset("parquet", data_files=str(path), split="train").cast_column("image", Image(decode=False))
 
 
 if __name__ == "__main__":

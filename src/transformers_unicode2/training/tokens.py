@@ -1,0 +1,206 @@
+"""What made the codes of a data set: noted in every parquet file with codes, and compared before anything learns from them."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from ..record import hash_file, shorten
+
+logger = logging.getLogger(__name__)
+
+NOTE = b"unicode2"  # key in the metadata of a parquet file, so that it goes wherever the file goes
+# of an image processor: what decides about the pixels
+PIXELS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std", "do_pad", "pad_size"),
+)
+
+
+def hash_quantizer(model: str) -> str:
+    """SHA-256 of what makes codes of pixels: encoder and codes of a checkpoint, in float32, read tensor by tensor.
+
+    Args:
+        model: folder or Hub name of a UniCode² checkpoint, or of a quantizer alone.
+
+    Raises:
+        `ValueError`: when there is no quantizer in its files.
+    """
+    from safetensors import safe_open
+
+    from ..hub import find_safetensors
+
+    places = {}
+    for file in find_safetensors(model):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                part = name.removeprefix("model.quantizer.")
+                if part.startswith("vision_model.") or part == "codebook.codes":
+                    places[part] = file, name
+    if "codebook.codes" not in places:
+        raise ValueError(f"{model} has no codebook; give a UniCode² checkpoint.")
+    digest = hashlib.sha256()
+    for part, (file, name) in sorted(places.items()):
+        with safe_open(file, framework="pt") as tensors:
+            tensor = tensors.get_tensor(name).float()
+        digest.update(f"{part}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def hash_image_processor(model: str) -> str:
+    """SHA-256 of what the image processor of a checkpoint does to pixels."""
+    from transformers import AutoImageProcessor
+
+    settings = AutoImageProcessor.from_pretrained(model).to_dict()
+    kept = {name: settings.get(name) for name in PIXELS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hash_table(file: Path) -> str:
+    """SHA-256 of a parquet file, and of the image files that its rows name in the place of their content."""
+    from pyarrow import parquet
+
+    digest, table = hashlib.sha256(bytes.fromhex(hash_file(file))), parquet.ParquetFile(file)
+    names = [table.schema.column(i).path for i in range(len(table.schema.names))]
+    if {"image.bytes", "image.path"} <= set(names) and has_nulls(table, names.index("image.bytes")):
+        for batch in table.iter_batches(batch_size=256, columns=["image"]):
+            for image in batch["image"].to_pylist():
+                if image and not image["bytes"] and image["path"] and (file.parent / image["path"]).is_file():
+                    digest.update(bytes.fromhex(hash_file(file.parent / image["path"])))
+        return digest.hexdigest()
+    return hash_file(file)
+
+
+def has_nulls(table, column: int) -> bool:
+    """Whether a column of a parquet file may lack values, by the statistics of its row groups."""
+    groups = [table.metadata.row_group(i).column(column) for i in range(table.num_row_groups)]
+    return any(not group.is_stats_set or group.statistics.null_count != 0 for group in groups)
+
+
+def write_codes(rows, encode: Callable, file: Path, note: dict, batch_size: int) -> None:
+    """Writes rows with the codes of their images, in the place of the images, batch by batch.
+
+    Args:
+        rows: `datasets.Dataset` with a column `image`, undecoded.
+        encode: a list of undecoded images to their codes, lists of integers.
+        file: parquet file to write.
+        note: what made the codes, kept in the file's metadata.
+        batch_size: rows that are encoded at a time.
+    """
+    import pyarrow as pa
+    from datasets import Features, List, Value
+    from pyarrow.parquet import ParquetWriter
+    from tqdm import tqdm
+
+    kept = {name: feature for name, feature in rows.features.items() if name != "image"}
+    schema = Features({**kept, "codes": List(Value("int64"))}).arrow_schema
+    schema = schema.with_metadata({**schema.metadata, NOTE: json.dumps(note, sort_keys=True)})
+    with ParquetWriter(file, schema) as writer, tqdm(total=len(rows), unit="image", desc=file.name) as bar:
+        for batch in rows.with_format("arrow").iter(batch_size):
+            codes = pa.array(encode(batch["image"].to_pylist()), pa.list_(pa.int64()))
+            texts = [batch[name] for name in kept]
+            writer.write_table(pa.Table.from_arrays([*texts, codes], names=[*kept, "codes"]).cast(schema))
+            bar.update(len(batch))
+
+
+def read_note(file: Path) -> dict | None:
+    """What made the codes of a parquet file, `None` when it does not say. Raises `ValueError` when it cannot be read."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        metadata = parquet.read_schema(file).metadata or {}
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it and run `unicode2 tokenize` again.") from error
+    return json.loads(metadata[NOTE]) if NOTE in metadata else None
+
+
+def find_tables(folder: str, split: str, option: str) -> list[Path]:
+    """`{split}-*.parquet` of a folder, in the order of their names. Raises `ValueError` when there are none."""
+    files = sorted(Path(folder).glob(f"{split}-*.parquet"))
+    if not files:
+        raise ValueError(f"{option} {folder} has no {split}-*.parquet.")
+    return files
+
+
+def check_codes(files: list[Path], model: str, codebook_size: int, num_image_tokens: int) -> None:
+    """Raises `ValueError` on codes of another quantizer or image processor than those of `model`, and on what are no codes of it.
+
+    Codes that do not say what made them, as those of other programs, are taken with a warning.
+
+    Args:
+        files: parquet files with a column `codes`.
+        model: folder or Hub name of a checkpoint.
+        codebook_size: its number of codes, K.
+        num_image_tokens: codes of an image, T.
+    """
+    notes = {file: read_note(file) for file in files}
+    silent = [file for file, note in notes.items() if note is None]
+    if silent:
+        logger.warning(
+            f"{len(silent)} of {len(files)} files in {files[0].parent} do not say what made their codes; they are taken for those "
+            f"that the quantizer of {model} makes."
+        )
+    if len(silent) < len(files):
+        own = {"quantizer": hash_quantizer(model), "image processor": hash_image_processor(model)}
+        for file, note in notes.items():
+            for name, value in own.items():
+                if note is not None and note[name] != value:
+                    raise ValueError(
+                        f"{file} has codes of another {name} (SHA-256 {shorten(note[name])}) than that of {model} "
+                        f"({shorten(value)}); tokenize its data with {model}."
+                    )
+    for file in files:
+        check_range(file, codebook_size, num_image_tokens)
+
+
+def check_range(file: Path, codebook_size: int, num_image_tokens: int) -> None:
+    """Raises `ValueError` when a row of a parquet file has no `num_image_tokens` codes from 0 to `codebook_size - 1`."""
+    import pyarrow.compute as pc
+    from pyarrow import parquet, types
+
+    table, first = parquet.ParquetFile(file), 0
+    kind = table.schema_arrow.field("codes").type if "codes" in table.schema_arrow.names else None
+    if kind is None or not types.is_list(kind) or not types.is_integer(kind.value_type):
+        raise ValueError(
+            f"{file} needs a column codes, lists of integers; it has {table.schema_arrow.names}, codes: {kind}."
+        )
+    for batch in table.iter_batches(batch_size=4096, columns=["codes"]):
+        lengths, codes = pc.fill_null(pc.list_value_length(batch["codes"]), 0), batch["codes"].flatten()
+        wrong = pc.index(pc.not_equal(lengths, num_image_tokens), True).as_py()
+        if wrong >= 0:
+            raise ValueError(
+                f"Row {first + wrong} of {file} has {lengths[wrong]} codes; an image has {num_image_tokens}."
+            )
+        limits = pc.min_max(codes).as_py()
+        if len(codes) and (codes.null_count or limits["min"] < 0 or limits["max"] >= codebook_size):
+            raise ValueError(
+                f"{file} has codes from {limits['min']} to {limits['max']}, {codes.null_count} are missing; "
+                f"those of this model go from 0 to {codebook_size - 1}."
+            )
+        first += batch.num_rows
+
+
+def check_same_rows(images: list[Path], tokens: list[Path]) -> None:
+    """Raises `ValueError` unless the files with codes were made of the files with images, or at least say the same of each row."""
+    notes = {file.name: read_note(file) for file in tokens}
+    if any(notes.values()):
+        made_of = {name: note["data"] if note else None for name, note in notes.items()}
+        now = {file.name: hash_table(file) for file in images}
+        other = sorted(name for name in {*made_of, *now} if made_of.get(name) != now.get(name))
+    else:
+        other = [] if read_texts(images, tokens) == read_texts(tokens, images) else [tokens[0].name]
+    if other:
+        raise ValueError(
+            f"{other[0]} of {tokens[0].parent} was not made of {other[0]} of {images[0].parent}; they must be the same rows."
+        )
+
+
+def read_texts(files: list[Path], others: list[Path]) -> list[dict]:
+    """The rows of parquet files without images and codes, as far as the other files have the columns, too."""
+    from pyarrow import parquet
+
+    names = set(parquet.read_schema(files[0]).names) & set(parquet.read_schema(others[0]).names) - {"image", "codes"}
+    return [row for file in files for row in parquet.read_table(file, columns=sorted(names)).to_pylist()]
