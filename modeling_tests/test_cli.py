@@ -1,6 +1,5 @@
 """Bad input is one sentence on stderr and exit status 2; nothing half-written stays."""
 
-import json
 import os
 import shutil
 import sys
@@ -127,10 +126,11 @@ def test_scenes_of_other_options_are_refused(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, capsys, "scenes", "--output", tmp_path, "--num-scenes", 2)[0] == 0
     code, printed = run(monkeypatch, capsys, "scenes", "--output", tmp_path, "--num-scenes", 2, "--seed", 7)
     assert code == 2 and "seed was 0 and is 7" in printed.err
-    begun = json.loads((tmp_path / "train.json").read_text())
-    (tmp_path / "train.json").write_text(json.dumps({name: begun[name] for name in begun if name != "photo_share"}))
     code, printed = run(monkeypatch, capsys, "scenes", "--output", tmp_path, "--num-scenes", 2, "--photo-share", 0)
-    assert code == 2 and "photo_share was 0.5 and is 0.0" in printed.err  # of a folder that earlier versions began
+    assert code == 2 and "photo_share was 0.5 and is 0.0" in printed.err
+    shutil.rmtree(tmp_path / ".unicode2")
+    code, printed = run(monkeypatch, capsys, "scenes", "--output", tmp_path, "--num-scenes", 2)
+    assert code == 2 and "holds train-00000.parquet, and nothing tells what it was made of" in printed.err
 
 
 @pytest.mark.parametrize("damage", ["truncated", "sizes"])

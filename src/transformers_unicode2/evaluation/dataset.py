@@ -8,11 +8,13 @@ Row i of a split depends on the seed, the share of photographs and i alone, so a
 """
 
 import argparse
-import json
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
+from ..files import whole_file
+from ..record import Record
 from . import emoji, scenes
 
 ROWS_PER_SHARD = 10_000
@@ -90,37 +92,35 @@ def main(args: argparse.Namespace) -> None:
     )
     order = ["scene"] * args.num_scenes + ["emoji"] * args.num_emoji
     order = [order[i] for i in np.random.default_rng(args.seed).permutation(len(order))]
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    refuse_other_arguments(output / f"{args.split}.json", args)
-    progress = tqdm(total=len(order), unit="image", desc=f"rendering {args.split}")
-    for start in range(0, len(order), ROWS_PER_SHARD):
-        path = output / f"{args.split}-{start // ROWS_PER_SHARD:05d}.parquet"
-        kinds = order[start : start + ROWS_PER_SHARD]
-        if not path.is_file():
-            rows = []
-            for offset, kind in enumerate(kinds):
+    numbers = {name: getattr(args, name) for name in ("num_scenes", "num_emoji", "photo_share", "seed", "image_size")}
+    made_of = {"command": "scenes", **numbers, "emoji": hash_emoji(args.emoji_dir) if args.num_emoji else None}
+    record = Record(args.output, made_of, (f"{args.split}-*.parquet",), args.split)
+    with record.making() as finished:
+        if finished:
+            print(f"{args.output} is finished; nothing to do")
+            return
+        with tqdm(total=len(order), unit="image", desc=f"rendering {args.split}") as progress:
+            for start in range(0, len(order), ROWS_PER_SHARD):
+                path = Path(args.output) / f"{args.split}-{start // ROWS_PER_SHARD:05d}.parquet"
+                kinds = order[start : start + ROWS_PER_SHARD]
+                if path.is_file():
+                    progress.update(len(kinds))
+                    continue
                 options = (args.split, args.seed, args.emoji_dir, args.image_size, args.photo_share)
-                rows.append(render_row(start + offset, kind, *options))
-                progress.update()
-            temporary = path.with_suffix(".tmp")
-            Dataset.from_list(rows, features=features).to_parquet(str(temporary))
-            temporary.rename(path)
-        else:
-            progress.update(len(kinds))
-    progress.close()
+                rows = []
+                for index, kind in enumerate(kinds, start):
+                    rows.append(render_row(index, kind, *options))
+                    progress.update()
+                with whole_file(path) as file:
+                    Dataset.from_list(rows, features=features).to_parquet(str(file))
 
 
-def refuse_other_arguments(path: Path, args) -> None:
-    """Keeps what a split is made of beside its shards. Raises `ValueError` when they were begun with something else."""
-    names = ("num_scenes", "num_emoji", "photo_share", "seed", "image_size")
-    asked = {name: getattr(args, name) for name in names}
-    if path.is_file():
-        begun = {"photo_share": 0.5} | json.loads(path.read_text())  # which earlier versions had no choice of
-        other = [f"{name} was {begun[name]} and is {asked[name]}" for name in names if begun[name] != asked[name]]
-        if other:
-            raise ValueError(f"{path.parent} was begun with other options: {', '.join(other)}. Name another --output.")
-    path.write_text(json.dumps(asked) + "\n")
+def hash_emoji(folder: str) -> str:
+    """SHA-256 of all emoji as they are drawn."""
+    digest = hashlib.sha256()
+    for name in emoji.NAMES:
+        digest.update(emoji.load_emoji(folder, name).tobytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":
