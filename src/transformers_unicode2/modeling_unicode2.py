@@ -318,6 +318,7 @@ class UniCode2Model(UniCode2PreTrainedModel):
         )
         self.projector = UniCode2Projector(config)
         self.quantizer = UniCode2Quantizer(config.get_quantizer_config())
+        self.quantizer.model_config = config
         self.post_init()
         self.quantizer.freeze()
 

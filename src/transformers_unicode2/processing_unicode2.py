@@ -1,11 +1,16 @@
 """Images and text to ids, and back."""
 
 import copy
-from pathlib import Path
+import operator
+from functools import wraps
 
+import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from .images_unicode2 import load_image, open_images, to_rgb
 
 # ChatML with images; tools and their calls are written as Qwen2.5 was trained to read them.
 CHAT_TEMPLATE = """\
@@ -58,48 +63,20 @@ AUTO_MAP = {"AutoProcessor": "processing_unicode2.UniCode2Processor"}  # where a
 CAPTION_PROMPT = "describe the image."  # asks for a short caption, in training and when drawings are read back
 
 
-def to_rgb(image):
-    """A `PIL.Image` as RGB: turned as its EXIF says, transparency on white, 16 bit brought to 8."""
-    from PIL import Image, ImageOps
+class UniCode2BatchFeature(BatchFeature):
+    """A batch whose `pixel_values` stay in float32, which the codes are defined by, whatever `to` converts the rest to."""
 
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        return image.point(lambda value: value / 256).convert("L").convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def load_image(path: str | Path):
-    """Any image file as RGB, see `to_rgb`.
-
-    Raises `ValueError` when the file is missing, a folder, empty, truncated or no image.
-    """
-    from PIL import Image
-
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give an image file.")
-    if not path.is_file():
-        raise ValueError(f"There is no image file {path}.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes); give an image file.")
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) cannot be read as an image: {error}.") from error
-
-
-def open_images(images):
-    """Images as RGB in any nesting of lists: files and `PIL.Image`s. Arrays, addresses and base64, which are fetched later, stay."""
-    if isinstance(images, (list, tuple)):
-        return [open_images(image) for image in images]
-    is_name = isinstance(images, str) and "." in images and not images.startswith(("http://", "https://", "data:"))
-    if is_name or isinstance(images, Path):  # base64 has no dots
-        return load_image(images)
-    return to_rgb(images) if hasattr(images, "getexif") else images
+    def to(self, *args, **kwargs) -> "UniCode2BatchFeature":
+        pixel_values = self.get("pixel_values")
+        super().to(*args, **kwargs)
+        if isinstance(pixel_values, torch.Tensor):
+            self["pixel_values"] = pixel_values.to(self["pixel_values"].device)
+        elif pixel_values is not None:
+            pairs = zip(pixel_values, self["pixel_values"])
+            self["pixel_values"] = [
+                before.to(now.device) if isinstance(before, torch.Tensor) else before for before, now in pairs
+            ]
+        return self
 
 
 class UniCode2Processor(ProcessorMixin):
@@ -151,44 +128,103 @@ class UniCode2Processor(ProcessorMixin):
 
         Args:
             quantizer (`UniCode2Quantizer`): encoder and codebook; call its `use_faiss` for FAISS.
-            visual_token_offset (`int`): first visual token id, `UniCode2Config.visual_token_offset`.
+            visual_token_offset (`int`): first visual token id, `UniCode2Config.visual_token_offset`. Call this again after
+                `resize_token_embeddings`, which moves it.
+
+        Raises:
+            `ValueError`: when the offset is no integer, or among the ids of the tokenizer.
         """
-        self.quantizer, self.visual_token_offset = quantizer, visual_token_offset
+        try:
+            offset = operator.index(visual_token_offset)
+        except TypeError as error:
+            raise ValueError(f"`visual_token_offset` is {visual_token_offset!r}; it must be an integer.") from error
+        self.check_offset(quantizer, offset)
+        self.quantizer, self.visual_token_offset = quantizer, offset
         return self
+
+    def check_offset(self, quantizer, offset: int) -> None:
+        """Raises `ValueError` when visual token ids from `offset` on would be taken for others."""
+        if offset < len(self.tokenizer):
+            raise ValueError(
+                f"Visual token ids from {offset} on are among the {len(self.tokenizer)} ids of the tokenizer; resize the model to "
+                "the tokenizer and attach its quantizer with its `config.visual_token_offset`."
+            )
+        of_model = quantizer.model_config
+        if of_model is not None and of_model.visual_token_offset != offset:
+            raise ValueError(
+                f"Visual token ids from {offset} on are not those of the quantizer's model, which begin at "
+                f"{of_model.visual_token_offset}; attach it again with the model's `config.visual_token_offset`."
+            )
 
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            images (image or list of images, *optional*): in the order of their `image_token`s in the texts. `PIL.Image`s and
-                files become RGB as `to_rgb` has it.
+            images (image or list of images, *optional*): in the order of their `image_token`s in the texts, or one list for each
+                text. A `PIL.Image`, a path, an address, base64, bytes, an open file, an array or a tensor, as `read_images` has them; all
+                become RGB as `to_rgb` has it.
             text (`str` or `list[str]`, *optional*): prompts.
 
         Returns:
-            `input_ids` and `attention_mask`; `pixel_values` `(num_images, 3, height, width)` unless a quantizer is attached.
+            `input_ids` and `attention_mask`; `pixel_values` `(num_images, 3, height, width)`, which stay in float32 under `to`. With a
+            quantizer attached no pixels, and of images alone `visual_token_ids` `(num_images, num_image_tokens)`.
 
         Raises:
-            `ValueError`: on an empty prompt, or when images and `image_token`s differ in number.
+            `ValueError`: on an empty prompt, on an image that cannot be read, or when images and `image_token`s differ in number.
         """
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
-            self.check_texts(texts, images)
-        images = open_images(images)
+            self.check_texts(texts)
+        if images is not None:
+            images = self.open_images(images, texts, kwargs)
         batch = super().__call__(images=images, text=text, **kwargs)
-        if "pixel_values" in batch and "input_ids" in batch:
-            height, width = batch["pixel_values"][0].shape[-2:]
-            num_patches = (height // self.patch_size) * (width // self.patch_size)
-            if num_patches != self.num_image_tokens:
-                raise ValueError(
-                    f"Images of {height} x {width} pixels have {num_patches} patches; the prompt holds {self.num_image_tokens} "
-                    "placeholders for each. Leave `size` as it is."
-                )
-        if self.quantizer is not None and "pixel_values" in batch and "input_ids" in batch:
-            pixel_values = torch.as_tensor(batch.pop("pixel_values")).to(self.quantizer.device)
-            tokens = iter((self.quantizer.encode_images(pixel_values) + self.visual_token_offset).flatten().tolist())
-            rows = batch["input_ids"].tolist() if isinstance(batch["input_ids"], torch.Tensor) else batch["input_ids"]
-            rows = [[next(tokens) if id_ == self.image_token_id else id_ for id_ in row] for row in rows]
-            batch["input_ids"] = torch.tensor(rows) if isinstance(batch["input_ids"], torch.Tensor) else rows
+        batch = UniCode2BatchFeature(batch.data, skip_tensor_conversion=batch.skip_tensor_conversion)
+        if "pixel_values" in batch:
+            self.check_size(batch["pixel_values"])
+            if self.quantizer is not None:
+                self.write_codes(batch)
         return batch
+
+    def open_images(self, images, texts: list[str] | None, options: dict) -> list | None:
+        """All images as RGB, in one list, `None` if there are none; takes from the options what says how arrays lie.
+
+        Raises `ValueError` when texts and lists of images do not fit, or on options that images which were read make wrong.
+        """
+        options["images_kwargs"] = nested = dict(options.get("images_kwargs", {}))
+        layout = nested.pop("input_data_format", options.pop("input_data_format", None))
+        if any(given.get("do_rescale") is False for given in (options, nested)):
+            raise ValueError(
+                "`do_rescale` is False, but images are read as RGB of 8 bits, whatever they come as; leave it as it is."
+            )
+        opened = open_images(images, layout)
+        if opened and all(isinstance(group, list) for group in opened):
+            if texts is not None:
+                self.check_places(texts, [len(group) for group in opened])
+            opened = [image for group in opened for image in group]
+        return opened or None
+
+    def check_size(self, pixel_values) -> None:
+        """Raises `ValueError` when preprocessed images have another number of patches than their place in a prompt."""
+        height, width = pixel_values[0].shape[-2:]
+        num_patches = (height // self.patch_size) * (width // self.patch_size)
+        if num_patches != self.num_image_tokens:
+            raise ValueError(
+                f"Images of {height} x {width} pixels have {num_patches} patches; the prompt holds {self.num_image_tokens} "
+                "placeholders for each. Leave `size` as it is."
+            )
+
+    def write_codes(self, batch: BatchFeature) -> None:
+        """Visual token ids in the place of pixels and placeholders, as lists, arrays or tensors as these were."""
+        self.check_offset(self.quantizer, self.visual_token_offset)
+        pixel_values = batch.pop("pixel_values")
+        pixels = torch.stack([torch.as_tensor(image) for image in pixel_values]).to(self.quantizer.device)
+        ids = self.quantizer.encode_images(pixels).cpu() + self.visual_token_offset  # (num_images, num_image_tokens)
+        if "input_ids" not in batch:
+            batch["visual_token_ids"] = convert_like(pixel_values, ids.tolist())
+            return
+        tokens, prompts = iter(ids.flatten().tolist()), batch["input_ids"]
+        rows = prompts if isinstance(prompts, list) else prompts.tolist()
+        rows = [[next(tokens) if id_ == self.image_token_id else id_ for id_ in row] for row in rows]
+        batch["input_ids"] = convert_like(prompts, rows)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """Stock.
@@ -205,7 +241,7 @@ class UniCode2Processor(ProcessorMixin):
                     raise ValueError(f"Message {number} of {len(chat)} is empty; write some text.")
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def check_texts(self, texts, images) -> None:
+    def check_texts(self, texts) -> None:
         if not isinstance(texts, (list, tuple)) or not all(isinstance(t, (str, list, tuple)) for t in texts):
             raise ValueError(f"`text` is {texts!r}; it must be a string or a list of strings.")
         if not texts:
@@ -213,11 +249,12 @@ class UniCode2Processor(ProcessorMixin):
         empty = [isinstance(t, str) and not t.strip() for t in texts]
         if any(empty):
             raise ValueError(f"Prompt {empty.index(True) + 1} of {len(texts)} is empty; write some text.")
-        if isinstance(images, (list, tuple)) and images and all(isinstance(i, (list, tuple)) for i in images):
-            places = [t.count(self.image_token) for t in texts]
-            given = [len(i) for i in images]
-            if places != given:
-                raise ValueError(f"The prompts have places for {places} images, and {given} are given.")
+
+    def check_places(self, texts: list[str], given: list[int]) -> None:
+        """Raises `ValueError` when the texts have places for another number of images than are `given` for each."""
+        places = [text.count(self.image_token) for text in texts]
+        if places != given:
+            raise ValueError(f"The prompts have places for {places} images, and {given} are given.")
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.boi_token + self.image_token * self.num_image_tokens + self.eoi_token
@@ -301,4 +338,30 @@ class UniCode2Processor(ProcessorMixin):
         return {**output, "auto_map": AUTO_MAP}
 
 
-__all__ = ["UniCode2Processor"]
+def convert_like(like, rows: list[list[int]]):
+    """Ids as a tensor, an array or lists, as `like` is."""
+    if isinstance(like, torch.Tensor):
+        return torch.tensor(rows)
+    return np.array(rows) if isinstance(like, np.ndarray) else rows
+
+
+def read_images_of(pipeline_class: type[ImageTextToTextPipeline]) -> None:
+    """Has a pipeline hand its images to a processor of ours as they are.
+
+    The stock one opens them by itself, any format of Pillow's, even EPS, and loses transparency and all beyond 8 bits. It can be told
+    so neither by the model nor by the processor.
+    """
+    preprocess = pipeline_class.preprocess
+
+    @wraps(preprocess)
+    def read_first(self, inputs=None, timeout=None, **kwargs):
+        if isinstance(self.processor, UniCode2Processor) and isinstance(inputs, dict) and inputs.get("images"):
+            inputs = {**inputs, "images": open_images(inputs["images"], timeout=timeout)}
+        return preprocess(self, inputs, timeout=timeout, **kwargs)
+
+    pipeline_class.preprocess = read_first
+
+
+read_images_of(ImageTextToTextPipeline)
+
+__all__ = ["UniCode2Processor", "load_image", "to_rgb"]

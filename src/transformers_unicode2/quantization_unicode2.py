@@ -11,13 +11,14 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
 from .faiss_unicode2 import make_index, search_index
 from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch, have_changed, state_of
 
+logger = logging.get_logger(__name__)
 TABLES_LOCK = threading.Lock()  # tables are derived once, whichever thread is first
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -176,6 +177,7 @@ class UniCode2Quantizer(PreTrainedModel):
     ]
     _supports_sdpa = True
     _supports_flash_attn = True
+    model_config = None  # of the model that it is a part of, which knows where visual token ids begin
 
     def __init__(self, config: UniCode2QuantizerConfig):
         super().__init__(config)
@@ -245,11 +247,17 @@ class UniCode2Quantizer(PreTrainedModel):
     @torch.no_grad()
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """The encoder's output for images `(batch_size, 3, height, width)`, in float32 outside of any autocast; its
-        `last_hidden_state` holds the patch features, `(batch_size, num_image_tokens, codebook_dim)`."""
+        `last_hidden_state` holds the patch features, `(batch_size, num_image_tokens, codebook_dim)`. Pixels in half precision,
+        which some trainers make of them, are warned of: rounded pixels have other codes."""
         side = self.config.vision_config.image_size
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(
                 f"The images are {tuple(pixel_values.shape)}; the encoder reads (batch_size, 3, {side}, {side})."
+            )
+        if pixel_values.dtype in (torch.bfloat16, torch.float16):
+            logger.warning_once(
+                f"`pixel_values` are {pixel_values.dtype}; rounded pixels get other codes. Give them in float32, as the processor "
+                "does, or give visual token ids."
             )
         kwargs["return_dict"] = True
         with torch.autocast(pixel_values.device.type, enabled=False):

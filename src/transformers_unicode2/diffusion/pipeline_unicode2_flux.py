@@ -328,10 +328,10 @@ class UniCode2FluxPipeline(FluxPipeline):
             )
         else:
             if image is not None:
-                pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"]
-                visual_token_ids = self.vision_language_encoder.get_image_tokens(
-                    pixel_values.to(self._execution_device)
-                )
+                encoded = self.processor(images=image, return_tensors="pt").to(self._execution_device)
+                visual_token_ids = encoded.get("visual_token_ids")  # by a quantizer that is attached to the processor
+                if visual_token_ids is None:
+                    visual_token_ids = self.vision_language_encoder.get_image_tokens(encoded["pixel_values"])
         # 2. Conditioning
         prompt_embeds, pooled_prompt_embeds = self.encode_visual_tokens(visual_token_ids)
         if prompt is None:
