@@ -10,6 +10,8 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from .configuration_unicode2 import VISUAL_HEADS
+from .files import whole_folder
+from .record import Record, hash_source, shorten
 
 
 def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual_head: str = "flat") -> list[dict]:
@@ -26,32 +28,43 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
         visual_head: `UniCode2Config.visual_head`.
 
     Returns:
-        One `{"part", "parameters", "bytes"}` a part, in the order of the data flow.
+        One `{"part", "parameters", "bytes"}` a part, in the order of the data flow; nothing when `output` was finished before.
 
     Raises:
         `ValueError`: when the parts do not fit together, the language model has no safetensors or is not built as Qwen2 or Llama
-        are, or `output` holds one of the parts or another model.
+        are, or `output` holds anything else.
     """
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GenerationConfig,
-        SiglipVisionModel,
-    )
-    from transformers.dynamic_module_utils import custom_object_save
+    if Path(output).resolve() in [Path(part).resolve() for part in (llm, vision, codebook)]:
+        raise ValueError(f"{output} holds a part of the model; choose another folder for the checkpoint.")
+    folder = codebook if Path(codebook).is_dir() else snapshot_download(codebook)
+    made_of = {
+        "command": "init",
+        "language model": hash_source(llm),
+        "encoder": hash_source(vision),
+        "codebook": hash_source(folder),
+        "visual_head": visual_head,
+    }
+    with Record(output, made_of).making() as finished:
+        if finished:
+            return []
+        with whole_folder(output) as new:
+            return write_checkpoint(llm, vision, folder, new, visual_head)
+
+
+def write_checkpoint(llm: str, vision: str, codebook: str, output: Path, visual_head: str) -> list[dict]:
+    """Fills an empty folder, see `compose_checkpoint`."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
 
     from .codebook.storage import load_codebook
     from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2Config
     from .modeling_unicode2 import UniCode2ForConditionalGeneration
     from .processing_unicode2 import UniCode2Processor
 
-    check_output(output, llm, vision, codebook)
     tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
     text_config = AutoConfig.from_pretrained(llm)
     vision_model = SiglipVisionModel.from_pretrained(vision, vision_use_head=False, dtype=torch.float32)
-    stored = load_codebook(codebook if Path(codebook).is_dir() else snapshot_download(codebook))
+    stored = load_codebook(codebook)
+    check_encoder(vision, codebook)
     prefix = AutoModelForCausalLM._model_mapping[type(text_config)].base_model_prefix
     if prefix != "model":
         raise ValueError(
@@ -95,29 +108,41 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
         )
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     writer.finish(may_lack=tied)
+    write_configurations(model, config, processor, output)
+    return writer.report
+
+
+def write_configurations(model, config, processor, output: Path) -> None:
+    """What a fresh checkpoint has beside its weights; with the code that travels."""
+    from transformers import GenerationConfig
+    from transformers.dynamic_module_utils import custom_object_save
+
     config.architectures = [type(model).__name__]
     custom_object_save(model, output, config=config)
     config.save_pretrained(output)
     GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
         max_new_tokens=max(64, 2 * config.num_image_tokens),
         # what `generate(generation_mode="image")` does unless told otherwise: codes are sampled, with guidance, as unicode2-tiny draws best
         image_generation={"do_sample": True, "temperature": 0.6, "top_k": 0, "guidance_scale": 2.0},
     ).save_pretrained(output)
     processor.save_pretrained(output)
-    return writer.report
 
 
-def check_output(output: str, *parts: str) -> None:
-    """Raises `ValueError` when writing to `output` would overwrite one of the parts or another model."""
-    folder = Path(output)
-    if folder.resolve() in [Path(part).resolve() for part in parts]:
-        raise ValueError(f"{output} holds a part of the model; choose another folder for the checkpoint.")
-    if (folder / "config.json").is_file():
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-        if model_type != "unicode2":
-            raise ValueError(f"{output} holds a {model_type} model; choose another folder for the checkpoint.")
+def check_encoder(vision: str, codebook: str) -> None:
+    """Raises `ValueError` when a codebook was built with another encoder than `vision`, as far as it says with which."""
+    from .codebook.features import Encoder
+    from .codebook.storage import load_provenance
+
+    command = load_provenance(codebook).get("command", {})
+    known = command.get("encoder_sha256")
+    own = Encoder(vision, command.get("dtype", "float32")).fingerprint() if known else None
+    if own != known:
+        raise ValueError(
+            f"{codebook} was built with another encoder (SHA-256 {shorten(known)}) than {vision} ({shorten(own)}); "
+            "give that encoder, or a codebook of this one."
+        )
 
 
 def check_processor(processor, config, llm: str, vision: str) -> None:
@@ -187,13 +212,12 @@ class ShardWriter:
     """Writes the weights of a checkpoint file by file and checks them against the names and shapes that the model has.
 
     Args:
-        output: folder to write.
+        output: empty folder to write to.
         expected: name to shape of everything in the model's state dict.
     """
 
-    def __init__(self, output: str, expected: dict[str, torch.Size]):
-        self.folder, self.expected, self.report, self.weight_map = Path(output), dict(expected), [], {}
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, output: Path, expected: dict[str, torch.Size]):
+        self.folder, self.expected, self.report, self.weight_map = output, dict(expected), [], {}
         self.num_files = 0
 
     def write(self, part: str, state: dict[str, torch.Tensor]) -> None:
@@ -223,8 +247,6 @@ class ShardWriter:
             f"part-{i:05d}.safetensors": f"model-{i:05d}-of-{self.num_files:05d}.safetensors"
             for i in range(1, self.num_files + 1)
         }
-        for stale in self.folder.glob("model*.safetensors"):  # of an earlier checkpoint; one file would hide several
-            stale.unlink()
         for old, new in names.items():
             (self.folder / old).rename(self.folder / new)
         index = {
@@ -249,7 +271,7 @@ def assemble_pipeline(
     image_size: int,
     num_candidates: int = 1,
     true_cfg_scale: float = 1.0,
-) -> None:
+) -> bool:
     """Writes one repository that is both: a Transformers checkpoint in its root and a Diffusers pipeline around it.
 
     Everything is stored in bfloat16, except what of the quantizer bfloat16 does not hold exactly, since its values define the codes.
@@ -263,9 +285,24 @@ def assemble_pipeline(
         num_candidates: images that the language model writes for a prompt, the best of which is painted.
         true_cfg_scale: classifier-free guidance with which FLUX paints; 1 is without.
 
+    Returns:
+        Whether `output` was finished before.
+
     Raises:
-        `ValueError`: when `image_size` is no multiple of what the VAE and the patches of FLUX cut an image into.
+        `ValueError`: when `image_size` is no multiple of what the VAE and the patches of FLUX cut an image into, or `output` holds
+        anything else.
     """
+    numbers = {"image_size": image_size, "num_candidates": num_candidates, "true_cfg_scale": true_cfg_scale}
+    parts = {"model": hash_source(model), "mapper": hash_source(mapper), "decoder": hash_source(decoder, deep=True)}
+    with Record(output, {"command": "assemble", **parts, **numbers}).making() as finished:
+        if not finished:
+            with whole_folder(output) as new:
+                write_pipeline(model, mapper, decoder, new, **numbers)
+    return finished
+
+
+def write_pipeline(model: str, mapper: str, decoder: str, output: Path, image_size: int, **numbers) -> None:
+    """Fills an empty folder, see `assemble_pipeline`."""
     from diffusers import FluxPipeline
     from transformers import AutoProcessor
 
@@ -280,8 +317,7 @@ def assemble_pipeline(
     pipe = UniCode2FluxPipeline(
         *(parts.scheduler, parts.vae, parts.transformer, encoder, processor, condition_mapper),
         image_size=image_size,
-        num_candidates=num_candidates,
-        true_cfg_scale=true_cfg_scale,
+        **numbers,
     )
     grid = 2 * pipe.vae_scale_factor
     if image_size % grid:
@@ -311,6 +347,9 @@ def make_init_parser() -> argparse.ArgumentParser:
 
 def init(args: argparse.Namespace) -> None:
     report = compose_checkpoint(args.llm, args.vision, args.codebook, args.output, args.visual_head)
+    if not report:
+        print(f"{args.output} is finished; nothing to do")
+        return
     for part in [*report, {"part": "all", **{key: sum(p[key] for p in report) for key in ("parameters", "bytes")}}]:
         print(f"{part['part']:>15} {part['parameters']:>15,} parameters {part['bytes']:>15,} bytes")
     print(f"{args.output}: composed")
@@ -351,10 +390,8 @@ def assemble(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--true-cfg-scale is {args.true_cfg_scale:g}; it must be at least 1, which is without guidance."
         )
-    if Path(args.output).exists() and not Path(args.output).is_dir():
-        raise ValueError(f"--output {args.output} is a file; give a folder.")
     for name in (args.model, args.mapper):
         check_checkpoint(name)
     numbers = (args.image_size, args.num_candidates, args.true_cfg_scale)
-    assemble_pipeline(args.model, args.mapper, args.decoder, args.output, *numbers)
-    print(f"{args.output}: assembled")
+    finished = assemble_pipeline(args.model, args.mapper, args.decoder, args.output, *numbers)
+    print(f"{args.output} is finished; nothing to do" if finished else f"{args.output}: assembled")

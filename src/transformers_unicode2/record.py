@@ -8,6 +8,13 @@ from pathlib import Path
 
 from .files import WORK, explained, make_folders, remove, write_file
 
+CONTENT = (
+    ".json",
+    ".safetensors",
+    ".jinja",
+    ".txt",
+    ".model",
+)  # endings of the files of a checkpoint that its results depend on
 NOT_CONTENT = (WORK, "lost+found")  # the latter lies in the root of a disk
 
 
@@ -195,3 +202,29 @@ def hash_files(files: Iterable[str | Path], root: str | Path) -> str:
         digest.update(str(file.relative_to(root)).encode(errors="surrogateescape") + b"\0")
         digest.update(bytes.fromhex(hash_file(file)))
     return digest.hexdigest()
+
+
+def hash_source(name: str, deep: bool = False) -> str:
+    """SHA-256 of the configurations, tokenizer and weights in the folder of a checkpoint, or the commit of one on the Hub.
+
+    Args:
+        name: folder or Hub name.
+        deep: whether its parts lie in subfolders, as those of a pipeline; earlier states of a training do not count.
+
+    Raises:
+        `FileNotFoundError`: when there is no such folder, nor such a name.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            return Path(snapshot_download(name, allow_patterns=["*.json"])).name
+        except HFValidationError as error:
+            raise FileNotFoundError(f"There is no folder {name}.") from error
+    files = folder.glob("**/*" if deep else "*")
+    kept = [file for file in files if file.suffix in CONTENT and file.name != "trainer_state.json" and file.is_file()]
+    hidden = (".", "checkpoint-")
+    kept = [file for file in kept if not any(part.startswith(hidden) for part in file.relative_to(folder).parts)]
+    return hash_files(kept, folder)
