@@ -14,11 +14,13 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
+from ..files import NotWrittenError, make_folders, write_file
+from ..processes import agree, follow_launcher, join
+from ..record import compare, held
 from .clustering import allocate, contains, hash_rows, make_backend, round_to_bfloat16
 from .features import (
     Encoder,
@@ -28,7 +30,6 @@ from .features import (
     open_shard,
     shard_path,
     write_arrays,
-    write_file,
 )
 from .images import ImageSource
 from .phases import (
@@ -176,39 +177,20 @@ class Build:
 
         Raises `ValueError` when another run holds it, or when what lies there was begun with other options or images.
         """
-        from filelock import FileLock, Timeout
+        with ExitStack() as stack:
+            finished = agree(lambda: self.enter(stack))
+            yield finished
+            if self.state.is_main_process and not self.args.keep_work:
+                shutil.rmtree(self.work, ignore_errors=finished is not None)
 
-        if not self.state.is_main_process:
-            yield self.hear(None)
-            return
-        with ExitStack() as held:
-            try:
-                if not self.is_finished():  # a finished build needs no lock, and no room to write
-                    make_folders(self.features, self.cells, self.fine)
-                    held.enter_context(FileLock(self.work / "lock").acquire(timeout=0))
-                finished = self.compare_with_record()
-                if not finished:
-                    self.begin()
-            except Timeout:
-                message = f"Another run is building in {self.output}; wait for it or choose another --output."
-                self.hear({"refused": message})
-                raise ValueError(message) from None
-            except (OSError, ValueError) as error:
-                self.hear({"refused": str(error)})
-                raise
-            yield self.hear(finished)
-        if not self.args.keep_work:
-            shutil.rmtree(self.work, ignore_errors=finished is not None)
-
-    def hear(self, news: dict | None) -> dict | None:
-        """What the main process says, the same on all; if it refuses the build, the others end."""
-        if self.state.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            (news,) = broadcast_object_list([news], from_process=0)
-        if news and "refused" in news and not self.state.is_main_process:
-            sys.exit(2)
-        return news
+    def enter(self, stack: ExitStack) -> dict | None:
+        if not self.is_finished():  # a finished build needs no lock, and no room to write
+            make_folders(self.features, self.cells, self.fine)
+            stack.enter_context(held(self.output, work=self.work.name, doing="building in"))
+        finished = self.compare_with_record()
+        if not finished:
+            self.begin()
+        return finished
 
     def is_finished(self) -> bool:
         return all((self.output / name).exists() for name in ("codebook.json", "codebook.safetensors"))
@@ -223,11 +205,8 @@ class Build:
             )
         known = provenance.get("command") if provenance else json.loads(begun.read_text()) if begun.exists() else None
         if known is not None:
-            changes = [
-                f"{name} was {known.get(name)} and is {value}"
-                for name, value in self.record.items()
-                if known.get(name) != value and name not in NOT_COMPARED
-            ]
+            compared = [name for name in self.record if name not in NOT_COMPARED]
+            changes = compare(*({name: made_of.get(name) for name in compared} for made_of in (known, self.record)))
             if changes:
                 changes += self.compare_listings() if known.get("images_sha256") != self.record["images_sha256"] else []
                 raise ValueError(
@@ -274,7 +253,7 @@ class Build:
             f"{needed / GIB:.2f} GiB of disk, {free / GIB:.1f} GiB free"
         )
         if needed > free:
-            raise OSError(
+            raise NotWrittenError(
                 f"The build needs {needed / GIB:.2f} GiB more in {self.work}, which has {free / GIB:.2f} GiB free; "
                 "use fewer images or --patches-per-image."
             )
@@ -519,14 +498,6 @@ class Build:
             print(text, flush=True)
 
 
-def make_folders(*folders: Path) -> None:
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"{folder} cannot be made ({error.strerror}); choose another --output.") from error
-
-
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises `ValueError` on options that make no codebook."""
     for name, least in {**LEAST, "images_per_shard": 1}.items():
@@ -543,10 +514,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> dict:
     import torch
-    from accelerate import PartialState
 
     check_arguments(args)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    follow_launcher()
+    state = join(cpu=not torch.cuda.is_available())
     try:
         return Build(args, state).run()
     finally:  # Gloo's threads, left to the end of the interpreter, abort the process now and then

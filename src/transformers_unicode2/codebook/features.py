@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from ..files import write_file
 from .images import ImageSource, decode_image
 
 MADE_AGAIN = ("features", "cells", "fine")  # folders whose files a build makes again when they are gone
@@ -225,22 +225,6 @@ def check_unreadable(num_skipped: int, num_images: int, max_unreadable: float, s
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.safetensors"
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """All of it or nothing: under a temporary name first. What is left of a failed write is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of a process alone
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} could not be written ({error.strerror}); make room and run the same command again."
-        ) from error
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

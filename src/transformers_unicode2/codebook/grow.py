@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from .build import GIB, make_folders
+from ..files import make_folders
+from .build import GIB
 from .clustering import (
     Backend,
     add_groups,

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .build import make_folders
+from ..files import make_folders, write_file
 from .clustering import add_groups, find_codes, move_codebook
-from .features import Encoder, encode_all, patch_thumbnails, write_file
+from .features import Encoder, encode_all, patch_thumbnails
 from .images import ImageSource
 from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
 

@@ -12,9 +12,9 @@ from string import Template
 
 import numpy as np
 
-from .build import make_folders
+from ..files import make_folders, write_file
 from .clustering import find_codes, make_backend, move_codebook
-from .features import Encoder, encode_all, write_file
+from .features import Encoder, encode_all
 from .images import ImageSource
 from .statistics import (
     compute_gini,

@@ -1,15 +1,14 @@
 """The codebook folder: `codebook.safetensors`, `codebook.json` (its configuration and where it comes from) and a card, `README.md`."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 
 from ..configuration_unicode2 import UniCode2CodebookConfig
+from ..files import make_folders, whole_file, write_file
 from ..quantization_unicode2 import UniCode2Codebook
-from .features import Encoder, write_file
+from .features import Encoder
 
 CARD = """---
 tags: [unicode2, codebook]
@@ -31,15 +30,14 @@ ids where two codes are about equally near. In a checkpoint the encoder and this
 
 
 def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: dict) -> None:
-    """Writes a codebook. Each file is written under a temporary name and renamed, the JSON last.
+    """Writes a codebook: both files under temporary names, which are renamed, the JSON last.
 
-    Raises `OSError` when there is no room; what was there stays.
+    Raises `NotWrittenError` when there is no room; what was there stays.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     tensors = {name: buffer.contiguous() for name, buffer in codebook.named_buffers()}
     config = {
         "codebook_size": len(codebook.codes),
@@ -48,21 +46,11 @@ def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: di
         "preview_size": 0 if codebook.previews is None else codebook.previews.shape[1],
         "probe_recall": codebook.probe_recall,
     }
-    weights, description = folder / "codebook.safetensors", folder / "codebook.json"
-    new_weights, new_description = (file.with_name(f".{file.name}.tmp") for file in (weights, description))
-    try:
-        new_description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
-        save_file(tensors, new_weights)
-        write_file(folder / "README.md", make_card(config, provenance).encode())
-        shutil.copymode(new_description, new_weights)  # safetensors keeps its files from all others
-        for new, file in ((new_weights, weights), (new_description, description)):
-            with open(new, "rb") as written:
-                os.fsync(written.fileno())
-            new.rename(file)
-    except (OSError, SafetensorError) as error:
-        new_weights.unlink(missing_ok=True)
-        new_description.unlink(missing_ok=True)
-        raise OSError(f"{weights} could not be written ({error}); make room and run the same command again.") from error
+    content = json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n"
+    write_file(folder / "README.md", make_card(config, provenance).encode())
+    with whole_file(folder / "codebook.json") as description, whole_file(folder / "codebook.safetensors") as weights:
+        description.write_text(content)
+        save_file(tensors, weights)
 
 
 def make_card(config: dict, provenance: dict) -> str:
