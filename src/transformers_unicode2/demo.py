@@ -11,7 +11,9 @@ from textwrap import shorten, wrap
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .files import whole_file
 from .processing_unicode2 import load_image
+from .record import held
 
 # Bundled images with what the demo asks about them and what it draws beside them.
 EXAMPLES = (
@@ -94,10 +96,11 @@ def main(args: argparse.Namespace) -> None:
                 prompt,
             ]
         )
-    output.mkdir(parents=True, exist_ok=True)
-    for i, row in enumerate(rows):
-        row[3].save(output / f"drawing-{i + 1}.png")
-    contact_sheet(rows).save(output / "contact-sheet.png")
+    pictures = {f"drawing-{i}.png": row[3] for i, row in enumerate(rows, 1)}
+    with held(output):
+        for name, picture in {**pictures, "contact-sheet.png": contact_sheet(rows)}.items():
+            with whole_file(output / name) as file:
+                picture.save(file, "PNG")
     print(f"wrote {output / 'contact-sheet.png'}")
 
 

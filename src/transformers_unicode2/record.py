@@ -32,7 +32,7 @@ def held(folder: str | Path, option: str = "--output", work: str = WORK, doing: 
     folder = Path(folder)
     made, place = not folder.exists(), folder / work
     try:
-        make_folders(place, option=option)
+        make_folders(folder, place, option=option)
         lock = FileLock(place / "lock")
         try:
             with explained(folder):

@@ -7,12 +7,14 @@ Without --images the picture shows the thumbnails that the codebook has; with th
 
 import argparse
 import io
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..files import make_folders, write_file
+from ..record import held
 from .clustering import add_groups, find_codes, move_codebook
 from .features import Encoder, encode_all, patch_thumbnails
 from .images import ImageSource
@@ -37,6 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     if args.preview_size < 1:
         raise ValueError(f"--preview-size is {args.preview_size}; it must be at least 1.")
+    with held(args.codebook, option="codebook") if args.images else nullcontext():
+        preview(args)
+
+
+def preview(args: argparse.Namespace) -> None:
     codebook = load_codebook(args.codebook)
     if args.images:
         provenance = load_provenance(args.codebook)

@@ -12,7 +12,8 @@ from string import Template
 
 import numpy as np
 
-from ..files import make_folders, write_file
+from ..files import write_file
+from ..record import held
 from .clustering import find_codes, make_backend, move_codebook
 from .features import Encoder, encode_all
 from .images import ImageSource
@@ -53,7 +54,12 @@ def main(args: argparse.Namespace) -> dict:
     codebook = load_codebook(args.codebook)
     encoder = load_encoder(args.codebook, codebook, args.encoder)
     output = Path(args.output or Path(args.codebook) / "report")
-    make_folders(output)
+    with held(output):
+        return write_report(args, codebook, encoder, output)
+
+
+def write_report(args: argparse.Namespace, codebook, encoder: Encoder, output: Path) -> dict:
+    """The page, its curves and its figures; returns the figures."""
     backend = make_backend("torch", str(encoder.model.device))
     source = ImageSource(args.images, args.num_images)
     codes, images, error, sample, gallery = read_images(source, encoder, codebook, args.gallery_images, args.seed)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..files import whole_file, write_file
 from . import emoji
 from .scenes import (
     CATEGORIES,
@@ -125,7 +126,7 @@ def main(args: argparse.Namespace) -> dict:
         report["emoji"] = evaluate_emoji(pipe, args)
     print_report(report)
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+        write_file(args.json, (json.dumps(report, indent=2) + "\n").encode())
     return report
 
 
@@ -293,7 +294,8 @@ def write_sheet(path: str, *rows: list[Image.Image]) -> None:
     for band, row in enumerate(row for row in rows if row):
         for i, image in enumerate(row[:48]):
             sheet.paste(image, (i % 24 * 66, band * 138 + i // 24 * 66))
-    sheet.save(path)
+    with whole_file(path) as file:
+        sheet.save(file, Image.registered_extensions()[Path(path).suffix.lower()])
 
 
 def print_report(report: dict) -> None:
