@@ -5,6 +5,8 @@ import subprocess
 import sys
 import tarfile
 import time
+from base64 import b64encode
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -335,17 +337,19 @@ def test_tables_hold_bytes_paths_or_nothing(place, tmp_path):
     import pyarrow
     from pyarrow import parquet
 
-    files = sorted((place / "images").iterdir())[:3]
-    contents = [file.read_bytes() for file in files]
+    files = [shutil.copy(place / "images" / f"0{i}.png", tmp_path) for i in range(2)]
+    contents = [Path(file).read_bytes() for file in files]
     columns = {
-        "both": [{"bytes": contents[0], "path": None}, {"bytes": None, "path": str(files[1])}, None],
+        "both": [{"bytes": contents[0], "path": None}, {"bytes": None, "path": files[1]}, None],
         "bytes": [contents[0], contents[1], None],
-        "paths": [str(files[0]), str(files[1]), None],
+        "paths": ["00.png", files[1], None],
+        "text": [b64encode(contents[0]).decode(), f"data:image/png;base64,{b64encode(contents[1]).decode()}", ""],
     }
     for name, column in columns.items():
         parquet.write_table(pyarrow.table({"image": column}), tmp_path / f"{name}.parquet")
-        source = ImageSource(str(tmp_path / f"{name}.parquet"))
-        assert [content for _, content in source.read(0, 3)] == [contents[0], contents[1], b""]
+        found = [content for _, content in ImageSource(str(tmp_path / f"{name}.parquet")).read(0, 3)]
+        assert found[:2] == contents, name
+        assert isinstance(found[2], ValueError) and "there is no image" in str(found[2])
 
 
 def test_a_stream_that_ends_early_is_named(place, tmp_path, monkeypatch, capsys):

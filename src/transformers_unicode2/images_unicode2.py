@@ -221,7 +221,8 @@ def read_images(image, layout: str | None = None, timeout: float | None = None) 
     if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.exists(image)):
         return [read_file(os.fspath(image))]
     if isinstance(image, str):
-        return [decode_image(*fetch(image, timeout or TIMEOUT))]
+        content, name = fetch(image, timeout or TIMEOUT)
+        return [decode_image(content, name=name)]
     if isinstance(image, io.IOBase) or hasattr(image, "read"):  # files of `tempfile` are no `IOBase`
         image.seek(0)
         content = image.read()
@@ -233,7 +234,7 @@ def read_images(image, layout: str | None = None, timeout: float | None = None) 
 
 
 def read_file(path: str | bytes) -> Image.Image:
-    name = os.fsdecode(path)
+    name = one_line(os.fsdecode(path))
     if os.path.isdir(path):
         raise ValueError(f"{name} is a folder; give an image file.")
     if not os.path.isfile(path):
@@ -246,16 +247,16 @@ def read_file(path: str | bytes) -> Image.Image:
     return decode_image(content, name=name)
 
 
-def fetch(text: str, timeout: float) -> tuple[bytes, int, str]:
-    """The arguments of `decode_image` for an address, a data URI or base64. Raises `ValueError` when it is none of them."""
+def fetch(text: str, timeout: float = TIMEOUT) -> tuple[bytes, str]:
+    """Content and name of what an address, a data URI or base64 stands for. Raises `ValueError` when it is none of them."""
     if text.lower().startswith(URLS):
-        return download(text, timeout), MAX_PIXELS, text
-    name = f"{text:.60}{'...' if len(text) > 60 else ''}"
+        return download(text, timeout), text
+    name = one_line(text) if len(text) <= 60 else f"{one_line(text[:60])}..."
     header, comma, body = text.partition(",") if text[:5].lower() == "data:" else ("", "", text)
     if comma:
         content = unquote_to_bytes(body)
         if not header.endswith(";base64"):
-            return content, MAX_PIXELS, name
+            return content, name
         body = content.decode(errors="replace")
     body = re.sub(r"\s+", "", body).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
@@ -265,7 +266,7 @@ def fetch(text: str, timeout: float) -> tuple[bytes, int, str]:
         if comma:
             raise ValueError(f"{name} is no data URI of an image: {error}.") from error
         raise ValueError(f"There is no image file {name}, and it is no base64 of an image either.") from error
-    return content, MAX_PIXELS, name
+    return content, name
 
 
 def download(url: str, timeout: float) -> bytes:
@@ -330,6 +331,11 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
             "Bring them there, or give uint8."
         )
     return np.rint(array.astype(np.float32) * np.float32(255 / white)).astype(np.uint8)
+
+
+def one_line(text: str) -> str:
+    """A name as it can be shown in a line and written to any file: what is not printable, as line breaks, escaped."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def open_images(images, layout: str | None = None, timeout: float | None = None) -> list:

@@ -28,6 +28,7 @@ from .features import (
     count_rows,
     extract_features,
     open_shard,
+    read_lines,
     shard_path,
     write_arrays,
 )
@@ -132,7 +133,7 @@ class Build:
     def prepare(self) -> None:
         """Opens images and encoder, and cuts the images into shards."""
         args = self.args
-        self.source = ImageSource(args.images, args.num_images, args.streaming)
+        self.source = ImageSource(args.images, args.num_images, args.streaming, self.memory // 3)
         self.encoder = Encoder(args.encoder, args.dtype, self.state.device)
         self.record = {
             **{name: value for name, value in vars(args).items() if name not in NOT_RECORDED},
@@ -252,6 +253,8 @@ class Build:
             f"{self.args.codebook_size} codes in {self.args.num_cells} cells, {self.state.num_processes} processes; "
             f"{needed / GIB:.2f} GiB of disk, {free / GIB:.1f} GiB free"
         )
+        if self.source.left_out:
+            self.say(self.source.left_out.sentence())
         if needed > free:
             raise NotWrittenError(
                 f"The build needs {needed / GIB:.2f} GiB more in {self.work}, which has {free / GIB:.2f} GiB free; "
@@ -297,11 +300,11 @@ class Build:
 
     def check_features(self) -> None:
         """Puts the names of unreadable images into one file; raises `ValueError` when too many images or features were left out."""
-        lists = [(self.features / f"{shard:05d}.skipped.txt").read_text() for shard in range(self.num_shards)]
-        skipped = "".join(lists).splitlines()
+        lists = [read_lines(self.features / f"{shard:05d}.skipped.txt") for shard in range(self.num_shards)]
+        skipped = [line for lines in lists for line in lines]
         check_unreadable(len(skipped), self.num_images, self.args.max_unreadable, skipped)
         if skipped:
-            write_file(self.output / "skipped.txt", "".join(lists).encode())
+            write_file(self.output / "skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
             self.say(f"{len(skipped)} images cannot be read; they are listed in {self.output / 'skipped.txt'}")
         expected = self.num_rows // self.num_images * (self.num_images - len(skipped))
         found = sum(count_rows(shard_path(self.features, shard)) for shard in range(self.num_shards))

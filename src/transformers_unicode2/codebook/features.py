@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_file
-from .images import ImageSource, decode_image
+from ..images_unicode2 import decode_image, one_line
+from .images import ImageSource
 
 MADE_AGAIN = ("features", "cells", "fine")  # folders whose files a build makes again when they are gone
 CLIP_TYPES = ("clip", "clip_vision_model")
@@ -89,8 +90,8 @@ class Encoder:
 def read_batches(
     source: ImageSource, encoder: Encoder, start: int, stop: int, batch_size: int = 64
 ) -> Iterator[tuple[list[int], list, list[str]]]:
-    """Images from `start` to `stop` in batches: positions and preprocessed pixels of those that can be read, and for each other its
-    name and what is wrong with it. One image at a time is held at its full size.
+    """Images from `start` to `stop` in batches: positions and preprocessed pixels of those that can be read, and for each other a line
+    with its name and what is wrong with it. One image at a time is held at its full size.
 
     Raises `ValueError` when the source ends before `stop`.
     """
@@ -101,10 +102,12 @@ def read_batches(
         for position, (name, content) in enumerate(islice(contents, last - first), first):
             count += 1
             try:
-                pixels.append(encoder.preprocess(decode_image(content)))
+                if isinstance(content, ValueError):
+                    raise content
+                pixels.append(encoder.preprocess(decode_image(content, source.max_pixels)))
                 positions.append(position)
             except ValueError as error:
-                skipped.append(f"{name}\t{error}")
+                skipped.append(f"{one_line(name)}\t{one_line(str(error))}")
         if count < last - first:
             raise ValueError(f"{source.path} ends after {first + count} images; --num-images is {len(source)}.")
         yield positions, pixels, skipped
@@ -117,6 +120,8 @@ def encode_all(source: ImageSource, encoder: Encoder) -> Iterator[tuple[list[int
     """
     from tqdm import tqdm
 
+    if source.left_out:
+        tqdm.write(source.left_out.sentence())
     readable = 0
     with tqdm(total=len(source), unit="image", desc="features") as bar:
         for positions, pixel_values, skipped in read_batches(source, encoder, 0, len(source)):
@@ -158,7 +163,7 @@ def extract_features(
 
     spans = {shard: (shard * images_per_shard, min((shard + 1) * images_per_shard, len(source))) for shard in todo}
     finished = [file for file in folder.glob("*.skipped.txt") if int(file.name.split(".")[0]) not in spans]
-    num_skipped = sum(len(file.read_text().splitlines()) for file in finished)
+    num_skipped = sum(len(read_lines(file)) for file in finished)
     with tqdm(total=sum(stop - start for start, stop in spans.values()), unit="image", desc="features") as bar:
         for shard, (start, stop) in spans.items():
             rows, skipped = {"features": [], "thumbnails": []}, []
@@ -174,6 +179,11 @@ def extract_features(
             arrays = {name: np.concatenate(parts) for name, parts in rows.items() if parts}
             write_file(folder / f"{shard:05d}.skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
             write_arrays(shard_path(folder, shard), arrays)
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a list of unreadable images, one for each."""
+    return file.read_text("utf-8").splitlines()
 
 
 def sample_rows(

@@ -2,18 +2,18 @@
 
 import glob
 import hashlib
-import io
 import os
-import tarfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from ..image_tables import ImageTable, read_cell
+from ..images_unicode2 import MAX_PIXELS, one_line
+from .names import IMAGE_SUFFIXES, LeftOut, is_hidden, once, walk
+from .tars import index_tar
 
+PIXEL_BYTES = 28  # resident memory of one pixel, at most, while an image is decoded and resized
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")  # of a data set; the others are WebDataset's
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class ImageSource:
@@ -21,36 +21,54 @@ class ImageSource:
     Images in a fixed order, read one after the other from any position.
 
     Args:
-        path (`str`): a folder, a file or a glob (`**` goes through folders) of image files; of parquet or arrow files of `datasets`, with
-            an `image` column; or of WebDataset tars. With `streaming`, a data set that `datasets.load_dataset` knows by this name.
+        path (`str`): a folder, a file or a glob (`**` goes through folders) of image files; of parquet or arrow files, with an `image`
+            column; or of WebDataset tars. What else a folder or tar holds, and what is hidden, is counted in `left_out`. With
+            `streaming`, a data set that `datasets.load_dataset` knows by this name.
         limit (`int`, *optional*): use the first so many images only. Required by `streaming`.
         streaming (`bool`, *optional*, defaults to `False`): read a data set from its start on, without a copy on disk.
+        max_memory (`int`, *optional*): bytes that one image may take while it is decoded; larger images are unreadable, as are those of
+            more than `MAX_PIXELS`.
 
     Raises:
-        `FileNotFoundError`: no images. `ValueError`: kinds that are mixed, a tar that is compressed or damaged, a stream without `limit`, a `limit` below 1.
+        `FileNotFoundError`: no images. `ValueError`: kinds that are mixed, a tar or table that is damaged, cut short or compressed, a
+            column of no images, a stream without `limit`, a `limit` below 1.
     """
 
-    def __init__(self, path: str, limit: int | None = None, streaming: bool = False):
+    def __init__(
+        self, path: str, limit: int | None = None, streaming: bool = False, max_memory: int = PIXEL_BYTES * MAX_PIXELS
+    ):
         self.path, self.streaming = path, streaming
+        self.max_pixels = min(MAX_PIXELS, max_memory // PIXEL_BYTES)
         if limit is not None and limit < 1:
             raise ValueError(f"--num-images is {limit}; it must be at least 1.")
         if streaming:
             if limit is None:
                 raise ValueError(f"The length of the stream {path} is unknown; say --num-images.")
-            self.files, self.kind, self.items = [], "stream", range(limit)
+            self.files, self.kind, self.items, self.left_out = [], "stream", range(limit), LeftOut()
             self.stream = Stream(path)
         else:
-            self.files, self.kind = find_files(path)
-            self.items = INDEXERS[self.kind](self.files)
+            self.files, self.kind, self.left_out = find_files(path)
+            self.items = self.index()
         self.length = len(self.items) if limit is None else min(limit, len(self.items))
         if self.length == 0:
-            raise FileNotFoundError(f"No images in {path}: its {len(self.files)} {self.kind} files hold none.")
+            raise FileNotFoundError(
+                f"No images in {one_line(path)}: its {len(self.files)} {self.kind} files hold none."
+                + (f" ({self.left_out.sentence()})" if self.left_out else "")
+            )
+
+    def index(self) -> "list | Rows":
+        """Where each image is."""
+        if self.kind == "image":
+            return self.files
+        if self.kind == "tar":
+            return [item for file in self.files for item in index_tar(file, self.left_out)]
+        return Rows([ImageTable(file) for file in self.files])
 
     def __len__(self) -> int:
         return self.length
 
-    def listing(self) -> list[str]:
-        """Path, size in bytes and time of change in nanoseconds of every file, and the number of images.
+    def listing(self, root: str = "") -> list[str]:
+        """Path, from the folder `root` on, size in bytes and time of change in nanoseconds of every file, and the number of images.
 
         Of a stream its name, and its files with what tells their versions: a commit of the Hub, an ETag or a time of change.
         """
@@ -61,156 +79,112 @@ class ImageSource:
             files = files[choose_split(self.path, files)]
             versions = ["\t".join(map(str, version)) for version in files.origin_metadata]
             return [self.path, *map(str, files), *versions, str(len(self))]
-        stats = [(file, file.stat()) for file in self.files]
-        return [f"{file.resolve()}\t{stat.st_size}\t{stat.st_mtime_ns}" for file, stat in stats] + [str(len(self))]
+        stats = [(one_line(str(file.resolve()).removeprefix(root)), file.stat()) for file in self.files]
+        return [f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}" for name, stat in stats] + [str(len(self))]
 
     def fingerprint(self) -> str:
         """SHA-256 of the listing, with paths from the folder of all files on, so that the folder may be named in any way."""
-        lines = self.listing()
-        if not self.streaming:
-            root = os.path.commonpath([file.resolve().parent for file in self.files]) + os.sep
-            lines = [line.removeprefix(root) for line in lines]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        root = "" if self.streaming else os.path.commonpath([file.resolve().parent for file in self.files]) + os.sep
+        return hashlib.sha256("\n".join(self.listing(root)).encode()).hexdigest()
 
-    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | OSError]]:
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | ValueError]]:
         """Name and file content of the images from `start` to `stop`; instead of the content why it cannot be read."""
         if self.streaming:
             yield from self.stream.read(start, stop)
+        elif self.kind == "image":
+            yield from read_files(self.items[start : min(stop, len(self))])
+        elif self.kind == "tar":
+            yield from read_tars(self.items[start : min(stop, len(self))])
         else:
-            yield from READERS[self.kind](self.items, start, min(stop, len(self)))
+            yield from self.items.read(start, min(stop, len(self)))
 
 
-def find_files(path: str) -> tuple[list[Path], str]:
-    """The files behind a folder, a file or a glob, sorted, and their kind: images, parquet, arrow or tar."""
-    place = Path(path)
-    files = place.rglob("*") if place.is_dir() else [Path(name) for name in glob.glob(path, recursive=True)]
-    if not place.exists() and not files:
-        raise FileNotFoundError(f"There is no folder or file {path}.")
-    found = {"parquet": [], "arrow": [], "tar": [], "image": []}
-    for file in sorted(file for file in files if file.is_file()):
+def find_files(path: str) -> tuple[list[Path], str, LeftOut]:
+    """The files behind a folder, a file or a glob, sorted, their kind: images, parquet, arrow or tar, and what is left out."""
+    found, left_out = {"parquet": [], "arrow": [], "tar": [], "image": []}, LeftOut()
+    for file, name in list_files(path):
         suffix = file.suffix.lower()
-        kind = "image" if suffix in IMAGE_SUFFIXES else suffix[1:]
-        if ".tar." in file.name or suffix == ".tgz":
-            raise ValueError(f"{file} is compressed; images are read from any position, so unpack it to a plain .tar.")
-        if kind in found:
-            found[kind].append(file)
+        is_compressed = suffix == ".tgz" or ".tar." in file.name.lower()
+        if not file.is_file():
+            left_out["broken link" if file.is_symlink() else "special file"] += 1
+        elif is_compressed and not is_hidden(name):
+            raise ValueError(
+                f"{one_line(str(file))} is compressed; images are read from any position, so unpack it to a plain .tar."
+            )
+        elif suffix[1:] in found and not is_hidden(name):
+            found[suffix[1:]].append(file)
+        elif left_out.keeps(name):
+            found["image"].append(file)
     kinds = [kind for kind, files in found.items() if files]
     if not kinds:
         raise FileNotFoundError(
-            f"No images in {path}: it holds neither parquet, arrow or tar files nor {', '.join(sorted(IMAGE_SUFFIXES))} files."
+            f"No images in {one_line(path)}: it holds neither parquet, arrow or tar files nor {', '.join(sorted(IMAGE_SUFFIXES))} "
+            f"files{f' ({left_out.sentence()})' if left_out else ''}."
         )
     if len(kinds) > 1:
         counts = " and ".join(f"{len(found[kind])} {kind}" for kind in kinds)
-        raise ValueError(f"{path} holds {counts} files; name those of one kind, for example {path}/*.{kinds[0]}.")
-    return found[kinds[0]], kinds[0]
+        raise ValueError(
+            f"{one_line(path)} holds {counts} files; name those of one kind, for example {one_line(path)}/*.{kinds[0]}."
+        )
+    return found[kinds[0]], kinds[0], left_out
 
 
-def index_tars(files: list[Path]) -> list[tuple[Path, str, int, int]]:
-    """Tar, name, offset and size in bytes of every image."""
-    items = []
-    for file in files:
-        try:
-            with tarfile.open(file, "r:") as tar:
-                items += [
-                    (file, member.name, member.offset_data, member.size)
-                    for member in tar
-                    if member.isfile() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES
-                ]
-        except tarfile.TarError as error:
-            raise ValueError(f"{file} is no whole, uncompressed tar ({error}); repair or remove it.") from error
-    return items
+def list_files(path: str) -> list[tuple[Path, str]]:
+    """All files behind a folder, a file or a glob, with the name that tells whether one is hidden: not where it was asked for."""
+    place = Path(path)
+    if place.is_dir():
+        return [(file, str(file.relative_to(place))) for file in walk(place)]
+    files = [place] if place.exists() else [Path(name) for name in glob.glob(path, recursive=True)]
+    if not files:
+        raise FileNotFoundError(f"There is no folder or file {one_line(path)}.")
+    return [(file, file.name.lstrip(".")) for file in once(files) if not file.is_dir()]
 
 
-def index_tables(files: list[Path]):
-    """The `image` column of parquet or arrow files, undecoded, mapped into memory or read by row groups."""
-    from datasets import Dataset, concatenate_datasets
-    from datasets import Image as ImageFeature
+class Rows:
+    """The rows of several tables as one sequence."""
 
-    if files[0].suffix == ".parquet":
-        return ParquetColumn(files)
-    rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
-    check_column(rows.column_names, files[0])
-    rows = rows.select_columns("image")
-    is_image = isinstance(rows.features["image"], ImageFeature)
-    return rows.cast_column("image", ImageFeature(decode=False)) if is_image else rows
-
-
-class ParquetColumn:
-    """The `image` column of parquet files: its length from their footers, its rows by row group, one group in memory at a time."""
-
-    def __init__(self, files: list[Path]):
-        from pyarrow import parquet
-
-        self.groups = []  # (file, row group, number of rows)
-        for file in files:
-            table = parquet.ParquetFile(file)
-            check_column(table.schema_arrow.names, file)
-            sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-            self.groups += [(file, group, size) for group, size in enumerate(sizes)]
+    def __init__(self, tables: list[ImageTable]):
+        self.tables = tables
 
     def __len__(self) -> int:
-        return sum(size for *_, size in self.groups)
+        return sum(map(len, self.tables))
 
-    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
-        from pyarrow import parquet
-
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | ValueError]]:
         first = 0
-        for file, group, size in self.groups:
-            if start < first + size and first < stop:
-                table = parquet.ParquetFile(file)
-                low, high = max(start - first, 0), min(stop - first, size)
-                row = low
-                for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=["image"]):
-                    if low < len(batch):
-                        for image in batch["image"][low:high].to_pylist():
-                            yield f"{file.name} row {first + row}", read_content(image)
-                            row += 1
-                    low, high = max(low - len(batch), 0), high - len(batch)
-                    if high <= 0:
-                        break
-            first += size
+        for table in self.tables:
+            low, high = max(start - first, 0), min(stop - first, len(table))
+            first += len(table)
+            if low < high:
+                for row, value in enumerate(table.read(low, high), low):
+                    yield f"{table.file.name} row {row}", attempt(read_cell, value, table.file.parent)
 
 
-def check_column(names: list[str], file: Path) -> None:
-    if "image" not in names:
-        raise ValueError(f"{file} has the columns {', '.join(names)}, none of them named image.")
+def read_files(files: list[Path]) -> Iterator[tuple[str, bytes | ValueError]]:
+    for file in files:
+        yield str(file), attempt(read_file, file)
 
 
-def read_files(items: list[Path], start: int, stop: int) -> Iterator[tuple[str, bytes | OSError]]:
-    for file in items[start:stop]:
-        yield str(file), read_file(file)
-
-
-def read_file(file: Path) -> bytes | OSError:
+def read_file(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
+        raise ValueError(f"the file cannot be read: {error.strerror}") from error
+
+
+def attempt(read: Callable, *arguments) -> bytes | ValueError:
+    """What a function reads, or why it cannot."""
+    try:
+        return read(*arguments)
+    except ValueError as error:
         return error
 
 
-def read_tars(items: list, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
-    for file, members in groupby(items[start:stop], key=lambda item: item[0]):
+def read_tars(items: list[tuple[Path, str, int, int]]) -> Iterator[tuple[str, bytes]]:
+    for file, members in groupby(items, key=lambda item: item[0]):
         with open(file, "rb") as tar:
             for _, name, offset, size in members:
                 tar.seek(offset)
                 yield f"{file.name}/{name}", tar.read(size)
-
-
-def read_tables(items, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
-    if isinstance(items, ParquetColumn):
-        yield from items.read(start, stop)
-    else:
-        for index in range(start, stop):
-            yield f"row {index}", read_content(items[index]["image"])
-
-
-def read_content(value) -> bytes | OSError:
-    """An image file's content out of a table: bytes, a path, or both as `datasets` keeps them; nothing when there is none."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return read_file(Path(value)) if Path(value).is_file() else b""
-    return value or b""
 
 
 class Stream:
@@ -219,7 +193,7 @@ class Stream:
     def __init__(self, name: str):
         self.name, self.rows, self.position = name, None, 0
 
-    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | OSError]]:
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | ValueError]]:
         if self.rows is None or start < self.position:
             self.rows, self.position = iter(open_stream(self.name).skip(start)), start
         while self.position < stop:
@@ -233,7 +207,8 @@ class Stream:
                     raise ValueError(
                         f"{self.name} has the columns {', '.join(row)}, none of them {', '.join(IMAGE_COLUMNS)}."
                     )
-                yield f"row {self.position - 1}", read_content(row[column])
+                folder = Path(self.name) if Path(self.name).is_dir() else None
+                yield f"row {self.position - 1}", attempt(read_cell, row[column], folder)
 
 
 def open_stream(name: str):
@@ -254,20 +229,3 @@ def choose_split(name: str, splits: dict) -> str:
     if "train" in splits or len(splits) == 1:
         return "train" if "train" in splits else next(iter(splits))
     raise ValueError(f"{name} has the splits {', '.join(map(str, splits))}, none of them named train.")
-
-
-INDEXERS = {"image": list, "tar": index_tars, "parquet": index_tables, "arrow": index_tables}
-READERS = {"image": read_files, "tar": read_tars, "parquet": read_tables, "arrow": read_tables}
-
-
-def decode_image(content: bytes | OSError) -> Image.Image:
-    """An image file's content as RGB, turned as its EXIF data say. Raises `ValueError` when it cannot be read, or could not."""
-    if isinstance(content, OSError):
-        raise ValueError(f"the file cannot be read: {content.strerror}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", "Palette images")
-        try:
-            return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-        except Exception as error:  # what a decoder raises on damaged files is not documented
-            raise ValueError(f"{len(content)} bytes that are no image: {error}") from error

@@ -1,0 +1,162 @@
+"""Images in tables: parquet and arrow files with a column of files' contents, of paths, or of both."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .images_unicode2 import URLS, fetch, one_line
+
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an arrow file; a reader does not ask for it
+BATCH = 32  # rows that are held at a time
+
+
+class ImageTable:
+    r"""
+    The column `image` of a parquet or arrow file, undecoded.
+
+    Args:
+        file (`Path`): arrow files may be of either form, that for files and that for streams, which `datasets` writes.
+
+    Raises:
+        `ValueError`: when the file is damaged or cut short, or its column is not there or no column of images.
+    """
+
+    def __init__(self, file: Path):
+        import pyarrow as pa
+
+        self.file, self.rows = file, None
+        try:
+            if file.suffix.lower() == ".arrow":
+                self.rows = open_arrow(file)
+                schema, self.groups = self.rows.schema, [len(self.rows)]
+            else:
+                table = self.open_parquet()
+                schema = table.schema_arrow
+                self.groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        except (pa.ArrowException, OSError) as error:
+            kind = file.suffix.lower()[1:]
+            raise ValueError(f"{one_line(str(file))} is no whole {kind} file ({first_words(error)}).") from error
+        check_column(schema, file)
+
+    def __len__(self) -> int:
+        return sum(self.groups)
+
+    def open_parquet(self):
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        return parquet.ParquetFile(pa.OSFile(os.fsencode(self.file)))
+
+    def read(self, start: int, stop: int) -> Iterator:
+        """What the rows from `start` to `stop` hold, see `read_cell`; of a parquet file one row group is opened at a time."""
+        if self.rows is not None:
+            for first in range(start, stop, BATCH):
+                yield from self.rows["image"][first : min(first + BATCH, stop)].to_pylist()
+            return
+        first = 0
+        for group, size in enumerate(self.groups):
+            low, high = max(start - first, 0), min(stop - first, size)
+            first += size
+            if low < high:
+                for batch in self.open_parquet().iter_batches(BATCH, row_groups=[group], columns=["image"]):
+                    yield from batch["image"][max(low, 0) : max(high, 0)].to_pylist()
+                    low, high = low - len(batch), high - len(batch)
+                    if high <= 0:
+                        break
+
+
+def open_arrow(file: Path):
+    """All rows, mapped into memory. Raises `pyarrow.ArrowInvalid` or `OSError` on a damaged file."""
+    import pyarrow as pa
+
+    with open(file, "rb") as content:
+        is_file = content.read(6) == b"ARROW1"
+        content.seek(-min(len(END_OF_STREAM), file.stat().st_size), os.SEEK_END)
+        if not is_file and content.read() != END_OF_STREAM:
+            raise pa.ArrowInvalid("it does not end as an arrow file does")
+    source = pa.memory_map(os.fsencode(file))
+    return (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
+
+
+def check_column(schema, file: Path) -> None:
+    """Raises `ValueError` when a schema has no column `image`, or one whose type can be no image."""
+    names = [one_line(name) for name in schema.names]
+    if schema.names.count("image") != 1:
+        raise ValueError(
+            f"{one_line(str(file))} has the columns {', '.join(names)}, none or several of them named image."
+        )
+    kind = schema.field("image").type
+    if not may_be_images(kind):
+        raise ValueError(
+            f"{one_line(str(file))} has a column image of {kind}; it has to hold files' contents (binary), their paths (string) or "
+            "both (struct of bytes and path)."
+        )
+
+
+def may_be_images(kind) -> bool:
+    """Whether a column of an Arrow type may hold contents, paths, both or nothing."""
+    from pyarrow import BaseExtensionType, types
+
+    if isinstance(kind, BaseExtensionType):
+        kind = kind.storage_type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    binary = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    text = (types.is_string, types.is_large_string, types.is_string_view)
+    if types.is_struct(kind):
+        fields = {field.name: field.type for field in kind}
+        return bool({"bytes", "path"} & set(fields)) and all(
+            may_be_images(fields[name]) and not types.is_struct(fields[name])
+            for name in ("bytes", "path")
+            if name in fields
+        )
+    return any(test(kind) for test in (*binary, *text, types.is_null))
+
+
+def read_cell(value, folder: Path | None, absolute: bool = False) -> bytes:
+    """
+    An image file's content out of a table.
+
+    Args:
+        value: a file's content, its path, base64 or a data URI of it; or `{"bytes": ..., "path": ...}` as `datasets` has it.
+        folder (`Path`, *optional*): the table's own, which paths are relative to and must not lead out of, not by links either.
+        absolute (`bool`, *optional*, defaults to `False`): a path that begins at the root may lead anywhere.
+
+    Raises:
+        `ValueError`: when there is none, or it cannot be read.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, (bytes, str, type(None))):
+        raise ValueError(f"{type(value).__name__} is no image")
+    if not value:
+        raise ValueError("there is no image")
+    if isinstance(value, bytes):
+        return value
+    path = find_file(value, folder, absolute)
+    if path is None:
+        if value.lower().startswith(URLS):
+            raise ValueError(f"{one_line(value)} is an address; fetch it before")
+        return fetch(value)[0]
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"{one_line(path)} cannot be read: {error.strerror}") from error
+
+
+def find_file(value: str, folder: Path | None, absolute: bool = False) -> str | None:
+    """The file that a path in a table names, `None` if there is none. Raises `ValueError` when it is outside of the table's folder."""
+    if folder is None or "\0" in value:
+        return None
+    path, root = os.path.realpath(os.path.join(folder, value)), os.path.realpath(folder)
+    if not os.path.isfile(path):
+        return None
+    if os.path.commonpath([path, root]) != root and not (absolute and os.path.isabs(value)):
+        raise ValueError(f"{one_line(value)} is outside of the table's folder, and only images inside are opened")
+    return path
+
+
+def first_words(error: Exception) -> str:
+    """What an error says, in one line and without a full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
