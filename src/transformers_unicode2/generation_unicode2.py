@@ -1,105 +1,27 @@
 """Text, image and interleaved generation on stock `generate`."""
 
 import copy
-import numbers
 
 import torch
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-)
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, TemperatureLogitsWarper
 from transformers.cache_utils import Cache
 
-GENERATION_MODES = ("text", "image", "interleaved")
-# What a plan has in common with the image after it: the inputs, and how ids are drawn.
-SHARED_WITH_PLAN = (
-    *("pixel_values", "mm_encoder_outputs"),
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+from .continuing_unicode2 import count_cached, drop_cached_images
+from .logits_unicode2 import InterleavedLogitsProcessor, TextLogitsProcessorList
+from .planning_unicode2 import write_plan
+from .settings_unicode2 import (
+    TEXT_ONLY,
+    check_guidance,
+    check_mode,
+    check_options,
+    check_plan,
+    find_option,
+    first_given,
+    make_plain,
+    plain,
 )
-# Options whose code takes ids of the prompt, or of another model, for places in the scores.
-TWO_VOCABULARIES = (
-    "prompt_lookup_num_tokens",
-    "assistant_model",
-    "assistant_early_exit",
-    "encoder_repetition_penalty",
-    "encoder_no_repeat_ngram_size",
-)
 
-
-class InterleavedLogitsProcessor(LogitsProcessor):
-    r"""
-    Keeps image blocks whole: after `boi_token_id` come exactly `num_image_tokens` visual ids, then `eoi_token_id`; visual ids
-    occur nowhere else.
-
-    Args:
-        visual_token_offset (`int`): first visual token id.
-        num_image_tokens (`int`): visual ids per image.
-        boi_token_id, eoi_token_id (`int`): ids in front of and behind an image.
-        image_token_id (`int`): the placeholder id, which is never generated.
-        max_length (`int`, *optional*): ids in all; an image that would not fit is not begun.
-    """
-
-    def __init__(
-        self,
-        visual_token_offset: int,
-        num_image_tokens: int,
-        boi_token_id: int,
-        eoi_token_id: int,
-        image_token_id: int,
-        max_length: int | None = None,
-    ):
-        self.max_length, self.checked = max_length, False
-        self.visual_token_offset, self.num_image_tokens = visual_token_offset, num_image_tokens
-        self.boi_token_id, self.eoi_token_id, self.image_token_id = boi_token_id, eoi_token_id, image_token_id
-
-    def written(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """Visual ids since the last `boi_token_id` of each row, `(batch_size,)`; -1 outside an image block."""
-        length = input_ids.shape[1]
-        if length == 0:  # a prompt of embeddings
-            return input_ids.new_full(input_ids.shape[:1], -1)
-        is_boi = input_ids == self.boi_token_id
-        since = length - 1 - torch.where(is_boi, torch.arange(length, device=input_ids.device), -1).amax(-1)
-        return torch.where(is_boi.any(-1) & (since <= self.num_image_tokens), since, -1)
-
-    def check_room(self, input_ids: torch.LongTensor, written: torch.LongTensor) -> None:
-        """Raises `ValueError` when a prompt ends inside an image that `max_length` ids cannot finish."""
-        self.checked = True
-        missing = torch.where(written >= 0, self.num_image_tokens - written + 1, 0).amax().item()
-        if self.max_length is not None and input_ids.shape[1] + missing > self.max_length:
-            raise ValueError(
-                f"The prompt ends inside an image that needs {missing} more tokens; `max_new_tokens` leaves "
-                f"{self.max_length - input_ids.shape[1]}."
-            )
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        written = self.written(input_ids)[:, None]
-        if not self.checked:
-            self.check_room(input_ids, written)
-        ids = torch.arange(scores.shape[-1], device=scores.device)
-        text = (ids < self.visual_token_offset) & (ids != self.eoi_token_id) & (ids != self.image_token_id)
-        if self.max_length is not None and input_ids.shape[1] + self.num_image_tokens + 2 > self.max_length:
-            text = text & (ids != self.boi_token_id)
-        image = ids >= self.visual_token_offset
-        allowed = torch.where((written >= 0) & (written < self.num_image_tokens), image, text)
-        allowed = torch.where(written == self.num_image_tokens, ids == self.eoi_token_id, allowed)
-        return torch.where(allowed, scores, -torch.inf).masked_fill(
-            (written == self.num_image_tokens) & (ids == self.eoi_token_id), 0.0
-        )
-
-
-class TextLogitsProcessorList(LogitsProcessorList):
-    """Processors of scores over the text ids alone: visual ids of the prompt look like one that is never written."""
-
-    def __init__(self, processors: list, visual_token_offset: int, unwritten_id: int):
-        super().__init__(processors)
-        self.visual_token_offset, self.unwritten_id = visual_token_offset, unwritten_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
-        text_ids = input_ids.masked_fill(input_ids >= self.visual_token_offset, self.unwritten_id)
-        return super().__call__(text_ids, scores, **kwargs)
+IMAGES = ("pixel_values", "mm_encoder_outputs")
 
 
 class UniCode2GenerationMixin(GenerationMixin):
@@ -120,7 +42,8 @@ class UniCode2GenerationMixin(GenerationMixin):
             inputs (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
                 Prompts, left-padded; the same as `input_ids`.
             generation_config (`GenerationConfig`, *optional*):
-                Takes the place of the checkpoint's, in image mode of its `image_generation` as well.
+                Takes the place of the checkpoint's, in image mode of its `image_generation` as well. Either may hold the three
+                options below, and under `image_generation` a dictionary of options for image mode.
             generation_mode (`str`, *optional*, defaults to `"text"`):
                 `"text"` writes text ids only. `"image"` writes one image: the begin-of-image id is put behind the prompt if it
                 is not there. `"interleaved"` writes text and, wherever it writes the begin-of-image id, a whole image.
@@ -132,7 +55,8 @@ class UniCode2GenerationMixin(GenerationMixin):
                 by itself. The image sees prompt and plan. 0 is no plan, and so is a prompt that ends with the begin-of-image id.
                 Images of one prompt (`num_return_sequences`) share a plan. Of the settings, a plan follows those of sampling and
                 the generation config. Interleaved mode returns plan and image alike.
-            **kwargs: everything that [`~GenerationMixin.generate`] takes.
+            **kwargs: everything that [`~GenerationMixin.generate`] takes. A chat that goes on from a cache (`past_key_values`) may come
+                with all of its images, or with those that the cache does not hold.
 
         Returns:
             Prompts and what was written, `(batch_size, num_tokens)`, in text and interleaved mode. In image mode the visual token
@@ -141,77 +65,55 @@ class UniCode2GenerationMixin(GenerationMixin):
 
         Raises:
             `ValueError`: on another mode, on guidance or a plan outside image mode or that is no number from 0 on, on a prompt
-            without ids, with image placeholders but no images, and on a strategy that cannot work with two vocabularies.
+            without ids, with image placeholders but no images, on a strategy that cannot work with two vocabularies, and in
+            image mode on options of the call that are about text, see `settings_unicode2.TEXT_ONLY`.
         """
-        mode = generation_mode or "text"
-        if mode not in GENERATION_MODES:
-            raise ValueError(f"`generation_mode` is {mode!r}; it must be one of {', '.join(GENERATION_MODES)}.")
-        if generation_config is not None:
-            generation_config = copy.deepcopy(generation_config)
-            guidance_scale = generation_config.guidance_scale if guidance_scale is None else guidance_scale
-            generation_config.guidance_scale = None
-            if max_plan_tokens is None and mode == "image":
-                max_plan_tokens = getattr(generation_config, "max_plan_tokens", None)
-        self._check_request(generation_config, mode, guidance_scale, max_plan_tokens, kwargs)
-        self._check_prompt(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
+        generation_config = copy.deepcopy(generation_config)
+        # stock `generate` encodes images under a name that is there, be it `None`
+        kwargs = plain({name: value for name, value in kwargs.items() if value is not None or name not in IMAGES})
+        for config in (generation_config, self.generation_config):
+            if config is not None:
+                make_plain(config)
+        mode = generation_mode or find_option("generation_mode", generation_config, self.generation_config) or "text"
+        check_mode(mode)
+        guidance_scale = first_given(plain(guidance_scale), find_option("guidance_scale", generation_config))
+        max_plan_tokens = first_given(plain(max_plan_tokens), find_option("max_plan_tokens", generation_config))
+        self._check_prompt(inputs if inputs is not None else kwargs.get("input_ids"), mode, kwargs)
+        if generation_config is None:
+            kwargs["guidance_scale"] = None  # stock guidance, a second forward pass, would follow the checkpoint's
+        else:
+            generation_config.guidance_scale = 1
         if mode == "image":
             return self._generate_image(inputs, generation_config, guidance_scale, max_plan_tokens, kwargs)
+        check_guidance(mode, guidance_scale)
+        check_plan(mode, max_plan_tokens)
+        check_options(self.config, mode, kwargs, generation_config, self.generation_config)
         if mode == "text":
             return super().generate(inputs, generation_config, output_modality="text", **kwargs)
         processors = LogitsProcessorList([self._image_block(), *(kwargs.pop("logits_processor", None) or [])])
         return super().generate(inputs, generation_config, logits_processor=processors, **kwargs)
 
-    def generate_batch(self, *args, generation_mode: str | None = None, **kwargs):
+    def generate_batch(
+        self, inputs, generation_config: GenerationConfig | None = None, *, generation_mode=None, **kwargs
+    ):
         """Continuous batching, see [`~ContinuousMixin.generate_batch`]. Raises `ValueError` for any mode but `"text"`."""
-        if generation_mode not in (None, "text"):
-            raise ValueError(
-                f"`generate_batch` writes text only; `generation_mode` is {generation_mode!r}. Use `generate`."
-            )
-        return super().generate_batch(*args, **kwargs)
+        mode = generation_mode or find_option("generation_mode", generation_config, self.generation_config) or "text"
+        if mode != "text":
+            raise ValueError(f"`generate_batch` writes text only; `generation_mode` is {mode!r}. Use `generate`.")
+        return super().generate_batch(inputs, generation_config, **kwargs)
 
-    def _check_request(
-        self,
-        config: GenerationConfig | None,
-        mode: str,
-        guidance_scale: float | None,
-        max_plan_tokens: int | None,
-        kwargs: dict,
-    ) -> None:
-        def asked(name: str):
-            return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
-
-        for name in TWO_VOCABULARIES:
-            if asked(name) is not None:
-                raise ValueError(
-                    f"`{name}` works on one vocabulary; this one is split into {self.config.visual_token_offset} text ids "
-                    f"and {self.config.codebook_config.codebook_size} visual ids."
-                )
-        if guidance_scale is not None and not (
-            isinstance(guidance_scale, numbers.Real) and 0 <= guidance_scale < float("inf")
-        ):
-            raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 on.")
-        if mode != "image" and guidance_scale not in (None, 1):
-            raise ValueError(f"`guidance_scale` is {guidance_scale} in {mode} mode; guidance works in image mode only.")
-        if max_plan_tokens is not None and not (isinstance(max_plan_tokens, numbers.Integral) and max_plan_tokens >= 0):
-            raise ValueError(f"`max_plan_tokens` is {max_plan_tokens!r}; it must be a whole number from 0 on.")
-        if mode != "image" and max_plan_tokens:
-            raise ValueError(f"`max_plan_tokens` is {max_plan_tokens} in {mode} mode; it works in image mode only.")
-
-    def _check_prompt(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
+    def _check_prompt(self, input_ids: torch.Tensor | None, mode: str, kwargs: dict) -> None:
+        """Raises `ValueError` on a prompt without ids, or without its images; those that a cache holds are taken out of `kwargs`."""
         if input_ids is None:
             return
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(
                 f"The prompt has the shape {tuple(input_ids.shape)}; it must be (batch_size, num_tokens), with a token at least."
             )
-        given = [
-            name for name in ("pixel_values", "mm_encoder_outputs", "inputs_embeds") if kwargs.get(name) is not None
-        ]
-        if not given and (input_ids == self.config.image_token_id).any():
-            raise ValueError(
-                f"The prompt holds {(input_ids == self.config.image_token_id).sum().item()} image placeholders and no images; "
-                "give `pixel_values`."
-            )
+        begins = mode == "image" and (input_ids[:, -1] != self.config.boi_token_id).all()
+        num_cached = count_cached(input_ids, kwargs, num_more=int(begins))
+        if kwargs.get("inputs_embeds") is None:
+            drop_cached_images(input_ids, num_cached, self.config.image_token_id, self.config.num_image_tokens, kwargs)
 
     def _image_block(self) -> InterleavedLogitsProcessor:
         return InterleavedLogitsProcessor(
@@ -228,26 +130,35 @@ class UniCode2GenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None,
         guidance_scale: float | None,
         max_plan_tokens: int | None,
-        kwargs,
+        kwargs: dict,
     ):
-        """Image mode. The number of new tokens is fixed, so end-of-sequence rules and lengths of the caller do not apply."""
-        defaults = getattr(self.generation_config, "image_generation", None) if generation_config is None else None
-        settings = {**(defaults or {}), **kwargs}
-        default_scale, default_plan = settings.pop("guidance_scale", None), settings.pop("max_plan_tokens", None)
-        guidance_scale = default_scale if guidance_scale is None else guidance_scale
-        planned = default_plan if max_plan_tokens is None else max_plan_tokens
+        """Image mode. The number of new tokens is fixed, so lengths of the caller do not apply."""
+        configs = (generation_config, self.generation_config)
+        defaults = find_option(
+            "image_generation", self.generation_config if generation_config is None else generation_config
+        )
+        image = dict(first_given(kwargs.pop("image_generation", None), defaults, {}))
+        guidance_scale = first_given(
+            guidance_scale, image.pop("guidance_scale", None), find_option("guidance_scale", self.generation_config)
+        )
+        planned = first_given(
+            max_plan_tokens, image.pop("max_plan_tokens", None), find_option("max_plan_tokens", self.generation_config)
+        )
+        settings = {**image, **kwargs}
+        check_guidance("image", guidance_scale)
+        check_plan("image", planned)
+        check_options(self.config, "image", settings, *configs)
         prompt, prompt_length, begun = self._begin_image(inputs, settings)
         if planned and not begun and ("input_ids" in prompt or max_plan_tokens):
-            prompt = self._write_plan(prompt, planned, generation_config, settings)
+            prompt = write_plan(self, prompt, planned, generation_config, settings)
             prompt_length = prompt["input_ids"].shape[1]
         if guidance_scale not in (None, 1):
-            config = generation_config or self.generation_config
             for name in ("past_key_values", "cache", "prefill_chunk_size"):
-                if settings.get(name) is not None or getattr(config, name, None) is not None:
+                if first_given(settings.get(name), find_option(name, *configs)) is not None:
                     raise ValueError(f"`{name}` does not go with guidance, whose cache has two rows a prompt.")
             settings.update(visual_guidance_scale=float(guidance_scale), prompt_length=prompt_length)
         length = self.config.num_image_tokens
-        settings.update(prompt, max_new_tokens=length, min_new_tokens=None, max_length=None)
+        settings.update(prompt, max_new_tokens=length, min_new_tokens=None, max_length=None, **dict.fromkeys(TEXT_ONLY))
         output = super().generate(generation_config=generation_config, output_modality="image", **settings)
         if not isinstance(output, torch.Tensor):
             return output
@@ -255,54 +166,6 @@ class UniCode2GenerationMixin(GenerationMixin):
         if written.shape[1] < length:
             raise ValueError(f"A stopping criterion ended the image after {written.shape[1]} of its {length} tokens.")
         return written
-
-    def _write_plan(
-        self, prompt: dict, max_plan_tokens: int, generation_config: GenerationConfig | None, settings: dict
-    ) -> dict:
-        """Prompts that end with the begin-of-image id, with a text in front of that id which the model writes; left-padded anew."""
-        for name in ("inputs_embeds", "past_key_values", "cache", "position_ids"):
-            if prompt.get(name) is not None or settings.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` does not go with a plan, which makes the prompt longer; `max_plan_tokens` is {max_plan_tokens}, "
-                    "and 0 is no plan."
-                )
-        input_ids, boi = prompt["input_ids"][:, :-1], self.config.boi_token_id
-        ends, pad = (
-            getattr(self.generation_config, name, None)
-            if getattr(generation_config, name, None) is None
-            else getattr(generation_config, name)
-            for name in ("eos_token_id", "pad_token_id")
-        )
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        mask = prompt.get("attention_mask")
-        if mask is not None:
-            mask = mask[:, :-1]
-        else:  # as stock `generate` has it
-            mask = torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
-        shared = {name: settings[name] for name in SHARED_WITH_PLAN if settings.get(name) is not None}
-        if "mm_encoder_outputs" in shared:  # beams repeat what is in it, in place
-            shared["mm_encoder_outputs"] = {k: copy.copy(v) for k, v in shared["mm_encoder_outputs"].items()}
-        output = super().generate(
-            input_ids,
-            generation_config,
-            attention_mask=mask,
-            output_modality="plan",
-            eos_token_id=[boi, *ends],
-            max_new_tokens=max_plan_tokens,
-            **dict.fromkeys(("max_length", "min_length", "min_new_tokens", "stop_strings")),
-            num_return_sequences=1,
-            return_dict_in_generate=False,
-            **shared,
-        )
-        plan = output[:, input_ids.shape[1] :]
-        ended = torch.isin(plan, torch.tensor([boi, *ends], device=plan.device)).cumsum(-1) > 0
-        begin = torch.full_like(plan[:, :1], boi)
-        ids = torch.cat([input_ids, plan, begin], 1)
-        seen = torch.cat([mask, (~ended).to(mask), torch.ones_like(begin).to(mask)], 1)
-        order = seen.argsort(dim=-1, stable=True)  # what is not seen, to the left
-        ids, seen = ids.gather(1, order), seen.gather(1, order)
-        first = (seen.sum(0) > 0).nonzero()[0].item()
-        return {"input_ids": ids[:, first:], "attention_mask": seen[:, first:]}
 
     def _begin_image(self, inputs: torch.Tensor | None, settings: dict) -> tuple[dict, int, bool]:
         """The prompt with a begin-of-image id at its end, taken out of the settings, its length, and whether it had that id."""
@@ -339,7 +202,10 @@ class UniCode2GenerationMixin(GenerationMixin):
         """Stock processors; what only the finished generation config knows goes to those who need it."""
         for processor in logits_processor or ():
             if isinstance(processor, InterleavedLogitsProcessor):
-                processor.max_length = generation_config.max_length
+                # the last id may be an end that is forced
+                processor.max_length = generation_config.max_length - (
+                    generation_config.forced_eos_token_id is not None
+                )
         processors = super()._get_logits_processor(
             generation_config, *args, logits_processor=logits_processor, model_kwargs=model_kwargs, **kwargs
         )
