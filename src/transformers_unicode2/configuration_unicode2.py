@@ -1,5 +1,6 @@
 """Configurations of UniCode²."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ QUANTIZER_AUTO_MAP = {
 }
 
 VISUAL_HEADS = ("flat", "two_level")
+CODEBOOK_COUNTS = {"codebook_size": 1, "codebook_dim": 1, "num_cells": 1, "preview_size": 0}  # the least of each
 
 # The parts of the paper's 7B model (section 4.1), as their own checkpoints describe them.
 QWEN2_5_7B = {
@@ -65,6 +67,10 @@ class UniCode2CodebookConfig(PreTrainedConfig):
             Side in pixels of the mean thumbnail that each code carries; 0 for none.
         probe_recall (`dict[str, float]`, *optional*):
             Share of features whose nearest code lies in so many nearest cells, as measured when the codebook was built.
+        codes_sha256 (`str`, *optional*):
+            SHA-256 of the codes, see `hash_codes`. Every save writes that of the codes it saves, and every load compares it.
+        encoder_sha256 (`str`, *optional*):
+            SHA-256 of the encoder and image processor that the codebook was built with, as `unicode2 codebook build` noted it.
     """
 
     model_type = "unicode2_codebook"
@@ -74,7 +80,13 @@ class UniCode2CodebookConfig(PreTrainedConfig):
     codebook_dim: int = 1152
     num_cells: int = 1000
     preview_size: int = 0
-    probe_recall: dict[str, float] | None = None
+    probe_recall: dict[str, float | int] | None = None
+    codes_sha256: str | None = None
+    encoder_sha256: str | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_codebook_config(vars(self))
 
 
 @strict
@@ -101,6 +113,8 @@ class UniCode2QuantizerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs["auto_map"] = QUANTIZER_AUTO_MAP
+        if isinstance(self.codebook_config, dict):
+            check_codebook_config(self.codebook_config)
         self.vision_config = SIGLIP_SO400M_384 if self.vision_config is None else self.vision_config
         super().__post_init__(**kwargs)
         check_widths(self.vision_config, self.codebook_config)
@@ -187,6 +201,8 @@ class UniCode2Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        if isinstance(self.codebook_config, dict):
+            check_codebook_config(self.codebook_config)
         self.text_config = QWEN2_5_7B if self.text_config is None else self.text_config
         self.vision_config = SIGLIP_SO400M_384 if self.vision_config is None else self.vision_config
         super().__post_init__(**kwargs)
@@ -233,6 +249,26 @@ def save_code(folder: str | Path) -> None:
         target = Path(folder) / file.name
         if not (target.exists() and target.samefile(file)):
             shutil.copyfile(file, target)
+
+
+def check_codebook_config(settings: dict) -> None:
+    """Raises `ValueError` on settings of a codebook that are no whole numbers, too small, no shares of features or no SHA-256."""
+    for name, least in CODEBOOK_COUNTS.items():
+        value = settings.get(name, least)
+        if type(value) is not int or value < least:
+            raise ValueError(f"`{name}` of the codebook is {value!r}; it must be a whole number from {least} on.")
+    recall = settings.get("probe_recall") or {}
+    if not isinstance(recall, dict):
+        raise ValueError(f"`probe_recall` of the codebook is {recall!r}; it must map numbers of cells to shares.")
+    for count, share in recall.items():
+        if not (str(count).isdecimal() and int(count) and type(share) in (int, float) and 0 <= share <= 1):
+            raise ValueError(
+                f"`probe_recall` of the codebook has {share!r} for {count!r} cells; it must map numbers of cells to shares in [0, 1]."
+            )
+    for name in ("codes_sha256", "encoder_sha256"):
+        value = settings.get(name)
+        if not (value is None or isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
+            raise ValueError(f"`{name}` of the codebook is {value!r}; it must be 64 hexadecimal digits.")
 
 
 def check_widths(vision_config: PreTrainedConfig, codebook_config: UniCode2CodebookConfig) -> None:

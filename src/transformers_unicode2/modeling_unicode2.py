@@ -18,8 +18,9 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2Config
 from .generation_unicode2 import UniCode2GenerationMixin
+from .loading_unicode2 import check_loaded
 from .processing_unicode2 import UniCode2Processor  # noqa: F401, so that its file travels with this one
-from .quantization_unicode2 import UniCode2Quantizer, check_codebook, equal_cells, init_codebook
+from .quantization_unicode2 import UniCode2Quantizer, equal_cells, init_codebook, note_codes
 
 MAX_SCORES = 2**26  # held at a time by the loss: 256 MiB in float32
 # What Transformers calls the key-value cache of its models: `cache` from 5.24 on.
@@ -292,16 +293,21 @@ class UniCode2PreTrainedModel(PreTrainedModel):
             init.copy_(module.cell_offsets, equal_cells(codebook.codebook_size, codebook.num_cells))
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Loads a checkpoint and freezes its quantizer.
 
-        Raises `ValueError` when the checkpoint holds no codebook, unless `output_loading_info` asks for the missing keys.
+        Raises `ValueError` when something in it is missing, or its quantizer damaged or of another size, see `check_loaded`.
         """
-        want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        check_codebook(info, want_info)
+        want_info, source = kwargs.pop("output_loading_info", False), str(pretrained_model_name_or_path)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        check_loaded(model, info, source, want_info)
         model.get_quantizer().freeze()
         return (model, info) if want_info else model
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
+        """Saves with the digest of the codes."""
+        note_codes(self, state_dict)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 
 class UniCode2Model(UniCode2PreTrainedModel):
@@ -457,6 +463,8 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         self.visual_head = VISUAL_HEAD_CLASSES[config.visual_head](config)
         self.decoder = None
         self.post_init()
+        if config.tie_word_embeddings:  # what quantizers leave alone: a tied head has no weight of its own to quantize
+            self._keep_in_fp32_modules.add("lm_head")
         self.get_quantizer().freeze()
         # DDP would send C1 to all ranks before each forward; it never changes
         self._ddp_params_and_buffers_to_ignore = [n for n, _ in self.named_buffers() if ".quantizer." in n]
@@ -634,7 +642,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             )
             losses = self.compute_loss(outputs.last_hidden_state, targets, num_items_in_batch)
         if losses[0] is None or not isinstance(logits_to_keep, int) or logits_to_keep:
-            kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep).contiguous()  # for quantized heads
             logits = self.compute_logits(kept, output_modality, visual_guidance_scale, visual_temperature)
         return UniCode2CausalLMOutputWithPast(
             loss=losses[0],

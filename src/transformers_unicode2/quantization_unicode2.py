@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
 from .faiss_unicode2 import make_index, search_index
+from .loading_unicode2 import check_codes, check_loaded, hash_codes
 from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch, have_changed, state_of
 
 logger = logging.get_logger(__name__)
@@ -62,11 +63,32 @@ class UniCode2Codebook(nn.Module):
         self.cell_centroids = nn.Buffer(torch.zeros(config.num_cells, config.codebook_dim))
         self.cell_offsets = nn.Buffer(equal_cells(size, config.num_cells))
         self.previews = nn.Buffer(torch.zeros(size, side, side, 3, dtype=torch.uint8)) if side else None
-        self.probe_recall, self.search = config.probe_recall, None
+        self.probe_recall, self.encoder_sha256, self.search = config.probe_recall, config.encoder_sha256, None
 
-    def forward(self, inputs: torch.Tensor, task: str = "encode", **options) -> torch.Tensor:
-        """`encode`, `decode` or `preview`: by way of a forward, so that a codebook that was offloaded is brought back."""
-        return getattr(self, task)(inputs, **options)
+    def forward(self, inputs: torch.Tensor | None = None, task: str = "encode", **options) -> torch.Tensor:
+        """`encode`, `decode`, `preview` and what looks at all codes: by way of a forward, so that a codebook that was offloaded is
+        brought back."""
+        return getattr(self, task)(**options) if inputs is None else getattr(self, task)(inputs, **options)
+
+    def check(self, codes_sha256: str | None, source: str) -> None:
+        """See `check_codes` of `loading_unicode2.py`."""
+        check_codes(self, codes_sha256, source)
+
+    def hash(self) -> str | None:
+        """See `hash_codes` of `loading_unicode2.py`."""
+        return hash_codes(self.codes)
+
+    def describe(self) -> dict:
+        """The settings of a `UniCode2CodebookConfig` of this codebook, with the digest of its codes."""
+        return {
+            "codebook_size": len(self.codes),
+            "codebook_dim": self.codes.shape[1],
+            "num_cells": len(self.cell_centroids),
+            "preview_size": 0 if self.previews is None else self.previews.shape[1],
+            "probe_recall": self.probe_recall,
+            "codes_sha256": self.hash(),
+            "encoder_sha256": self.encoder_sha256,
+        }
 
     def __getstate__(self) -> dict:
         """Copies and pickles are without the tables of the search."""
@@ -171,6 +193,8 @@ class UniCode2Quantizer(PreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules = ["UniCode2Codebook"]
     _keep_in_fp32_modules_strict = ["vision_model", "codebook.codes", "codebook.cell_centroids"]  # not its integers
+    # Transformers' quantizers leave these alone, beside what the caller names; a model around this one takes the list over.
+    _keep_in_fp32_modules = [r"(?:.+\.)?vision_model"]
     _keys_to_ignore_on_load_unexpected = [
         r"^(model\.)?(language_model|visual_embeddings|projector)\.",
         r"^(lm_head|visual_head)\.",
@@ -217,9 +241,9 @@ class UniCode2Quantizer(PreTrainedModel):
 
         Of a whole checkpoint in several files, only those that hold a part of the quantizer are fetched and read.
 
-        Raises `ValueError` when the checkpoint holds no codebook, unless `output_loading_info` asks for the missing keys.
+        Raises `ValueError` when something in it is missing, damaged or of another size, see `check_loaded`.
         """
-        want_info = kwargs.pop("output_loading_info", False)
+        want_info, source = kwargs.pop("output_loading_info", False), str(pretrained_model_name_or_path)
         kwargs.setdefault("key_mapping", {r"^(model\.)?quantizer\.": ""})
         state = read_quantizer(pretrained_model_name_or_path, kwargs)
         if state:
@@ -231,13 +255,19 @@ class UniCode2Quantizer(PreTrainedModel):
         quantizer, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        check_codebook(info, want_info)
+        check_loaded(quantizer, info, source, want_info)
         quantizer.freeze()
         return (quantizer, info) if want_info else quantizer
 
-    def save_pretrained(self, *args, **kwargs):
-        """Saves under its own names, wherever the weights came from."""
-        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
+        """Saves under its own names, wherever the weights came from, with the digest of the codes."""
+        note_codes(self, state_dict)
+        super().save_pretrained(
+            save_directory, is_main_process, state_dict, **{"save_original_format": False, **kwargs}
+        )
+
+    def get_quantizer(self) -> "UniCode2Quantizer":
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         """The encoder's patch embedding."""
@@ -354,13 +384,12 @@ def check_features(features: torch.Tensor, width: int) -> None:
         raise ValueError(f"{len(bad)} of {len(finite)} features are not finite; the first is number {bad[0].item()}.")
 
 
-def check_codebook(info: dict, want_info: bool) -> None:
-    """Raises `ValueError` when loading found no codebook, unless the caller reads the missing keys himself."""
-    missing = sorted(key for key in info["missing_keys"] if "codebook." in key)
-    if missing and not want_info:
-        raise ValueError(
-            f"The checkpoint has no codebook: {', '.join(missing)} not found. Build one with `unicode2 codebook build`."
-        )
+def note_codes(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> None:
+    """Writes the digest of the codes that will be saved, those of the state dict if it has any, to a model's configuration."""
+    codes = next((value for name, value in (state_dict or {}).items() if name.endswith("codebook.codes")), None)
+    digest = model.get_quantizer().codebook(task="hash") if codes is None else hash_codes(codes)
+    if digest:
+        model.config.codebook_config.codes_sha256 = digest
 
 
 @torch.no_grad()
