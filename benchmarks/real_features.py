@@ -77,7 +77,8 @@ def write_features(images: list[str], encoder_path: str, folder: Path, num_patch
     from tqdm import tqdm
 
     from transformers_unicode2.codebook.features import Encoder
-    from transformers_unicode2.codebook.images import ImageSource, decode_image
+    from transformers_unicode2.codebook.images import ImageSource
+    from transformers_unicode2.images_unicode2 import decode_image
 
     Image.MAX_IMAGE_PIXELS = max_pixels  # larger ones count as unreadable
     encoder = Encoder(encoder_path, "bfloat16")

@@ -11,6 +11,7 @@ import yaml
 from datasets import Dataset
 
 from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
+from transformers_unicode2.images_unicode2 import decode_image
 
 RECIPES = Path(__file__).parents[1] / "training_recipes"
 STAGES = sorted(path for name in ("stage1", "stage1.5", "stage2") for path in RECIPES.glob(f"*/{name}.yaml"))
@@ -359,7 +360,7 @@ def test_mapper_learns_alone_to_make_of_codes_what_it_makes_of_features(tiny_che
     assert learn(tmp_path / "killed") == whole
     assert (tmp_path / "killed/checkpoint-10/trainer_state.json").stat().st_mtime_ns == kept  # it was not made anew
     quantizer, offset = model.get_quantizer(), model.config.visual_token_offset
-    images = [data.decode_image(row) for row in data.load_images(str(tmp_path / "data"), "test")]
+    images = [decode_image(row["image"]["bytes"]) for row in data.load_images(str(tmp_path / "data"), "test")]
     pixels = AutoImageProcessor.from_pretrained(tiny_checkpoint)(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         features = quantizer.vision_model(pixels).last_hidden_state

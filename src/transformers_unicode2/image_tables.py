@@ -4,9 +4,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .images_unicode2 import URLS, fetch, one_line
+from PIL import Image
+
+from .images_unicode2 import URLS, decode_image, fetch, one_line
 
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an arrow file; a reader does not ask for it
+MAX_PATH = 4096  # characters; what is longer names no file
 BATCH = 32  # rows that are held at a time
 
 
@@ -31,12 +34,14 @@ class ImageTable:
                 schema, self.groups = self.rows.schema, [len(self.rows)]
             else:
                 table = self.open_parquet()
-                schema = table.schema_arrow
+                schema, self.metadata = table.schema_arrow, table.metadata
+                self.leaves = [table.schema.column(i).path for i in range(table.metadata.num_columns)]
                 self.groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             kind = file.suffix.lower()[1:]
             raise ValueError(f"{one_line(str(file))} is no whole {kind} file ({first_words(error)}).") from error
         check_column(schema, file)
+        self.schema = schema
 
     def __len__(self) -> int:
         return sum(self.groups)
@@ -63,6 +68,26 @@ class ImageTable:
                     low, high = low - len(batch), high - len(batch)
                     if high <= 0:
                         break
+
+    def batches(self, size: int) -> Iterator:
+        """All rows of a parquet file with all their columns, as record batches of `size` rows, fewer at the end of a row group."""
+        return self.open_parquet().iter_batches(size)
+
+    def may_hold_paths(self) -> bool:
+        """Whether rows of a parquet file may hold no content but a path, by the type of the column and how many values it lacks."""
+        contents = [name for name in ("image.bytes", "image") if name in self.leaves]
+        groups = map(self.metadata.row_group, range(self.metadata.num_row_groups))
+        columns = [group.column(self.leaves.index(name)) for group in groups for name in contents]
+        is_binary = contents and self.metadata.schema.column(self.leaves.index(contents[0])).logical_type.type == "NONE"
+        lacks = any(not column.is_stats_set or column.statistics.null_count != 0 for column in columns)
+        return lacks or not is_binary
+
+    def read_image(self, row: int, value) -> Image.Image:
+        """What a row holds, see `read_cell`, as RGB; its path may be absolute. Raises `ValueError` with file and row."""
+        try:
+            return decode_image(read_cell(value, self.file.parent, absolute=True))
+        except ValueError as error:
+            raise ValueError(f"{one_line(str(self.file))} row {row}: {str(error).rstrip('.')}.") from error
 
 
 def open_arrow(file: Path):
@@ -147,7 +172,7 @@ def read_cell(value, folder: Path | None, absolute: bool = False) -> bytes:
 
 def find_file(value: str, folder: Path | None, absolute: bool = False) -> str | None:
     """The file that a path in a table names, `None` if there is none. Raises `ValueError` when it is outside of the table's folder."""
-    if folder is None or "\0" in value:
+    if folder is None or "\0" in value or len(value) > MAX_PATH:
         return None
     path, root = os.path.realpath(os.path.join(folder, value)), os.path.realpath(folder)
     if not os.path.isfile(path):

@@ -1,47 +1,71 @@
 """Data sets of the training stages: parquet with images and texts, and the pre-tokenized form of it."""
 
-import io
+import glob
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..files import whole_file
+from ..files import explained, whole_file
 from ..hub import check_checkpoint
+from ..image_tables import ImageTable, read_cell
+from ..images_unicode2 import decode_image
 from ..processing_unicode2 import CAPTION_PROMPT
 from ..record import Record
 from .tokens import find_tables, hash_image_processor, hash_quantizer, hash_table, read_note, write_codes
 
 
 def load_images(folder: str, split: str = "train"):
-    """Opens `{split}-*.parquet` of a folder (as `unicode2 scenes` writes it) with the images left as compressed bytes."""
-    from datasets import Image, load_dataset
+    """Opens `{split}-*.parquet` of a folder (as `unicode2 scenes` writes it) with the images left as compressed bytes, also those that a
+    table keeps by path. Raises `ValueError`, with file or row, when there is no image."""
+    from datasets import Features, Image
 
-    rows = load_dataset("parquet", data_files=f"{folder}/{split}-*.parquet", split="train")
-    return rows.cast_column("image", Image(decode=False))
+    tables = [ImageTable(file) for file in find_tables(folder, split, "--data")]
+    rows = load_rows(folder, split)
+    if not any(table.may_hold_paths() for table in tables):
+        return rows.cast_column("image", Image(decode=False))
+    if isinstance(rows.features["image"], Image):
+        rows = rows.cast_column("image", Image(decode=False))
+
+    def fetch(row: dict, index: int) -> dict:
+        try:
+            return {"image": {"bytes": read_cell(row["image"], Path(folder), absolute=True), "path": None}}
+        except ValueError as error:
+            raise ValueError(f"{folder} row {index} of all {split}-*.parquet: {error}.") from error
+
+    features = Features({**rows.features, "image": Image(decode=False)})
+    return rows.map(fetch, with_indices=True, features=features, load_from_cache_file=False, desc="reading images")
+
+
+def load_rows(folder: str, split: str):
+    """Opens `{split}-*.parquet` of a folder, whatever characters its name has; the cache of `datasets`, on whatever disk, keeps them."""
+    from datasets import config, load_dataset
+
+    with explained(config.HF_DATASETS_CACHE):
+        return load_dataset("parquet", data_files=f"{glob.escape(str(folder))}/{split}-*.parquet", split="train")
 
 
 def load_images_with_codes(folder: str, tokens: str, split: str = "train"):
     """`load_images` with the `codes` of the same rows, which `unicode2 tokenize` wrote to the folder `tokens`."""
-    from datasets import concatenate_datasets, load_dataset
+    from datasets import concatenate_datasets
 
-    images = load_images(folder, split)
-    codes = load_dataset("parquet", data_files=f"{tokens}/{split}-*.parquet", split="train").select_columns("codes")
+    images, codes = load_images(folder, split), load_rows(tokens, split).select_columns("codes")
     if len(images) != len(codes):
         raise ValueError(f"{folder} has {len(images)} rows and {tokens} {len(codes)}; they must be the same rows.")
     return concatenate_datasets([images, codes], axis=1)
 
 
-def decode_image(row: dict):
-    """The `PIL.Image` of one row of `load_images`."""
-    from PIL import Image
-
-    return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-
-
 def pixel_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Batches images of one size as float32 `pixel_values` `(batch_size, 3, height, width)` in [-1, 1]."""
-    images = np.stack([np.asarray(decode_image(row)) for row in rows])
-    return {"pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1}
+    """Batches images of one size, rows of `load_images`, as float32 `pixel_values` `(batch_size, 3, height, width)` in [-1, 1].
+
+    Raises `ValueError` when an image cannot be read, or they are of several sizes.
+    """
+    images = [decode_image(row["image"]["bytes"]) for row in rows]
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise ValueError(f"Images of one size are needed; these are {sizes[0]} and {sizes[-1]} pixels wide and high.")
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return {"pixel_values": pixels.permute(0, 3, 1, 2).float() / 127.5 - 1}
 
 
 CAPTION_PROMPTS = {"caption": CAPTION_PROMPT, "dense_caption": "describe the image in detail."}
@@ -139,8 +163,6 @@ def make_parser():
 
 def main(args) -> None:
     """Each file that is there already must have been made of the same rows by the same quantizer; files may be added to the data."""
-    from pathlib import Path
-
     paths = find_tables(args.data, args.split, "--data")
     check_checkpoint(args.model)
     made_of = {
@@ -159,7 +181,7 @@ def main(args) -> None:
             note = {**made_of, "data": made_of["data"][path.name]}
             if not (output / path.name).is_file():
                 with whole_file(output / path.name) as file:
-                    write_codes(read_table(path), encode, file, note, args.batch_size)
+                    write_codes(ImageTable(path), encode, file, note, args.batch_size)
             elif read_note(output / path.name) != note:
                 raise ValueError(
                     f"{output / path.name} has codes of something else; delete it and run the command again."
@@ -167,7 +189,7 @@ def main(args) -> None:
 
 
 def make_encoder(model: str):
-    """A function from undecoded images to the codes that the quantizer of a checkpoint makes of them, lists of integers."""
+    """A function from RGB images to the codes that the quantizer of a checkpoint makes of them, lists of integers."""
     from transformers import AutoImageProcessor
 
     from transformers_unicode2 import UniCode2ForConditionalGeneration
@@ -175,18 +197,11 @@ def make_encoder(model: str):
     quantizer = UniCode2ForConditionalGeneration.from_pretrained(model).get_quantizer()
     image_processor = AutoImageProcessor.from_pretrained(model)
 
-    def encode(images: list[dict]) -> list[list[int]]:
-        pixels = image_processor([decode_image({"image": image}) for image in images], return_tensors="pt")
+    def encode(images: list) -> list[list[int]]:
+        pixels = image_processor(images, return_tensors="pt")
         return quantizer.encode_images(pixels["pixel_values"]).tolist()
 
     return encode
-
-
-def read_table(path):
-    """The rows of one parquet file with undecoded images."""
-    from datasets import Image, load_dataset
-
-    return load_dataset("parquet", data_files=str(path), split="train").cast_column("image", Image(decode=False))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from ..image_tables import ImageTable, find_file
 from ..record import hash_file, shorten
 
 logger = logging.getLogger(__name__)
@@ -60,48 +62,47 @@ def hash_image_processor(model: str) -> str:
 
 def hash_table(file: Path) -> str:
     """SHA-256 of a parquet file, and of the image files that its rows name in the place of their content."""
-    from pyarrow import parquet
-
-    digest, table = hashlib.sha256(bytes.fromhex(hash_file(file))), parquet.ParquetFile(file)
-    names = [table.schema.column(i).path for i in range(len(table.schema.names))]
-    if {"image.bytes", "image.path"} <= set(names) and has_nulls(table, names.index("image.bytes")):
-        for batch in table.iter_batches(batch_size=256, columns=["image"]):
-            for image in batch["image"].to_pylist():
-                if image and not image["bytes"] and image["path"] and (file.parent / image["path"]).is_file():
-                    digest.update(bytes.fromhex(hash_file(file.parent / image["path"])))
-        return digest.hexdigest()
-    return hash_file(file)
-
-
-def has_nulls(table, column: int) -> bool:
-    """Whether a column of a parquet file may lack values, by the statistics of its row groups."""
-    groups = [table.metadata.row_group(i).column(column) for i in range(table.num_row_groups)]
-    return any(not group.is_stats_set or group.statistics.null_count != 0 for group in groups)
+    table = ImageTable(file)
+    if not table.may_hold_paths():
+        return hash_file(file)
+    digest = hashlib.sha256(bytes.fromhex(hash_file(file)))
+    for value in table.read(0, len(table)):
+        name = (None if value.get("bytes") else value.get("path")) if isinstance(value, dict) else value
+        with suppress(ValueError):  # which is raised, with its row, when the image is read
+            found = find_file(name, file.parent, absolute=True) if isinstance(name, str) else None
+            digest.update(bytes.fromhex(hash_file(Path(found))) if found else b"")
+    return digest.hexdigest()
 
 
-def write_codes(rows, encode: Callable, file: Path, note: dict, batch_size: int) -> None:
-    """Writes rows with the codes of their images, in the place of the images, batch by batch.
+def write_codes(table: ImageTable, encode: Callable, file: Path, note: dict, batch_size: int) -> None:
+    """Writes the rows of a table with the codes of their images, in the place of the images, batch by batch.
 
     Args:
-        rows: `datasets.Dataset` with a column `image`, undecoded.
-        encode: a list of undecoded images to their codes, lists of integers.
+        table: parquet file with a column `image`.
+        encode: a list of RGB images to their codes, lists of integers.
         file: parquet file to write.
         note: what made the codes, kept in the file's metadata.
         batch_size: rows that are encoded at a time.
+
+    Raises:
+        `ValueError`: with file and row, when a row has no image or one that cannot be read.
     """
     import pyarrow as pa
     from datasets import Features, List, Value
     from pyarrow.parquet import ParquetWriter
     from tqdm import tqdm
 
-    kept = {name: feature for name, feature in rows.features.items() if name != "image"}
+    kept = {name: kind for name, kind in Features.from_arrow_schema(table.schema).items() if name != "image"}
+    if "codes" in kept:
+        raise ValueError(f"{table.file} has a column of codes already; give the images without it.")
     schema = Features({**kept, "codes": List(Value("int64"))}).arrow_schema
-    schema = schema.with_metadata({**schema.metadata, NOTE: json.dumps(note, sort_keys=True)})
-    with ParquetWriter(file, schema) as writer, tqdm(total=len(rows), unit="image", desc=file.name) as bar:
-        for batch in rows.with_format("arrow").iter(batch_size):
-            codes = pa.array(encode(batch["image"].to_pylist()), pa.list_(pa.int64()))
-            texts = [batch[name] for name in kept]
-            writer.write_table(pa.Table.from_arrays([*texts, codes], names=[*kept, "codes"]).cast(schema))
+    schema, first = schema.with_metadata({**schema.metadata, NOTE: json.dumps(note, sort_keys=True)}), 0
+    with ParquetWriter(file, schema) as writer, tqdm(total=len(table), unit="image", desc=file.name) as bar:
+        for batch in table.batches(batch_size):
+            images = [table.read_image(row, value) for row, value in enumerate(batch["image"].to_pylist(), first)]
+            columns = [*(batch[name] for name in kept), pa.array(encode(images), pa.list_(pa.int64()))]
+            writer.write_table(pa.Table.from_arrays(columns, names=[*kept, "codes"]).cast(schema))
+            first += len(batch)
             bar.update(len(batch))
 
 
