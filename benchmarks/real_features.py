@@ -73,16 +73,14 @@ class Files:
 
 
 def write_features(images: list[str], encoder_path: str, folder: Path, num_patches: int, max_pixels: int) -> None:
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
     from tqdm import tqdm
 
     from transformers_unicode2.codebook.features import Encoder
     from transformers_unicode2.codebook.images import ImageSource
-    from transformers_unicode2.images_unicode2 import decode_image
 
-    Image.MAX_IMAGE_PIXELS = max_pixels  # larger ones count as unreadable
     encoder = Encoder(encoder_path, "bfloat16")
-    sources = [ImageSource(path) for path in images]
+    sources = [ImageSource(path, max_pixels=max_pixels) for path in images]
     places = [(source, index) for source in sources for index in range(len(source))]
     fingerprint = [encoder.fingerprint()[:16], *(source.fingerprint()[:16] for source in sources)]
     files = Files(folder, {"dim": encoder.dim, "images": len(places), "made from": fingerprint})
@@ -101,7 +99,7 @@ def write_features(images: list[str], encoder_path: str, folder: Path, num_patch
                     continue
                 source, index = places[order[number]]
                 try:
-                    image = decode_image(next(source.read(index, index + 1))[1])
+                    image = source.decode(next(source.read(index, index + 1))[1])
                     image = encoder.preprocess(ImageOps.mirror(image) if mirrored else image)
                     kept["held_out.float16" if held_out else "fit.float16"].append(image)
                 except ValueError:

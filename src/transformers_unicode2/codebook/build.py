@@ -32,7 +32,7 @@ from .features import (
     shard_path,
     write_arrays,
 )
-from .images import ImageSource
+from .images import ImageSource, fitting_pixels
 from .phases import (
     NEAR_CELLS,
     CellReader,
@@ -133,7 +133,7 @@ class Build:
     def prepare(self) -> None:
         """Opens images and encoder, and cuts the images into shards."""
         args = self.args
-        self.source = ImageSource(args.images, args.num_images, args.streaming, self.memory // 3)
+        self.source = ImageSource(args.images, args.num_images, args.streaming, fitting_pixels(self.memory))
         self.encoder = Encoder(args.encoder, args.dtype, self.state.device)
         self.record = {
             **{name: value for name, value in vars(args).items() if name not in NOT_RECORDED},

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_file
-from ..images_unicode2 import decode_image, one_line
+from ..images_unicode2 import one_line
 from .images import ImageSource
 
 MADE_AGAIN = ("features", "cells", "fine")  # folders whose files a build makes again when they are gone
@@ -102,9 +102,7 @@ def read_batches(
         for position, (name, content) in enumerate(islice(contents, last - first), first):
             count += 1
             try:
-                if isinstance(content, ValueError):
-                    raise content
-                pixels.append(encoder.preprocess(decode_image(content, source.max_pixels)))
+                pixels.append(encoder.preprocess(source.decode(content)))
                 positions.append(position)
             except ValueError as error:
                 skipped.append(f"{one_line(name)}\t{one_line(str(error))}")

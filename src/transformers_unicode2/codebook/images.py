@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
+from PIL import Image
+
 from ..image_tables import ImageTable, read_cell
-from ..images_unicode2 import MAX_PIXELS, one_line
+from ..images_unicode2 import MAX_PIXELS, decode_image, one_line
 from .names import IMAGE_SUFFIXES, LeftOut, is_hidden, once, walk
 from .tars import index_tar
 
@@ -26,19 +28,15 @@ class ImageSource:
             `streaming`, a data set that `datasets.load_dataset` knows by this name.
         limit (`int`, *optional*): use the first so many images only. Required by `streaming`.
         streaming (`bool`, *optional*, defaults to `False`): read a data set from its start on, without a copy on disk.
-        max_memory (`int`, *optional*): bytes that one image may take while it is decoded; larger images are unreadable, as are those of
-            more than `MAX_PIXELS`.
+        max_pixels (`int`, *optional*, defaults to `MAX_PIXELS`): larger images are unreadable; see `PIXEL_BYTES`.
 
     Raises:
         `FileNotFoundError`: no images. `ValueError`: kinds that are mixed, a tar or table that is damaged, cut short or compressed, a
             column of no images, a stream without `limit`, a `limit` below 1.
     """
 
-    def __init__(
-        self, path: str, limit: int | None = None, streaming: bool = False, max_memory: int = PIXEL_BYTES * MAX_PIXELS
-    ):
-        self.path, self.streaming = path, streaming
-        self.max_pixels = min(MAX_PIXELS, max_memory // PIXEL_BYTES)
+    def __init__(self, path: str, limit: int | None = None, streaming: bool = False, max_pixels: int = MAX_PIXELS):
+        self.path, self.streaming, self.max_pixels = path, streaming, max_pixels
         if limit is not None and limit < 1:
             raise ValueError(f"--num-images is {limit}; it must be at least 1.")
         if streaming:
@@ -97,6 +95,17 @@ class ImageSource:
             yield from read_tars(self.items[start : min(stop, len(self))])
         else:
             yield from self.items.read(start, min(stop, len(self)))
+
+    def decode(self, content: bytes | ValueError) -> Image.Image:
+        """What `read` gave, as RGB. Raises `ValueError` when it cannot be read, or could not."""
+        if isinstance(content, ValueError):
+            raise content
+        return decode_image(content, self.max_pixels)
+
+
+def fitting_pixels(memory: int) -> int:
+    """The largest images that are read within a budget in bytes, of which a third is for the one that is being read."""
+    return min(MAX_PIXELS, memory // 3 // PIXEL_BYTES)
 
 
 def find_files(path: str) -> tuple[list[Path], str, LeftOut]:
