@@ -255,8 +255,8 @@ def check_codebook_config(settings: dict) -> None:
     """Raises `ValueError` on settings of a codebook that are no whole numbers, too small, no shares of features or no SHA-256."""
     for name, least in CODEBOOK_COUNTS.items():
         value = settings.get(name, least)
-        if type(value) is not int or value < least:
-            raise ValueError(f"`{name}` of the codebook is {value!r}; it must be a whole number from {least} on.")
+        if type(value) is not int or not least <= value < 2**31:
+            raise ValueError(f"`{name}` of the codebook is {value!r}; it must be a whole number from {least} to {2**31 - 1}.")
     recall = settings.get("probe_recall") or {}
     if not isinstance(recall, dict):
         raise ValueError(f"`probe_recall` of the codebook is {recall!r}; it must map numbers of cells to shares.")
@@ -272,16 +272,19 @@ def check_codebook_config(settings: dict) -> None:
 
 
 def check_widths(vision_config: PreTrainedConfig, codebook_config: UniCode2CodebookConfig) -> None:
-    """Raises `ValueError` when the encoder's width is not the codebook's, or when there are more cells than codes."""
+    """Raises `ValueError` when the encoder's width is not the codebook's, or there are more cells than codes."""
     if vision_config.hidden_size != codebook_config.codebook_dim:
         raise ValueError(
             f"The vision encoder's `hidden_size` is {vision_config.hidden_size} and the codebook's `codebook_dim` is "
             f"{codebook_config.codebook_dim}; they must be equal."
         )
-    if codebook_config.num_cells > codebook_config.codebook_size:
-        raise ValueError(
-            f"`num_cells` is {codebook_config.num_cells}, more than the `codebook_size` of {codebook_config.codebook_size}."
-        )
+    check_num_cells(codebook_config.num_cells, codebook_config.codebook_size)
+
+
+def check_num_cells(num_cells: int, codebook_size: int) -> None:
+    """Raises `ValueError` when there are more cells than codes."""
+    if num_cells > codebook_size:
+        raise ValueError(f"`num_cells` is {num_cells}, more than the `codebook_size` of {codebook_size}.")
 
 
 __all__ = ["UniCode2CodebookConfig", "UniCode2Config", "UniCode2QuantizerConfig"]

@@ -40,6 +40,8 @@ def check_codes(codebook, codes_sha256: str | None, source: str) -> None:
 
 def check_cells(offsets: torch.LongTensor, size: int, source: str) -> None:
     """Raises `ValueError` unless offsets `(num_cells + 1,)` lead through codes 0 to `size` without going back."""
+    if offsets.dtype != torch.long:
+        raise ValueError(f"The cell offsets of {source} are {offsets.dtype}, not whole numbers of 64 bits. {AGAIN}")
     first, last = offsets[0].item(), offsets[-1].item()
     if first != 0 or last != size:
         raise ValueError(f"The cells of {source} go from {first} to {last}, not through codes 0 to {size}. {AGAIN}")

@@ -59,8 +59,8 @@ class UniCode2Codebook(nn.Module):
     def __init__(self, config: UniCode2CodebookConfig):
         super().__init__()
         size, side = config.codebook_size, config.preview_size
-        self.codes = nn.Buffer(torch.zeros(size, config.codebook_dim))
-        self.cell_centroids = nn.Buffer(torch.zeros(config.num_cells, config.codebook_dim))
+        self.codes = nn.Buffer(torch.zeros(size, config.codebook_dim, dtype=torch.float32))
+        self.cell_centroids = nn.Buffer(torch.zeros(config.num_cells, config.codebook_dim, dtype=torch.float32))
         self.cell_offsets = nn.Buffer(equal_cells(size, config.num_cells))
         self.previews = nn.Buffer(torch.zeros(size, side, side, 3, dtype=torch.uint8)) if side else None
         self.probe_recall, self.encoder_sha256, self.search = config.probe_recall, config.encoder_sha256, None

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import torch
 
-from ..configuration_unicode2 import UniCode2CodebookConfig
+from ..configuration_unicode2 import UniCode2CodebookConfig, check_codebook_config, check_num_cells
 from ..files import make_folders, whole_file, write_file
 from ..quantization_unicode2 import UniCode2Codebook
 from .features import Encoder
+
+# What each kind of buffer may be stored as; bfloat16 is what the codes are rounded to.
+STORED_AS = {torch.float32: ("F32", "BF16", "F16"), torch.int64: ("I64",), torch.uint8: ("U8",)}
 
 CARD = """---
 tags: [unicode2, codebook]
@@ -39,13 +42,7 @@ def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: di
     folder = Path(folder)
     make_folders(folder)
     tensors = {name: buffer.contiguous() for name, buffer in codebook.named_buffers()}
-    config = {
-        "codebook_size": len(codebook.codes),
-        "codebook_dim": codebook.codes.shape[1],
-        "num_cells": len(codebook.cell_centroids),
-        "preview_size": 0 if codebook.previews is None else codebook.previews.shape[1],
-        "probe_recall": codebook.probe_recall,
-    }
+    config = codebook.describe()
     content = json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n"
     write_file(folder / "README.md", make_card(config, provenance).encode())
     with whole_file(folder / "codebook.json") as description, whole_file(folder / "codebook.safetensors") as weights:
@@ -84,7 +81,8 @@ def make_card(config: dict, provenance: dict) -> str:
 def load_codebook(folder: str | Path) -> UniCode2Codebook:
     """Reads what `unicode2 codebook build` wrote.
 
-    Raises `FileNotFoundError` when a file is missing and `ValueError` when one is damaged or the cells do not hold the codes exactly.
+    Raises `FileNotFoundError` when a file is missing and `ValueError` when one is damaged or does not fit the other, see also
+    `check_codes`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -93,28 +91,70 @@ def load_codebook(folder: str | Path) -> UniCode2Codebook:
     for name in ("codebook.json", "codebook.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a codebook: it has no {name}.")
-    config = read_description(folder, "config")
-    codebook = UniCode2Codebook(UniCode2CodebookConfig(**config))
+    config = read_config(folder)
+    weights = folder / "codebook.safetensors"
     try:
-        codebook.load_state_dict(load_file(folder / "codebook.safetensors"))
-    except (SafetensorError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder / 'codebook.safetensors'} is damaged or of another size: {first}") from error
-    offsets = codebook.cell_offsets
-    if offsets[0] != 0 or offsets[-1] != len(codebook.codes) or (offsets.diff() < 0).any():
-        raise ValueError(
-            f"The cells of {folder} go from {offsets[0].item()} to {offsets[-1].item()}, not through codes 0 to {len(codebook.codes)}."
-        )
+        check_tensors(weights, config)
+        codebook = UniCode2Codebook(config)
+        codebook.load_state_dict(load_file(weights))
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged: {str(error).strip().splitlines()[0]}") from error
+    codebook.check(config.codes_sha256, str(folder))
     return codebook
+
+
+def read_config(folder: Path) -> UniCode2CodebookConfig:
+    """The configuration of a codebook. Raises `ValueError` when `codebook.json` lacks a part of it or has one that is not known."""
+    config, file = read_description(folder, "config"), folder / "codebook.json"
+    odd = [f"lacks {name}" for name in ("codebook_size", "codebook_dim", "num_cells") if name not in config]
+    odd += [
+        f"has {name!r}, which is not known here"
+        for name in config
+        if name not in UniCode2CodebookConfig.__annotations__
+    ]
+    if odd:
+        raise ValueError(f"{file} is damaged or of a later version: its config {odd[0]}.")
+    command = load_provenance(folder).get("command", {})
+    config = {"encoder_sha256": command.get("encoder_sha256"), **config}
+    try:
+        check_codebook_config(config)
+        check_num_cells(config["num_cells"], config["codebook_size"])
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return UniCode2CodebookConfig(**config)
+
+
+def check_tensors(file: Path, config: UniCode2CodebookConfig) -> None:
+    """Raises `ValueError` unless a file holds the buffers of a codebook, in their shapes and kinds of numbers; reads none of them."""
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        expected = dict(UniCode2Codebook(config).named_buffers())
+    with safe_open(file, framework="pt") as tensors:
+        stored = {name: tensors.get_slice(name) for name in tensors.keys()}
+    odd = sorted(expected.keys() ^ stored.keys())
+    if odd:
+        raise ValueError(
+            f"{file} {'lacks' if odd[0] in expected else 'also holds'} {odd[0]}, unlike codebook.json says."
+        )
+    for name, buffer in expected.items():
+        shape, dtype = tuple(stored[name].get_shape()), stored[name].get_dtype()
+        if shape != tuple(buffer.shape) or dtype not in STORED_AS[buffer.dtype]:
+            raise ValueError(
+                f"{name} of {file} is {dtype} {shape}; codebook.json makes it {STORED_AS[buffer.dtype][0]} {tuple(buffer.shape)}."
+            )
 
 
 def read_description(folder: str | Path, part: str) -> dict:
     """`"config"` or `"provenance"` of a codebook. Raises `ValueError` when the file has none."""
     file = Path(folder) / "codebook.json"
     try:
-        return json.loads(file.read_text())[part]
-    except (ValueError, KeyError) as error:
+        description = json.loads(file.read_text())
+    except ValueError as error:
         raise ValueError(f"{file} is damaged: it has no {part}.") from error
+    if not (isinstance(description, dict) and isinstance(description.get(part), dict)):
+        raise ValueError(f"{file} is damaged: it has no {part}.")
+    return description[part]
 
 
 def load_provenance(folder: str | Path) -> dict:
