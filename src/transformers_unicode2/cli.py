@@ -1,6 +1,8 @@
 """`unicode2 <command>`: finds the command's module, nothing else."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 # command: module, its functions for the parser and for the work, what it does
@@ -40,19 +42,26 @@ def main() -> None:
     module, make_parser, run, _ = COMMANDS[name]
     module = import_module(f".{module}", __package__)
     arguments = getattr(module, make_parser)().parse_args(words[len(name.split()) :])
-    try:
+    with sentences(f"unicode2 {name}"):
         getattr(module, run)(arguments)
+
+
+@contextmanager
+def sentences(name: str) -> Iterator[None]:
+    """Makes of an error one sentence on stderr, after the name of a command, and exit status 2."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name, "all")
-        print(f"unicode2 {name}: needs {error.name}; pip install 'transformers_unicode2[{extra}]'", file=sys.stderr)
+        print(f"{name}: needs {error.name}; pip install 'transformers_unicode2[{extra}]'", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError, ImportError) as error:
-        print(f"unicode2 {name}: {first_line(error)}", file=sys.stderr)
+        print(f"{name}: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:  # a damaged checkpoint is known by the class of the error only
         if not is_damage(error):
             raise
-        print(f"unicode2 {name}: the checkpoint is damaged or its sizes disagree: {first_line(error)}", file=sys.stderr)
+        print(f"{name}: the checkpoint is damaged or its sizes disagree: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

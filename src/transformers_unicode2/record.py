@@ -61,6 +61,8 @@ class Record:
         part (`str`, *optional*, defaults to `"record"`): name of the part, as a split.
         option (`str`, *optional*, defaults to `"--output"`): the option that names the folder.
         growing (`tuple[str]`, *optional*): entries of `made_of`, dictionaries, to which more may be added later.
+        free (`tuple[str]`, *optional*): entries of `made_of` that may change; the output is finished only as it was asked for.
+        passing (`tuple[str]`, *optional*): globs of what the command writes, too, and that may be removed at any time.
         defaults (`dict`, *optional*): entries that a record may lack which an earlier version wrote, as they were then.
     """
 
@@ -72,10 +74,13 @@ class Record:
         part: str = "record",
         option: str = "--output",
         growing: tuple[str, ...] = (),
+        free: tuple[str, ...] = (),
+        passing: tuple[str, ...] = (),
         defaults: dict | None = None,
     ):
         self.folder, self.owns, self.part, self.option = Path(folder), owns, part, option
-        self.made_of, self.growing, self.defaults = json.loads(json.dumps(made_of)), growing, defaults or {}
+        self.made_of, self.defaults = json.loads(json.dumps(made_of, default=str)), defaults or {}
+        self.growing, self.free, self.passing = growing, free, passing
         self.file = self.folder / WORK / f"{part}.json"
 
     @contextmanager
@@ -97,7 +102,7 @@ class Record:
                 if not finished:
                     self.write(finished=True)
             finally:
-                if not self.find_files():
+                if not self.find_files(self.owns + self.passing):
                     remove(self.file)
 
     def check(self) -> bool:
@@ -106,7 +111,7 @@ class Record:
         Raises:
             `ValueError`: when it was begun with something else, holds files that no record tells of, or was changed afterwards.
         """
-        there, known = self.find_files(), read_record(self.folder, self.part)
+        there, known = self.find_files(self.owns + self.passing), read_record(self.folder, self.part)
         if not there:  # whatever was begun, nothing of it can be mixed with anything
             return False
         if known is None:
@@ -116,13 +121,22 @@ class Record:
             )
         before = {**self.defaults, **known["made_of"]}
         before = {name: value for name, value in before.items() if name in self.made_of}
-        changes = compare(before, self.made_of, self.growing)
+        changes = compare({**before, **{name: self.made_of[name] for name in self.free}}, self.made_of, self.growing)
         if changes:
             raise ValueError(
                 f"{self.folder} was begun with something else ({'; '.join(changes)}); "
                 f"choose another {self.option}, or delete it."
             )
-        return known["finished"] and self.made_of == before and is_whole(self.folder, known["files"])
+        if not known["finished"] or self.made_of != before:
+            return False
+        changed = find_changed(self.folder, known["files"])
+        for name in changed:
+            if (self.folder / name).is_file():
+                raise ValueError(
+                    f"{self.folder / name} is not as it was written ({known['files'][name]} bytes then, "
+                    f"{(self.folder / name).stat().st_size} now); delete it and run the command again."
+                )
+        return not changed
 
     def begin(self) -> None:
         """Notes what the output is made of; nothing of a run that was killed is in the way."""
@@ -131,16 +145,17 @@ class Record:
         remove(self.folder / WORK / "new")
         self.write(finished=False)
 
-    def find_files(self) -> list[Path]:
+    def find_files(self, patterns: tuple[str, ...]) -> list[Path]:
         """Files of the output, as far as they are there."""
-        found = {path for pattern in self.owns for path in self.folder.glob(pattern) if path.name not in NOT_CONTENT}
+        found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.name not in NOT_CONTENT}
         files = {
             file for path in found for file in (path.rglob("*") if path.is_dir() else (path,)) if not file.is_dir()
         }
         return sorted(file for file in files if WORK not in file.relative_to(self.folder).parts)
 
     def write(self, finished: bool) -> None:
-        files = {str(file.relative_to(self.folder)): file.stat().st_size for file in self.find_files() if finished}
+        found = self.find_files(self.owns) if finished else []
+        files = {str(file.relative_to(self.folder)): file.stat().st_size for file in found}
         make_folders(self.file.parent, option=self.option)
         content = {"made_of": self.made_of, "finished": finished, "files": files}
         write_file(self.file, (json.dumps(content, indent=2) + "\n").encode())
@@ -159,15 +174,11 @@ def read_record(folder: str | Path, part: str = "record") -> dict | None:
         raise ValueError(f"{file} is damaged ({error}); delete {folder} and run the command again.") from error
 
 
-def is_whole(folder: Path, files: dict[str, int]) -> bool:
-    """Whether all files of an output are there. Raises `ValueError` when one has another size than the output was written with."""
-    for name, size in files.items():
-        file = folder / name
-        if file.is_file() and file.stat().st_size != size:
-            raise ValueError(
-                f"{file} was written with {size} bytes and has {file.stat().st_size}; delete it and run the command again."
-            )
-    return all((folder / name).is_file() for name in files)
+def find_changed(folder: Path, files: dict[str, int]) -> list[str]:
+    """Names of the files of an output that are missing or have another size than noted, in bytes."""
+    return [
+        name for name, size in files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size
+    ]
 
 
 def compare(before: dict, now: dict, growing: tuple[str, ...] = (), prefix: str = "") -> list[str]:

@@ -103,6 +103,21 @@ class CoarseFeatures:
 
 
 def main(args: FluxArguments, training_args) -> None:
+    """See `stage` for what may change when a stage is started again."""
+    from transformers_unicode2.training.stage import hash_inputs, stage
+
+    check_shift(args.shift)
+    with stage(
+        "train_flux",
+        args,
+        training_args,
+        lambda: hash_inputs(args, images=("data",), checkpoints=("tokenizer", "encoder"), pipelines=("vae", "start")),
+    ) as held:
+        if not held.finished:
+            train(args, training_args, held)
+
+
+def train(args: FluxArguments, training_args, held) -> None:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import (
         AutoTokenizer,
@@ -111,17 +126,15 @@ def main(args: FluxArguments, training_args) -> None:
         SiglipVisionModel,
         T5Config,
         T5EncoderModel,
-        Trainer,
         set_seed,
     )
-    from transformers.trainer_utils import get_last_checkpoint
 
     from transformers_unicode2 import UniCode2ConditionMapper
     from transformers_unicode2.training.data import load_images
     from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss, start_from
     from transformers_unicode2.training.optimizer import MuonWithAdamW
+    from transformers_unicode2.training.stage import StageTrainer
 
-    check_shift(args.shift)
     set_seed(training_args.seed)
     max_length = args.clip["max_position_embeddings"]  # of texts; image prompts have as many patches
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, padding_side="right", model_max_length=max_length)
@@ -206,7 +219,7 @@ def main(args: FluxArguments, training_args) -> None:
         model.transformer.load_state_dict(start.state_dict())
         mapper = UniCode2ConditionMapper.from_pretrained(args.start, subfolder="condition_mapper")
         start_from(model.image_prompts, mapper.float())
-    trainer = Trainer(
+    trainer = StageTrainer(
         model,
         training_args,
         train_dataset=images,
@@ -216,16 +229,18 @@ def main(args: FluxArguments, training_args) -> None:
             None,
         ),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    held.train(trainer)
     model.eval()
-    FluxPipeline(
-        scheduler, vae, model.text_encoder, tokenizer, model.text_encoder_2, tokenizer, model.transformer
-    ).save_pretrained(training_args.output_dir)  # fmt: skip
-    model.image_prompts.save_pretrained(f"{training_args.output_dir}/image_prompts")
+    texts = (model.text_encoder, tokenizer, model.text_encoder_2, tokenizer)
+    with held.result() as folder:
+        if trainer.is_world_process_zero():
+            FluxPipeline(scheduler, vae, *texts, model.transformer).save_pretrained(folder)
+            model.image_prompts.save_pretrained(folder / "image_prompts")
 
 
 if __name__ == "__main__":
     from transformers import TrainingArguments
-    from trl import TrlParser
 
-    main(*TrlParser((FluxArguments, TrainingArguments)).parse_args_and_config())
+    from transformers_unicode2.training.stage import run
+
+    run(main, FluxArguments, TrainingArguments)

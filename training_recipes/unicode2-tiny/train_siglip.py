@@ -29,14 +29,28 @@ class SiglipArguments:
 
 
 def main(args: SiglipArguments, training_args) -> None:
+    """See `stage` for what may change when a stage is started again."""
+    from transformers_unicode2.training.stage import hash_inputs, stage
+
+    with stage(
+        "train_siglip",
+        args,
+        training_args,
+        lambda: hash_inputs(args, images=("data",), checkpoints=("tokenizer", "start")),
+    ) as held:
+        if not held.finished:
+            train(args, training_args, held)
+
+
+def train(args: SiglipArguments, training_args, held) -> None:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessor, SiglipModel, Trainer, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessor, SiglipModel, set_seed
 
     from transformers_unicode2 import UniCode2ForConditionalGeneration
     from transformers_unicode2.training.data import load_images, pixel_collator
     from transformers_unicode2.training.optimizer import MuonWithAdamW
+    from transformers_unicode2.training.stage import StageTrainer
 
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, padding_side="right")
@@ -136,16 +150,20 @@ def main(args: SiglipArguments, training_args) -> None:
         start = UniCode2ForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
         model.siglip.vision_model.load_state_dict(start.get_quantizer().vision_model.state_dict(), strict=False)
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("to_pixels", "to_words"))
-    trainer = Trainer(model, training_args, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer = StageTrainer(
+        model, training_args, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None)
+    )
+    held.train(trainer)
     siglip = trainer.model.siglip.to(torch.bfloat16).to(torch.float32)  # so that a checkpoint may store it in bfloat16
-    siglip.save_pretrained(training_args.output_dir)
-    image_processor.save_pretrained(training_args.output_dir)
-    tokenizer.save_pretrained(training_args.output_dir)
+    with held.result() as folder:
+        if trainer.is_world_process_zero():
+            for part in (siglip, image_processor, tokenizer):
+                part.save_pretrained(folder)
 
 
 if __name__ == "__main__":
     from transformers import TrainingArguments
-    from trl import TrlParser
 
-    main(*TrlParser((SiglipArguments, TrainingArguments)).parse_args_and_config())
+    from transformers_unicode2.training.stage import run
+
+    run(main, SiglipArguments, TrainingArguments)

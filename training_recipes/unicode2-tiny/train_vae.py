@@ -16,12 +16,21 @@ class VaeArguments:
 
 
 def main(args: VaeArguments, training_args) -> None:
+    """See `stage` for what may change when a stage is started again."""
+    from transformers_unicode2.training.stage import hash_inputs, stage
+
+    with stage("train_vae", args, training_args, lambda: hash_inputs(args, images=("data",))) as held:
+        if not held.finished:
+            train(args, training_args, held)
+
+
+def train(args: VaeArguments, training_args, held) -> None:
     import torch
     from diffusers import AutoencoderKL
-    from transformers import Trainer, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import set_seed
 
     from transformers_unicode2.training.data import load_images, pixel_collator
+    from transformers_unicode2.training.stage import StageTrainer
 
     set_seed(training_args.seed)
     blocks = len(args.model["block_out_channels"])
@@ -59,19 +68,22 @@ def main(args: VaeArguments, training_args) -> None:
             return {"loss": l1 + l2 + args.kl_weight * kl, "l1": l1.detach(), "l2": l2.detach()}
 
     rows = load_images(args.data)
-    trainer = Trainer(VaeWithLoss(), training_args, train_dataset=rows, data_collator=pixel_collator)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer = StageTrainer(VaeWithLoss(), training_args, train_dataset=rows, data_collator=pixel_collator)
+    held.train(trainer)
     vae = trainer.model.vae.eval()
     with torch.no_grad():
         latents = vae.encode(
             pixel_collator([rows[i] for i in range(min(512, len(rows)))])["pixel_values"]
         ).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-    vae.save_pretrained(training_args.output_dir)
+    with held.result() as folder:
+        if trainer.is_world_process_zero():
+            vae.save_pretrained(folder)
 
 
 if __name__ == "__main__":
     from transformers import TrainingArguments
-    from trl import TrlParser
 
-    main(*TrlParser((VaeArguments, TrainingArguments)).parse_args_and_config())
+    from transformers_unicode2.training.stage import run
+
+    run(main, VaeArguments, TrainingArguments)

@@ -49,16 +49,30 @@ def check_arguments(args: TuneFluxArguments) -> None:
 
 
 def main(args: TuneFluxArguments, training_args) -> None:
+    """See `stage` for what may change when a stage is started again."""
+    from transformers_unicode2.training.stage import hash_inputs, stage
+
+    check_arguments(args)
+    with stage(
+        "tune_flux",
+        args,
+        training_args,
+        lambda: hash_inputs(args, images=("data",), checkpoints=("mapper",), pipelines=("model",)),
+    ) as held:
+        if not held.finished:
+            train(args, training_args, held)
+
+
+def train(args: TuneFluxArguments, training_args, held) -> None:
     from diffusers import FluxPipeline
-    from transformers import Trainer, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import set_seed
 
     from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ForConditionalGeneration
     from transformers_unicode2.training.data import load_images, pixel_collator
     from transformers_unicode2.training.mapper import encode_latents, flow_matching_loss
     from transformers_unicode2.training.optimizer import MuonWithAdamW
+    from transformers_unicode2.training.stage import StageTrainer
 
-    check_arguments(args)
     set_seed(training_args.seed)
     encoder = UniCode2ForConditionalGeneration.from_pretrained(args.model).get_quantizer().vision_model
     mapper = UniCode2ConditionMapper.from_pretrained(
@@ -100,14 +114,19 @@ def main(args: TuneFluxArguments, training_args) -> None:
     )
     model = FluxWithLoss()
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("x_embedder", "proj_out"))
-    trainer = Trainer(model, training_args, train_dataset=images, data_collator=collate, optimizers=(optimizer, None))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer = StageTrainer(
+        model, training_args, train_dataset=images, data_collator=collate, optimizers=(optimizer, None)
+    )
+    held.train(trainer)
     pipe = FluxPipeline(scheduler, parts.vae, None, None, None, None, model.transformer.eval())
-    pipe.save_pretrained(training_args.output_dir)
+    with held.result() as folder:
+        if trainer.is_world_process_zero():
+            pipe.save_pretrained(folder)
 
 
 if __name__ == "__main__":
     from transformers import TrainingArguments
-    from trl import TrlParser
 
-    main(*TrlParser((TuneFluxArguments, TrainingArguments)).parse_args_and_config())
+    from transformers_unicode2.training.stage import run
+
+    run(main, TuneFluxArguments, TrainingArguments)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from ..files import make_folders
+from ..files import whole_folder
+from ..record import Record, hash_source, read_record
 from .build import GIB
 from .clustering import (
     Backend,
@@ -28,6 +29,8 @@ from .features import Encoder, patch_thumbnails, read_batches
 from .images import ImageSource
 from .statistics import compute_probe_recall, compute_statistics
 from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
+
+CODEBOOK = ("codebook.*", "README.md")  # files of one
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,10 +56,26 @@ def main(args: argparse.Namespace) -> dict:
         raise ValueError(f"--add is {args.add}; at least one code has to be added.")
     codebook, provenance = load_codebook(args.codebook), load_provenance(args.codebook)
     check_places(args, codebook)
-    make_folders(Path(args.output))
-    encoder = load_encoder(args.codebook, codebook, args.encoder)
+    encoder, source = load_encoder(args.codebook, codebook, args.encoder), ImageSource(args.images, args.num_images)
+    made_of = {
+        "command": "codebook grow",
+        **{name: getattr(args, name) for name in ("add", "num_images", "backend", "max_memory_gib", "seed")},
+        "images": source.fingerprint(),
+        "codebook": hash_source(args.codebook),
+        "model": hash_source(args.model) if args.model else None,
+    }
+    with Record(args.output, made_of, CODEBOOK).making() as finished:
+        if finished:
+            print(f"{args.output} is finished; nothing to do")
+            return load_provenance(args.output)["grown"][-1]
+        return grow(args, codebook, provenance, source, encoder, made_of)
+
+
+def grow(
+    args: argparse.Namespace, codebook, provenance: dict, source: ImageSource, encoder: Encoder, made_of: dict
+) -> dict:
+    """Writes the larger codebook, and checkpoint, and returns how much better it serves images that it was not grown on."""
     backend = make_backend(args.backend, str(encoder.model.device))
-    source = ImageSource(args.images, args.num_images)
     side = 0 if codebook.previews is None else codebook.previews.shape[1]
     fit, held_out = read_features(source, encoder, side, int(args.max_memory_gib * GIB), args.seed)
     codes = codebook.codes.numpy()
@@ -69,11 +88,10 @@ def main(args: argparse.Namespace) -> dict:
     grown.probe_recall = compute_probe_recall(grown, held_out["features"])
     provenance["probe_recall_of"] = f"{len(held_out['features'])} features that it was not grown on"
     if args.model:
-        try:
-            grow_checkpoint(args.model, args.model_output, codebook, grown, parents[order])
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary_folder(args.model_output), ignore_errors=True)
-            raise OSError(f"{args.model_output} could not be written ({error}); nothing of it is left.") from error
+        with Record(args.model_output, made_of, option="--model-output").making() as finished:
+            if not finished:
+                with whole_folder(args.model_output) as target:
+                    grow_checkpoint(args.model, target, codebook, grown, parents[order])
     save_codebook(grown, args.output, {**provenance, "grown": [*provenance.get("grown", []), report]})
     print(
         f"{args.output}: {len(codes)} codes and {len(new)} more; on features of every fifth image, which were not used:"
@@ -87,11 +105,11 @@ def check_places(args: argparse.Namespace, codebook) -> None:
     """Raises `ValueError` when something would be written over, or the checkpoint has another codebook."""
     if (args.model is None) != (args.model_output is None):
         raise ValueError("--model and --model-output belong together.")
-    if (Path(args.output) / "codebook.json").exists():
+    if (Path(args.output) / "codebook.json").exists() and read_record(args.output) is None:
         raise ValueError(f"{args.output} holds a codebook already; choose another --output.")
     if args.model is None:
         return
-    if Path(args.model_output).exists():
+    if Path(args.model_output).exists() and read_record(args.model_output) is None:
         raise ValueError(f"{args.model_output} exists already; choose another --model-output.")
     name = "model.quantizer.codebook.codes"
     for file in sorted(Path(args.model).glob("*.safetensors")):
@@ -281,29 +299,21 @@ def mean_previews(fit: dict, codes: np.ndarray, new: np.ndarray, backend: Backen
     return np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8).reshape(-1, side, side, 3)
 
 
-def temporary_folder(output: str) -> Path:
-    return Path(output).with_name(f".{Path(output).name}.tmp")
-
-
-def grow_checkpoint(model: str, output: str, before, after, parents: np.ndarray) -> None:
+def grow_checkpoint(model: str, target: Path, before, after, parents: np.ndarray) -> None:
     """A checkpoint with the larger codebook: C2 gets a row for each new code, a copy of its parent's, so do the scores of new cells.
 
-    Works file by file, in a folder beside `output` that is renamed in the end. Text ids and the visual ids that there are stay as
-    they are.
+    Works file by file. Text ids and the visual ids that there are stay as they are.
 
     Args:
         model: folder of the checkpoint; it has to hold the codebook `before`.
-        output: folder to write, which must not exist.
+        target: empty folder to write to.
         before, after: `UniCode2Codebook`.
         parents: int64 `(num_new,)`, the code that each new one was split from.
     """
     import torch
     from safetensors.torch import load_file, save_file
 
-    source, final = Path(model), Path(output)
-    target = temporary_folder(output)
-    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
-    make_folders(target)
+    source = Path(model)
     config = json.loads((source / "config.json").read_text())
     rows = torch.from_numpy(parents)
     first_cell = len(before.cell_centroids)
@@ -329,14 +339,9 @@ def grow_checkpoint(model: str, output: str, before, after, parents: np.ndarray)
                 width = len(state[name]) - first_cell
                 state[name] = torch.cat([state[name], state[name][width + cells]])
         save_file(state, target / file.name, metadata={"format": "pt"})
-    config["codebook_config"] |= {
-        "codebook_size": len(after.codes),
-        "num_cells": len(after.cell_centroids),
-        "probe_recall": after.probe_recall,
-    }
+    config["codebook_config"] |= after.describe()
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if (source / "model.safetensors.index.json").exists():
         index = json.loads((source / "model.safetensors.index.json").read_text())
         index["metadata"]["total_size"] = sum(file.stat().st_size for file in target.glob("*.safetensors"))
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    target.rename(final)

@@ -241,18 +241,42 @@ def start_from(mapper: torch.nn.Module, other: torch.nn.Module, whole: bool = Fa
 
 
 def main(args: MapperArguments, training_args) -> None:
-    from diffusers import FluxPipeline
-    from transformers import SiglipVisionModel, Trainer, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ForConditionalGeneration
-    from transformers_unicode2.training.data import load_images_with_codes, pixel_collator
-    from transformers_unicode2.training.optimizer import MuonWithAdamW
+    """See `stage` for what may change when a stage is started again."""
+    from transformers_unicode2.training.optimizer import check_muon
+    from transformers_unicode2.training.stage import hash_inputs, stage
+    from transformers_unicode2.training.tokens import check_same_rows, find_tables
 
     check_arguments(args)
+    if args.muon:
+        check_muon(training_args)
+    images, tokens = find_tables(args.data, "train", "`data`"), find_tables(args.tokens, "train", "`tokens`")
+
+    def hash_all() -> dict:
+        check_same_rows(images, tokens)
+        checkpoints = ("model", "start", "image_prompts", "encoder")
+        return hash_inputs(args, images=("data",), tokens=("tokens",), checkpoints=checkpoints, pipelines=("decoder",))
+
+    with stage("mapper", args, training_args, hash_all) as held:
+        if not held.finished:
+            train(args, training_args, tokens, held)
+
+
+def train(args: MapperArguments, training_args, tokens: list, held) -> None:
+    from diffusers import FluxPipeline
+    from transformers import SiglipVisionModel, set_seed
+
+    from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ForConditionalGeneration
+    from transformers_unicode2.processes import agree
+    from transformers_unicode2.training.data import load_images_with_codes, pixel_collator
+    from transformers_unicode2.training.optimizer import MuonWithAdamW
+    from transformers_unicode2.training.stage import StageTrainer
+    from transformers_unicode2.training.tokens import check_codes
+
     set_seed(training_args.seed)
     device = training_args.device
     source = UniCode2ForConditionalGeneration.from_pretrained(args.model)
+    size, num_tokens = source.config.codebook_config.codebook_size, source.config.num_image_tokens
+    agree(lambda: check_codes(tokens, args.model, size, num_tokens))
     visual_embeddings = source.model.visual_embeddings.weight.detach().to(device)
     rows = load_images_with_codes(args.data, args.tokens)
     options, decoder, teacher, encoder = dict(args.mapper), None, None, None
@@ -300,13 +324,17 @@ def main(args: MapperArguments, training_args) -> None:
 
     model = MapperWithLosses(mapper, decoder, visual_embeddings, args)
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("down", "pool")) if args.muon else None
-    trainer = Trainer(model, training_args, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
-    mapper.save_pretrained(training_args.output_dir)
+    optimizers = (optimizer, None)
+    trainer = StageTrainer(model, training_args, train_dataset=rows, data_collator=collate, optimizers=optimizers)
+    held.train(trainer)
+    with held.result() as folder:
+        if trainer.is_world_process_zero():
+            mapper.save_pretrained(folder)
 
 
 if __name__ == "__main__":
     from transformers import TrainingArguments
-    from trl import TrlParser
 
-    main(*TrlParser((MapperArguments, TrainingArguments)).parse_args_and_config())
+    from transformers_unicode2.training.stage import run
+
+    run(main, MapperArguments, TrainingArguments)

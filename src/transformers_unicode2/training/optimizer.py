@@ -15,6 +15,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: of AdamW; Muon's momentum is 0.95.
         weight_decay: of both, decoupled.
         adamw_modules: modules, by the last part of their names, whose matrices AdamW takes too.
+        eps: of AdamW.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         adamw_modules: tuple[str, ...] = (),
+        eps: float = 1e-8,
     ):
         matrices, others = [], []
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -37,7 +39,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 (others if plain else matrices).append(parameter)
         self.parts = (
             torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr, betas, weight_decay=weight_decay, fused=True),
+            torch.optim.AdamW(others, lr, betas, eps, weight_decay, fused=True),
         )
         super().__init__([*matrices, *others], {})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
@@ -46,7 +48,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def for_trainer(cls, model: torch.nn.Module, training_args, adamw_modules: tuple[str, ...] = ()):
         """The optimizer with the learning rate, betas and weight decay of `TrainingArguments`."""
         betas = (training_args.adam_beta1, training_args.adam_beta2)
-        return cls(model, training_args.learning_rate, betas, training_args.weight_decay, adamw_modules)
+        options = (training_args.weight_decay, adamw_modules, training_args.adam_epsilon)
+        return cls(model, training_args.learning_rate, betas, *options)
 
     def step(self, closure=None):
         loss = None if closure is None else closure()
@@ -61,3 +64,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part, state in zip(self.parts, state_dict["parts"]):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def check_muon(training_args) -> None:
+    """Raises `ValueError` on options of other optimizers, which `MuonWithAdamW` does not follow."""
+    for name, default in (("optim", "adamw_torch_fused"), ("optim_args", None), ("optim_target_modules", None)):
+        if getattr(training_args, name) != default:
+            raise ValueError(
+                f"`{name}` is {getattr(training_args, name)}; with `muon` it is not followed, so leave it out."
+            )

@@ -7,9 +7,35 @@ The data are pre-tokenized (`unicode2 tokenize`), so neither the encoder nor C1 
 frozen; what else is trained is up to `train_modules`. A run that was killed goes on from its last checkpoint.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
-from trl import SFTConfig, SFTTrainer, TrlParser
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, IterableDataset
+from trl import SFTConfig, SFTTrainer
+
+from ..processes import agree
+from .optimizer import check_muon
+from .stage import Stage, WholeCheckpoints, hash_inputs, run, stage
+from .tokens import check_codes, find_tables
+
+# options that this trainer's loss does not follow: their defaults, and why
+UNFOLLOWED = {
+    "label_smoothing_factor": (0.0, "the loss is the model's own, over two heads"),
+    "loss_type": ("nll", "the loss is the model's own, over two heads"),
+    "neftune_noise_alpha": (None, "the noise would reach text embeddings, but not those of images"),
+    "use_liger_kernel": (False, "there are no Liger kernels for this model"),
+    "liger_kernel_config": (None, "there are no Liger kernels for this model"),
+}
+# options about how texts become ids, and their defaults
+OF_TEXTS = {
+    "completion_only_loss": None,
+    "assistant_only_loss": False,
+    "dataset_text_field": "text",
+    "chat_template_path": None,
+    "eos_token": None,
+}
 
 
 @dataclass
@@ -47,16 +73,32 @@ class StageArguments:
     )
 
 
-class UniCode2SFTTrainer(SFTTrainer):
+class UniCode2SFTTrainer(WholeCheckpoints, SFTTrainer):
     """`SFTTrainer` whose loss is the model's own, over both heads; TRL's fused one knows a single head.
 
     Logs `text_loss` (Eq. 7) and `visual_loss` (Eq. 8) beside the loss, to which each text token adds `text_weight` times its share.
+    `predict`, and `evaluate` with `compute_metrics`, give scores over the unified vocabulary, `(batch_size, num_tokens,
+    visual_token_offset + codebook_size)`; `preprocess_logits_for_metrics` can make less of them. Takes what `SFTTrainer` takes.
+
+    Raises:
+        `ValueError`: on options that this loss or data that are tokenized already would ignore, see `check_options`.
     """
 
     text_weight = 1.0
 
+    def __init__(self, model, args=None, **kwargs):
+        check_options(model, args, kwargs)
+        super().__init__(model, args, **kwargs)
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "The loss has no part for the routers of experts; set `router_aux_loss_coef` to 0 to train without it."
+            )
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
+        if return_outputs:  # the scores of all positions, which the loss does without
+            length = inputs["input_ids"].shape[1]
+            inputs = {**inputs, "logits_to_keep": torch.arange(length, device=inputs["input_ids"].device)}
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         if self.text_weight != 1:
@@ -71,6 +113,73 @@ class UniCode2SFTTrainer(SFTTrainer):
                 self.accelerator.gather_for_metrics(getattr(outputs, name).detach()).mean().item()
             )
         return (loss, outputs) if return_outputs else loss
+
+    def create_model_card(self, *args, **kwargs):
+        """None is written: TRL's knows neither the stage nor its data, and would lie beside weights that are not there yet."""
+
+
+def check_options(model, args: SFTConfig | None, others: dict) -> None:
+    """Raises `ValueError` on what is handed to a trainer and would be ignored: by the loss, or because data are tokenized already.
+
+    Args:
+        model: model, or name of one.
+        args: training arguments.
+        others: further arguments of `SFTTrainer`.
+    """
+    if not isinstance(args, SFTConfig):
+        return
+    given = {name: getattr(args, name) for name in UNFOLLOWED if getattr(args, name) != UNFOLLOWED[name][0]}
+    given |= {name: others[name] for name in ("compute_loss_func",) if others.get(name) is not None}
+    for name, value in given.items():
+        reason = UNFOLLOWED[name][1] if name in UNFOLLOWED else "the loss is the model's own"
+        raise ValueError(f"`{name}` is {value}; it is not followed, since {reason}.")
+    if args.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError("`activation_offloading` is true; it moves activations off an accelerator, and there is none.")
+    if not isinstance(model, str) and (args.model_init_kwargs or others.get("quantization_config")):
+        raise ValueError(
+            "`model_init_kwargs` and `quantization_config` are for a model by name; load the model with them."
+        )
+    datasets = others.get("eval_dataset")
+    datasets = datasets if isinstance(datasets, dict) else {"eval": datasets} if datasets is not None else {}
+    for name, dataset in {"train": others.get("train_dataset"), **datasets}.items():
+        if dataset is not None:
+            check_dataset(name, dataset, args, others.get("formatting_func"))
+
+
+def check_dataset(name: str, dataset, args: SFTConfig, formatting_func) -> None:
+    """Raises `ValueError` when `args` ask for what is not done to this data set."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(
+            f"The {name} data are a {type(dataset).__name__}; give a `Dataset` or an `IterableDataset` of the library `datasets`."
+        )
+    tokenized = "input_ids" in (dataset.column_names or next(iter(dataset)))
+    asked = [option for option, default in OF_TEXTS.items() if getattr(args, option) != default]
+    asked += ["formatting_func"] if formatting_func else []
+    if tokenized and asked:
+        raise ValueError(f"The {name} data are tokenized already, so `{asked[0]}` has no effect on them; leave it out.")
+    if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return
+    asked = [option for option in ("packing", "shuffle_dataset") if getattr(args, option)]
+    if asked:
+        raise ValueError(f"`{asked[0]}` has no effect with `skip_prepare_dataset`; leave out one of the two.")
+    if args.max_length is not None:
+        check_lengths(name, dataset, args.max_length)
+
+
+def check_lengths(name: str, dataset, max_length: int) -> None:
+    """Raises `ValueError` when an example is longer than `max_length`, or may be, since nothing cuts it."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"`max_length` is {max_length}, and `skip_prepare_dataset` leaves all lengths; set it to null."
+        )
+    batches = dataset.select_columns("input_ids").with_format("arrow").iter(4096)
+    lengths = [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
+    too_long = sum(length > max_length for length in lengths)
+    if too_long:
+        raise ValueError(
+            f"{too_long} of {len(lengths)} {name} examples are longer than `max_length` {max_length}, the longest has {max(lengths)} ids; "
+            "none is cut, since images would be: raise `max_length` or set it to null."
+        )
 
 
 def freeze_all_but(model, modules: list[str]) -> None:
@@ -111,22 +220,53 @@ def make_lora_config(lora: dict, train_modules: list[str]):
 
 
 def main(args: StageArguments, training_args: SFTConfig) -> None:
-    from datasets import load_dataset
+    """See `stage` for what may change when a stage is started again."""
+    check_arguments(args, training_args)
+    files = find_tables(args.data, "train", "`data`")
+
+    # how the sequences of a step are spread does not matter to a loss over their tokens
+    spread = {"gradient_accumulation_steps": 1, "num_processes": 1}
+    num_sequences = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    spread["per_device_train_batch_size"] = num_sequences * training_args.world_size
+
+    def hash_all() -> dict:
+        return {**hash_inputs(args, tokens=("data",), checkpoints=("model",)), **spread}
+
+    with stage("sft", args, training_args, hash_all) as held:
+        if not held.finished:
+            train(args, training_args, files, held)
+
+
+def check_arguments(args: StageArguments, training_args: SFTConfig) -> None:
+    """Raises `ValueError` on options that cannot be, or that chats which are tokenized by the checkpoint's processor do not follow."""
+    if args.max_plan_tokens is not None and args.max_plan_tokens < 0:
+        raise ValueError(f"`max_plan_tokens` is {args.max_plan_tokens}; it must be at least 0.")
+    if args.muon:
+        check_muon(training_args)
+    for name in ("model_init_kwargs", "trust_remote_code", *OF_TEXTS):
+        default = next(field.default for field in fields(SFTConfig) if field.name == name)
+        if getattr(training_args, name) != default:
+            raise ValueError(
+                f"`{name}` is {getattr(training_args, name)}; a stage does not follow it, since the checkpoint says how it is loaded and "
+                "how chats are tokenized."
+            )
+
+
+def train(args: StageArguments, training_args: SFTConfig, files: list[Path], held: Stage) -> None:
     from transformers import AutoProcessor, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from transformers_unicode2 import UniCode2ForConditionalGeneration
-    from transformers_unicode2.training.data import build_examples
+    from transformers_unicode2.training.data import build_examples, load_rows
     from transformers_unicode2.training.optimizer import MuonWithAdamW
 
     set_seed(training_args.seed)
     model = UniCode2ForConditionalGeneration.from_pretrained(
         args.model, dtype=args.dtype, attn_implementation=args.attn_implementation
     )
+    size, num_tokens = model.config.codebook_config.codebook_size, model.config.num_image_tokens
+    agree(lambda: check_codes(files, args.model, size, num_tokens))
     processor = AutoProcessor.from_pretrained(args.model)
     if args.max_plan_tokens is not None:
-        if args.max_plan_tokens < 0:
-            raise ValueError(f"`max_plan_tokens` is {args.max_plan_tokens}; it must be at least 0.")
         defaults = getattr(model.generation_config, "image_generation", None) or {}
         model.generation_config.image_generation = {**defaults, "max_plan_tokens": args.max_plan_tokens}
         model.generation_config._from_model_config = (
@@ -139,10 +279,16 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
         model = get_peft_model(model, make_lora_config(args.lora, args.train_modules))
     else:
         freeze_all_but(model, args.train_modules)
-    rows = load_dataset("parquet", data_files=f"{args.data}/train-*.parquet", split="train")
     examples = build_examples(
-        rows, args.tasks, processor, model.config.visual_token_offset, args.max_turns, args.learn_all_images
+        load_rows(args.data, "train"),
+        args.tasks,
+        processor,
+        model.config.visual_token_offset,
+        args.max_turns,
+        args.learn_all_images,
     )
+    if training_args.max_length is not None:
+        check_lengths("train", examples, training_args.max_length)
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("visual_head",)) if args.muon else None
     trainer = UniCode2SFTTrainer(
         model,
@@ -152,10 +298,12 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
         optimizers=(optimizer, None),
     )
     trainer.text_weight = args.text_weight
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
-    trainer.save_model()
-    processor.save_pretrained(training_args.output_dir)
+    held.train(trainer)
+    with held.result() as folder:
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            processor.save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    main(*TrlParser((StageArguments, SFTConfig)).parse_args_and_config())
+    run(main, StageArguments, SFTConfig)

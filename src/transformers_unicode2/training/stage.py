@@ -1,0 +1,338 @@
+"""One stage of training in one folder: of one making, by one run at a time, from its newest whole checkpoint on, its result whole or absent."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..files import WORK, explained, remove, settle, whole_folder
+from ..processes import agree, follow_launcher
+from ..record import Record, find_changed, hash_file, hash_source, read_record
+from .tokens import find_tables, hash_table
+
+# Of `TrainingArguments`, what does not change what is learnt: where and how it runs, what is logged, evaluated and kept.
+FREE_PREFIXES = (
+    "logging_",
+    "log_",
+    "eval_",
+    "hub_",
+    "trackio_",
+    "save_",
+    "ddp_",
+    "fsdp",
+    "activation_",
+    "gradient_checkpointing",
+)
+FREE = (
+    *(
+        "output_dir",
+        "report_to",
+        "run_name",
+        "project",
+        "disable_tqdm",
+        "skip_memory_metrics",
+        "debug",
+        "do_train",
+        "do_eval",
+    ),
+    *(
+        "do_predict",
+        "push_to_hub",
+        "enable_jit_checkpoint",
+        "include_num_input_tokens_seen",
+        "include_for_metrics",
+        "use_cpu",
+    ),
+    *("per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("dataloader_multiprocessing_context", "local_rank", "deepspeed", "parallelism_config", "torch_empty_cache_steps"),
+    *("resume_from_checkpoint", "restore_callback_states_from_checkpoint", "ignore_data_skip", "remove_unused_columns"),
+    *("dataset_num_proc", "trust_remote_code"),
+)
+LENGTH = ("max_steps", "num_train_epochs")  # a stage may go on to more of them
+RESULT = ("*.safetensors", "*.json", "*.jinja", "*.bin", "*_unicode2.py", "README.md")
+PASSING = ("checkpoint-*",)
+
+
+class WholeCheckpoints:
+    """Mixin of a `Trainer`: a checkpoint is written to a hidden folder and takes its name and place once all of it is there.
+
+    It says in its own `.unicode2/record.json` what it is made of and how large its files are. Only then older ones are removed.
+    """
+
+    made_of: dict = {}
+    hidden: str | None = None
+
+    def _get_output_dir(self, trial):
+        return self.hidden or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        place, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        new = place / WORK / "checkpoints"
+        try:
+            with explained(place):
+                self.hidden = str(new)
+                super()._save_checkpoint(model, trial)
+                self.hidden = None
+                self.accelerator.wait_for_everyone()
+                for writes in (self.args.should_save, self.args.local_process_index == 0):
+                    if (
+                        writes and (new / name).is_dir()
+                    ):  # a disk that is not shared has the random states of its own node
+                        self.put_in_place(new / name, place / name)
+                    self.accelerator.wait_for_everyone()
+        finally:
+            self.hidden = None
+            if self.args.should_save:
+                remove(new)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(place), self.args.save_total_limit, best_model_checkpoint=best)
+
+    def put_in_place(self, new: Path, final: Path) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == new:
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(new / "trainer_state.json")
+        Record(new, self.made_of).write(finished=True)
+        for file in new.rglob("*"):
+            if file.is_file():
+                settle(file)
+        remove(final)
+        new.rename(final)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As of `Trainer`; `resume_from_checkpoint=True` takes the newest whole checkpoint. Raises `ValueError` when there is none."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} has no whole checkpoint to go on from.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+class StageTrainer(WholeCheckpoints, Trainer):
+    """The `Trainer` of stages whose loss is in their model, and whose collator makes its inputs of the columns of the data.
+
+    Raises:
+        `ValueError`: on options that such a loss does not follow.
+    """
+
+    def __init__(self, model, args, **kwargs):
+        unfollowed = (
+            "label_smoothing_factor",
+            "neftune_noise_alpha",
+            "gradient_checkpointing",
+            "activation_checkpointing",
+        )
+        for name in unfollowed:
+            if getattr(args, name):
+                raise ValueError(
+                    f"`{name}` is {getattr(args, name)}; the model of this stage does not follow it, so leave it out."
+                )
+        args.remove_unused_columns = False  # which columns are used the collator knows, not the model
+        super().__init__(model, args, **kwargs)
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """`checkpoint-N` folders, the newest first; none where there is no such folder."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is there as it was written."""
+    try:
+        record = read_record(checkpoint)
+    except ValueError:
+        return False
+    return record is not None and record["finished"] and not find_changed(checkpoint, record["files"])
+
+
+def find_last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint of a stage that a run can go on from; `None` when there is none, or not even a folder."""
+    for checkpoint in list_checkpoints(folder):
+        if not is_whole(checkpoint):
+            continue
+        if any(checkpoint.glob("rng_state*.pth")):
+            return str(checkpoint)
+        print(
+            f"{checkpoint} has no optimizer (`save_only_model`), so the stage does not go on from it.", file=sys.stderr
+        )
+    return None
+
+
+class Stage:
+    """A stage that is held, see `stage`.
+
+    Attributes:
+        finished (`bool`): its result is there, nothing is left to do.
+    """
+
+    def __init__(self, training_args, made_of: dict, defaults: dict):
+        self.folder, self.args, self.finished = Path(training_args.output_dir), training_args, False
+        self.made_of, self.defaults = made_of, defaults
+
+    def enter(self, stack: ExitStack, result: tuple[str, ...]) -> bool:
+        known, last = read_record(self.folder), find_last_checkpoint(self.folder)
+        if known is None and last is not None:  # a checkpoint that was copied here says what it is made of
+            made_of = read_record(last)["made_of"]
+            Record(self.folder, made_of, RESULT + result).write(finished=False)
+        record = Record(
+            self.folder,
+            self.made_of,
+            RESULT + result,
+            option="output_dir",
+            free=LENGTH,
+            passing=PASSING,
+            defaults=self.defaults,
+        )
+        finished = stack.enter_context(record.making())
+        if finished:
+            print(f"{self.folder} is finished; nothing to do")
+        return finished
+
+    def choose_checkpoint(self) -> str | None:
+        """The checkpoint to go on from; those that are not whole are removed. Raises `ValueError` when it is beyond the end."""
+        last = find_last_checkpoint(self.folder)
+        for checkpoint in list_checkpoints(self.folder):
+            if not is_whole(checkpoint):
+                print(f"{checkpoint} is not whole; it is removed, and the stage goes on from {last or 'the start'}.")
+                remove(checkpoint)
+        if last is not None:
+            state = json.loads((Path(last) / "trainer_state.json").read_text())
+            steps, epochs = self.args.max_steps, self.args.num_train_epochs
+            if state["global_step"] > steps > 0 or steps <= 0 and (state["epoch"] or 0) > epochs:
+                length = f"`max_steps` is {steps}" if steps > 0 else f"`num_train_epochs` is {epochs:g}"
+                raise ValueError(
+                    f"{last} is at step {state['global_step']} and {length}; choose another output_dir, or remove the checkpoint."
+                )
+        return last
+
+    def train(self, trainer: WholeCheckpoints) -> None:
+        """Trains, from the newest whole checkpoint on if there is one."""
+        trainer.made_of = self.made_of
+        last = agree(self.choose_checkpoint)
+        if last is not None and not Path(last).is_dir():
+            raise ValueError(f"{last} is not on the disk of this node; give an output_dir that all nodes share.")
+        with explained(self.folder):
+            trainer.train(resume_from_checkpoint=last)
+
+    @contextmanager
+    def result(self) -> Iterator[Path]:
+        """Yields an empty folder for the result to all processes; the first one then moves what lies there to the stage's own."""
+        state = PartialState()
+        with whole_folder(self.folder) if state.is_main_process else nullcontext(self.folder / WORK / "new") as new:
+            state.wait_for_everyone()
+            yield new
+            state.wait_for_everyone()
+            if state.is_main_process:
+                remove(new / "training_args.bin")  # a pickle with the paths of a machine
+                if not any(new.rglob("*.safetensors")):
+                    raise ValueError(
+                        f"No weights of {self.folder} were saved; with FSDP set `fsdp_state_dict_type: FULL_STATE_DICT`, with DeepSpeed "
+                        "`zero3_save_16bit_model: true`, and run the stage again."
+                    )
+
+
+@contextmanager
+def stage(
+    command: str, args, training_args, hash_inputs: Callable[[], dict], result: tuple[str, ...] = ()
+) -> Iterator[Stage]:
+    """Holds the output folder of a stage for this run, whose processes count as one; if the body ends well, its result is there.
+
+    A stage may be started again with a larger `max_steps` or `num_train_epochs`; it then goes on from its last checkpoint, with the
+    learning rate that the longer schedule has there. It may also change what `FREE` names. Everything else is compared.
+
+    Args:
+        command: name of the stage's module.
+        args: dataclass of its own arguments.
+        training_args: `TrainingArguments`.
+        hash_inputs: gives digests of what some of the arguments name, by their names.
+        result: globs of what the stage writes beside checkpoints and the files of a model.
+
+    Raises:
+        `ValueError`: when another run holds the folder, or it was begun with something else.
+    """
+    check_training_arguments(training_args)
+
+    def describe() -> dict:
+        return {"command": command, **asdict(args), **read_settings(training_args), **hash_inputs()}
+
+    with ExitStack() as stack:
+        defaults = {**read_defaults(type(training_args)), **read_defaults(type(args))}
+        held = Stage(training_args, agree(describe), defaults)
+        held.finished = agree(lambda: held.enter(stack, result))
+        yield held
+
+
+def hash_inputs(
+    args,
+    images: tuple[str, ...] = (),
+    tokens: tuple[str, ...] = (),
+    checkpoints: tuple[str, ...] = (),
+    pipelines: tuple[str, ...] = (),
+) -> dict:
+    """Digests of what the arguments of a stage name, by the names of the arguments; those that are not given are left out.
+
+    Args:
+        args: dataclass of arguments.
+        images: arguments that name a folder of parquet files with images.
+        tokens: arguments that name a folder of parquet files with codes.
+        checkpoints: arguments that name a checkpoint by folder or Hub name.
+        pipelines: the same of checkpoints with parts in subfolders.
+    """
+    kinds = ((images, hash_table), (tokens, hash_file))
+    digests = {
+        name: {file.name: hash_one(file) for file in find_tables(getattr(args, name), "train", f"`{name}`")}
+        for names, hash_one in kinds
+        for name in names
+    }
+    for name in (*checkpoints, *pipelines):
+        if getattr(args, name):
+            digests[name] = hash_source(getattr(args, name), deep=name in pipelines)
+    return digests
+
+
+def read_settings(training_args) -> dict:
+    """The training arguments that what is learnt depends on, as JSON has them, with the number of processes."""
+    names = [field.name for field in fields(training_args)]
+    settings = {name: getattr(training_args, name) for name in names if is_compared(name)}
+    return {**settings, "num_processes": training_args.world_size}
+
+
+def read_defaults(kind: type) -> dict:
+    """Defaults of a dataclass, which a record of an earlier version of it may lack."""
+    return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+
+
+def is_compared(name: str) -> bool:
+    return name not in FREE and not name.startswith(FREE_PREFIXES)
+
+
+def check_training_arguments(training_args) -> None:
+    """Raises `ValueError` on what no stage follows."""
+    refused = {
+        "push_to_hub": "upload output_dir once the stage is finished, for example by `hf upload`",
+        "resume_from_checkpoint": "a stage finds its newest whole checkpoint by itself",
+        "use_liger_kernel": "there are no Liger kernels for these models",
+    }
+    for name, instead in refused.items():
+        if getattr(training_args, name):
+            raise ValueError(f"`{name}` is not followed: {instead}.")
+
+
+def run(main: Callable, *classes: type) -> None:
+    """A stage as a command of its own: the recipe and options are read, and what is wrong is one sentence."""
+    from trl import TrlParser
+
+    from ..cli import sentences
+
+    follow_launcher()
+    with sentences(Path(sys.argv[0]).stem):
+        main(*TrlParser(classes).parse_args_and_config())
