@@ -1,0 +1,287 @@
+"""One picture in every kind of file that people bring, each beside the RGB that a viewer shows, computed with NumPy alone."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, TiffImagePlugin
+
+SIDE = 64
+ORIENTATION = 0x0112
+# EXIF orientation: from the stored picture to the one that is shown
+TURNS: dict[int, Callable] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a.swapaxes(0, 1), 2),
+    8: lambda a: np.rot90(a),
+}
+Picture = tuple[bytes, np.ndarray, int]  # content, RGB, tolerance in levels
+
+
+def ramp() -> np.ndarray:
+    """Grey without symmetry, uint8 `(64, 64)`."""
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    return (columns * 3 + rows).astype(np.uint8)
+
+
+def colors() -> np.ndarray:
+    """A smooth picture without symmetry, uint8 `(64, 64, 3)`."""
+    grey = ramp()
+    return np.stack([grey, 255 - grey[::-1], grey.T // 2], -1)
+
+
+def alpha() -> np.ndarray:
+    """From clear to solid, uint8 `(64, 64)`."""
+    return np.tile(np.linspace(0, 255, SIDE).round().astype(np.uint8), (SIDE, 1))
+
+
+def on_white(rgb: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    share = opacity[..., None].astype(float) / 255
+    return np.rint(rgb * share + 255 * (1 - share)).astype(np.uint8)
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return np.repeat(np.asarray(values, np.uint8)[..., None], 3, -1)
+
+
+def save(image: Image.Image | np.ndarray, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
+
+
+def png(depth: int, color: int, rows: list[bytes], *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG by hand, for what Pillow does not write: `color` 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGB and alpha."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, depth, color, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunk(*part) for part in chunks) + data + chunk(b"IEND", b"")
+
+
+def tiff(
+    values: np.ndarray, bits: int, sample_format: int = 1, photometric: int = 1, data: bytes | None = None
+) -> bytes:
+    """A grey TIFF by hand, in the byte order of the array."""
+    order = ">" if values.dtype.byteorder == ">" else "<"
+    data = values.tobytes() if data is None else data
+    tags = {
+        **{256: values.shape[1], 257: values.shape[0], 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 10 * 12 + 4},
+        **{277: 1, 278: values.shape[0], 279: len(data), 339: sample_format},
+    }
+    entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return mark + struct.pack(order + "IH", 8, len(tags)) + entries + b"\0\0\0\0" + data
+
+
+def pack(values: np.ndarray, bits: int) -> list[bytes]:
+    """Rows of values of 1, 2, 4 or 12 bits, the first in the highest bits."""
+    digits = (values[..., None].astype(int) >> np.arange(bits)[::-1]) & 1
+    return [np.packbits(row.ravel()).tobytes() for row in digits.astype(np.uint8)]
+
+
+def make_pngs() -> dict[str, Picture]:
+    rgb, opacity, level = colors(), alpha(), ramp()
+    palette = Image.fromarray(rgb).quantize(200)
+    shown = np.array(palette.getpalette("RGB"), np.uint8).reshape(-1, 3)[np.asarray(palette)]
+    clear = np.asarray(palette) == 5
+    wide = level.astype(np.uint16) * 257
+    wide_rgb, wide_alpha = rgb.astype(">u2") * 257, opacity.astype(">u2") * 257
+    few = level // 64  # 0 to 3
+    dots = level > 100
+    second = Image.fromarray(255 - rgb)
+    steps = np.linspace(255, 0, 200).round().astype(np.uint8)
+    return {
+        "png": (save(rgb, "PNG"), rgb, 0),
+        "png alpha": (save(np.dstack([rgb, opacity]), "PNG"), on_white(rgb, opacity), 1),
+        "png grey": (save(level, "PNG"), grey(level), 0),
+        "png grey alpha": (save(np.dstack([level, opacity]), "PNG"), on_white(grey(level), opacity), 1),
+        "png grey clear value": (
+            save(level, "PNG", transparency=100),
+            grey(np.where(level == 100, 255, level)),
+            0,
+        ),
+        "png 1 bit": (save(dots, "PNG"), grey(dots * 255), 0),
+        "png 1 bit clear value": (png(1, 0, pack(dots, 1), (b"tRNS", b"\0\0")), grey(np.full_like(level, 255)), 0),
+        "png 2 bits": (png(2, 0, pack(few, 2)), grey(few * 85), 0),
+        "png 2 bits clear value": (
+            png(2, 0, pack(few, 2), (b"tRNS", b"\0\1")),
+            grey(np.where(few == 1, 255, few * 85)),
+            0,
+        ),
+        "png 4 bits": (png(4, 0, pack(level // 16, 4)), grey(level // 16 * 17), 0),
+        "png 4 bits clear value": (
+            png(4, 0, pack(level // 16, 4), (b"tRNS", b"\0\3")),
+            grey(np.where(level // 16 == 3, 255, level // 16 * 17)),
+            0,
+        ),
+        "png palette": (save(palette, "PNG"), shown, 0),
+        "png palette clear entry": (
+            save(palette, "PNG", transparency=5),
+            np.where(clear[..., None], 255, shown).astype(np.uint8),
+            0,
+        ),
+        "png palette alpha": (
+            save(palette, "PNG", transparency=steps.tobytes()),
+            on_white(shown, steps[np.asarray(palette)]),
+            1,
+        ),
+        "png clear color": (
+            save(rgb, "PNG", transparency=tuple(rgb[3, 3].tolist())),
+            np.where((rgb == rgb[3, 3]).all(-1, keepdims=True), 255, rgb).astype(np.uint8),
+            0,
+        ),
+        "png 16 bits": (save(wide, "PNG"), grey(level), 0),
+        "png 16 bits clear value": (
+            png(16, 0, list(map(bytes, wide.astype(">u2"))), (b"tRNS", struct.pack(">H", 100 * 257))),
+            grey(np.where(level == 100, 255, level)),
+            0,
+        ),
+        "png 16 bits alpha": (
+            png(16, 4, list(map(bytes, np.dstack([wide.astype(">u2"), wide_alpha])))),
+            on_white(grey(level), opacity),
+            1,
+        ),
+        "png rgb 16 bits": (png(16, 2, list(map(bytes, wide_rgb))), rgb, 0),
+        "png rgb 16 bits clear color": (
+            png(16, 2, list(map(bytes, wide_rgb)), (b"tRNS", wide_rgb[3, 3].tobytes())),
+            np.where((rgb == rgb[3, 3]).all(-1, keepdims=True), 255, rgb).astype(np.uint8),
+            0,
+        ),
+        "png rgb 16 bits alpha": (
+            png(16, 6, list(map(bytes, np.dstack([wide_rgb, wide_alpha])))),
+            on_white(rgb, opacity),
+            1,
+        ),
+        "png turned": (save(rgb, "PNG", exif=turned(6)), TURNS[6](rgb), 0),
+        "png 16 bits turned": (save(wide, "PNG", exif=turned(5)), grey(TURNS[5](level)), 0),
+        "apng": (save(rgb, "PNG", save_all=True, append_images=[second]), rgb, 0),
+    }
+
+
+def make_photos() -> dict[str, Picture]:
+    rgb, opacity, level = colors(), alpha(), ramp()
+    image, second = Image.fromarray(rgb), Image.fromarray(255 - rgb)
+    clear = np.dstack([rgb, opacity])
+    deep = Image.fromarray(level.astype(np.uint16) * 257)
+    pictures = {f"jpeg turned {n}": (save(rgb, "JPEG", quality=95, exif=turned(n)), TURNS[n](rgb), 12) for n in TURNS}
+    return pictures | {
+        "jpeg grey": (save(level, "JPEG", quality=95), grey(level), 6),
+        "jpeg progressive": (save(rgb, "JPEG", quality=95, progressive=True), rgb, 12),
+        "jpeg cmyk": (save(image.convert("CMYK"), "JPEG", quality=95), rgb, 24),
+        "jpeg of several": (save(rgb, "MPO", quality=95, save_all=True, append_images=[second]), rgb, 12),
+        "webp": (save(rgb, "WEBP", lossless=True), rgb, 0),
+        "webp alpha": (save(clear, "WEBP", lossless=True, exact=True), on_white(rgb, opacity), 1),
+        "webp lossy": (save(rgb, "WEBP", quality=95), rgb, 16),
+        "webp turned": (save(rgb, "WEBP", lossless=True, exif=turned(8)), TURNS[8](rgb), 0),
+        "webp animated": (save(rgb, "WEBP", lossless=True, save_all=True, append_images=[second]), rgb, 0),
+        "avif": (save(rgb, "AVIF", quality=95), rgb, 16),
+        "avif alpha": (save(clear, "AVIF", quality=95), on_white(rgb, opacity), 16),
+        "avif turned": (save(rgb, "AVIF", quality=95, exif=turned(3)), TURNS[3](rgb), 16),
+        "jpeg 2000": (save(rgb, "JPEG2000"), rgb, 0),
+        "jpeg 2000 alpha": (save(clear, "JPEG2000"), on_white(rgb, opacity), 1),
+        "jpeg 2000 16 bits": (save(deep, "JPEG2000"), grey(level), 0),
+    }
+
+
+def make_tiffs() -> dict[str, Picture]:
+    rgb, opacity, level = colors(), alpha(), ramp()
+    image, wide = Image.fromarray(rgb), level.astype(np.uint16) * 257
+    palette = image.quantize(64)
+    shown = np.array(palette.getpalette("RGB"), np.uint8).reshape(-1, 3)[np.asarray(palette)]
+    turn = TiffImagePlugin.ImageFileDirectory_v2()
+    turn[ORIENTATION] = 6
+    lab = image.convert("LAB")
+    whole = level.astype(np.uint32) * 16843009  # 255 is 2**32 - 1
+    return {
+        "tiff": (save(rgb, "TIFF"), rgb, 0),
+        "tiff lzw": (save(rgb, "TIFF", compression="tiff_lzw"), rgb, 0),
+        "tiff alpha": (save(np.dstack([rgb, opacity]), "TIFF"), on_white(rgb, opacity), 1),
+        "tiff turned": (save(rgb, "TIFF", tiffinfo=turn), TURNS[6](rgb), 0),
+        "tiff pages": (save(rgb, "TIFF", save_all=True, append_images=[Image.fromarray(255 - rgb)]), rgb, 0),
+        "tiff cmyk": (save(image.convert("CMYK"), "TIFF"), rgb, 2),
+        "tiff lab": (save(lab, "TIFF"), rgb, 24),  # of some colors it has none
+        "tiff palette": (save(palette, "TIFF"), shown, 0),
+        "tiff 1 bit": (save(level > 100, "TIFF", compression="group4"), grey((level > 100) * 255), 0),
+        "tiff 12 bits": (
+            tiff(level.astype("<u2") * 16, 12, data=b"".join(pack(level.astype(int) * 16, 12))),
+            grey(np.rint(level * (16 * 255 / 4095))),
+            1,
+        ),
+        "tiff 16 bits": (tiff(wide.astype("<u2"), 16), grey(level), 0),
+        "tiff 16 bits, largest byte first": (tiff(wide.astype(">u2"), 16), grey(level), 0),
+        "tiff 16 bits, 0 is white": (tiff(wide.astype("<u2"), 16, photometric=0), grey(255 - level), 0),
+        "tiff 32 bits of 8": (tiff(level.astype("<i4"), 32, 2), grey(level), 0),
+        "tiff 32 bits of 16": (tiff(wide.astype("<i4"), 32, 2), grey(level), 0),
+        "tiff 32 bits, largest byte first": (tiff(wide.astype(">i4"), 32, 2), grey(level), 0),
+        "tiff 32 bits unsigned": (tiff(whole.astype("<u4"), 32), grey(np.rint(level * (255 / level.max()))), 1),
+        "tiff 32 bits negative": (
+            tiff(level.astype("<i4") * 1000 - 100_000, 32, 2),
+            grey(np.rint(level * (255 / level.max()))),
+            1,
+        ),
+        "tiff floats to 1": (tiff((level / 255).astype("<f4"), 32, 3), grey(level), 0),
+        "tiff floats to 255": (tiff(level.astype("<f4"), 32, 3), grey(level), 0),
+        "tiff floats, largest byte first": (tiff((level / 255).astype(">f4"), 32, 3), grey(level), 0),
+        "tiff floats beyond": (
+            tiff(level.astype("<f4") * 9 - 300, 32, 3),
+            grey(np.rint(level * (255 / level.max()))),
+            1,
+        ),
+    }
+
+
+def make_others() -> dict[str, Picture]:
+    rgb, opacity, level = colors(), alpha(), ramp()
+    image, second = Image.fromarray(rgb), Image.fromarray(255 - rgb)
+    clear = np.dstack([rgb, opacity])
+    palette = image.quantize(200)
+    shown = np.array(palette.getpalette("RGB"), np.uint8).reshape(-1, 3)[np.asarray(palette)]
+    hole = np.asarray(palette) == 5
+    wide = level.astype(np.uint16) * 257
+    return {
+        "gif": (save(palette, "GIF"), shown, 0),
+        "gif clear entry": (
+            save(palette, "GIF", transparency=5),
+            np.where(hole[..., None], 255, shown).astype(np.uint8),
+            0,
+        ),
+        "gif animated": (save(palette, "GIF", save_all=True, append_images=[second.quantize(100)]), shown, 0),
+        "bmp": (save(rgb, "BMP"), rgb, 0),
+        "bmp palette": (save(palette, "BMP"), shown, 0),
+        "bmp 1 bit": (save(level > 100, "BMP"), grey((level > 100) * 255), 0),
+        "tga": (save(rgb, "TGA"), rgb, 0),
+        "tga alpha": (save(clear, "TGA", compression="tga_rle"), on_white(rgb, opacity), 1),
+        "ico": (save(clear, "ICO", sizes=[(SIDE, SIDE)]), on_white(rgb, opacity), 1),
+        "pcx": (save(rgb, "PCX"), rgb, 0),
+        "ppm": (save(rgb, "PPM"), rgb, 0),
+        "pgm": (save(level, "PPM"), grey(level), 0),
+        "pbm": (save(level > 100, "PPM"), grey((level > 100) * 255), 0),
+        "pgm 16 bits": (b"P5 64 64 65535\n" + wide.astype(">u2").tobytes(), grey(level), 0),
+        "pgm 16 bits, dark": (b"P5 64 64 65535\n" + level.astype(">u2").tobytes(), grey(np.rint(level / 257)), 0),
+        "ppm 16 bits": (b"P6 64 64 65535\n" + (rgb.astype(">u2") * 257).tobytes(), rgb, 0),
+        "pfm": (b"Pf\n64 64\n-1.0\n" + (level / 255).astype("<f4")[::-1].tobytes(), grey(level), 0),
+        "qoi": (save(rgb, "QOI"), rgb, 0),
+        "qoi alpha": (save(clear, "QOI"), on_white(rgb, opacity), 1),
+        "dds": (save(rgb, "DDS"), rgb, 0),
+        "dds alpha": (save(clear, "DDS"), on_white(rgb, opacity), 1),
+        "sgi": (save(rgb, "SGI"), rgb, 0),
+    }
+
+
+def make_pictures() -> dict[str, Picture]:
+    return {**make_pngs(), **make_photos(), **make_tiffs(), **make_others()}

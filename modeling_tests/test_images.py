@@ -1,0 +1,417 @@
+"""One reader of images: every kind of file has the pixels that a viewer shows, whatever way it comes in."""
+
+import io
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from base64 import b64encode, encodebytes
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from pictures import SIDE, colors, make_pictures, ramp, save, turned
+from PIL import EpsImagePlugin, Image, ImageFile
+from transformers import AutoImageProcessor, pipeline
+
+from transformers_unicode2 import UniCode2AnyToAnyPipeline, UniCode2FluxPipeline
+from transformers_unicode2.images_unicode2 import MAX_PIXELS, decode_image, load_image, to_rgb
+
+PICTURES = make_pictures()
+ASK = "<|image_pad|>what is this?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Every picture as a file whose suffix says nothing, and as one without a suffix."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, (content, _, _) in enumerate(PICTURES.values()):
+        (folder / f"{number:03d}.png").write_bytes(content)
+        (folder / f"{number:03d}").write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixels(tiny_checkpoint):
+    """What the image processor makes of the RGB of every picture: float32 `(num_pictures, 3, 64, 64)`."""
+    images = [decode_image(content) for content, _, _ in PICTURES.values()]
+    return AutoImageProcessor.from_pretrained(tiny_checkpoint)(images, return_tensors="pt")["pixel_values"]
+
+
+@pytest.fixture
+def server(folder):
+    """Address of a server on this machine that has the files."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    handler.func.log_message = lambda *args: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def chat(**part) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what is this?"}]}]
+
+
+def names(equal: torch.Tensor) -> list[str]:
+    """Pictures whose pixels are others."""
+    return [name for name, same in zip(PICTURES, equal.flatten(1).all(1).tolist()) if not same]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_read_as_it_is_seen(name):
+    content, rgb, tolerance = PICTURES[name]
+    image = decode_image(content)
+    assert image.mode == "RGB" and np.asarray(image).shape == rgb.shape
+    assert np.abs(np.asarray(image).astype(int) - rgb).max() <= tolerance
+    assert np.array_equal(to_rgb(image), image)
+
+
+def test_the_table_is_long_enough():
+    assert len(PICTURES) >= 40
+
+
+WAYS = {
+    "path": lambda file, content: str(file.with_suffix(".png")),
+    "path without suffix": lambda file, content: str(file),
+    "Path": lambda file, content: file,
+    "PIL": lambda file, content: Image.open(io.BytesIO(content)),
+    "PIL of a path": lambda file, content: Image.open(file),
+    "bytes": lambda file, content: content,
+    "bytearray": lambda file, content: bytearray(content),
+    "memoryview": lambda file, content: memoryview(content),
+    "open file": lambda file, content: io.BytesIO(content),
+    "base64": lambda file, content: b64encode(content).decode(),
+    "base64 in lines": lambda file, content: encodebytes(content).decode(),
+    "data URI": lambda file, content: f"data:image/png;base64,{b64encode(content).decode()}",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_processor_makes_the_same_pixels_of_every_form(way, processor, folder, pixels):
+    images = [WAYS[way](folder / f"{n:03d}", content) for n, (content, _, _) in enumerate(PICTURES.values())]
+    found = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert names(found == pixels) == []
+
+
+def test_the_processor_makes_the_same_pixels_of_addresses(processor, server, pixels):
+    images = [f"{server}/{n:03d}" for n in range(len(PICTURES))]
+    assert names(processor(images=images, return_tensors="pt")["pixel_values"] == pixels) == []
+    with pytest.raises(ValueError, match="/missing cannot be fetched: .*404"):
+        processor(images=f"{server}/missing", return_tensors="pt")
+
+
+@pytest.mark.parametrize("way", ["image", "path", "url", "base64", "bytes", "image_url"])
+def test_chats_have_the_same_pixels(way, processor, folder, pixels):
+    found = []
+    for number, (content, _, _) in enumerate(PICTURES.values()):
+        text, file = b64encode(content).decode(), str(folder / f"{number:03d}")
+        uri = f"data:image/png;base64,{text}"
+        part = {
+            "image": {"image": Image.open(io.BytesIO(content))},
+            "path": {"path": file},
+            "url": {"url": uri},
+            "base64": {"base64": text},
+            "bytes": {"image": content},
+            "image_url": {"type": "image_url", "image_url": {"url": uri}},
+        }[way]
+        inputs = processor.apply_chat_template(chat(**part), tokenize=True, return_dict=True, return_tensors="pt")
+        found.append(inputs["pixel_values"])
+    assert names(torch.cat(found) == pixels) == []
+
+
+@pytest.fixture(scope="module", params=["image-text-to-text", "any-to-any"])
+def half_pipeline(request, tiny_checkpoint):
+    options = {"pipeline_class": UniCode2AnyToAnyPipeline} if request.param == "any-to-any" else {}
+    return pipeline(request.param, model=str(tiny_checkpoint), dtype=torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("way", ["chat", "image", "file"])
+def test_pipelines_in_half_precision_give_the_quantizer_the_same_pixels(
+    way, half_pipeline, folder, pixels, monkeypatch
+):
+    read = []
+    monkeypatch.setattr(
+        half_pipeline.model, "generate", lambda **inputs: read.append(inputs["pixel_values"]) or inputs["input_ids"]
+    )
+    for number, (content, _, _) in enumerate(PICTURES.values()):
+        file = str(folder / f"{number:03d}")
+        if way == "chat":
+            half_pipeline(text=chat(path=file))
+        else:
+            half_pipeline(text=ASK, images=file if way == "file" else Image.open(io.BytesIO(content)))
+    assert names(torch.cat(read) == pixels) == []
+
+
+def test_flux_redraws_the_same_codes(tiny_checkpoint, tiny_model, folder, pixels):
+    pipe = UniCode2FluxPipeline.from_pretrained(tiny_checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    chosen = [list(PICTURES).index(name) for name in ("png alpha", "tiff 16 bits", "jpeg turned 6")]
+    images = [str(folder / f"{n:03d}") for n in chosen]
+    options = {"num_inference_steps": 1, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    tokens = tiny_model.get_image_tokens(pixels[chosen])
+    assert torch.equal(pipe(image=images, **options).visual_token_ids, tokens)
+    pipe.processor.attach_quantizer(tiny_model.get_quantizer(), tiny_model.config.visual_token_offset)
+    assert torch.equal(pipe(image=images, **options).visual_token_ids, tokens)
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_tokenize_makes_the_codes_of_the_model(by_path, tiny_checkpoint, tiny_model, folder, pixels, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from transformers_unicode2.training import data
+
+    images = [
+        {"bytes": None if by_path else content, "path": f"{n:03d}" if by_path else None}
+        for n, (content, _, _) in enumerate(PICTURES.values())
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    (folder / "tables").mkdir(exist_ok=True)
+    table = folder / "train-0.parquet"
+    parquet.write_table(pa.table({"image": pa.array(images, kind), "caption": list(PICTURES)}), table)
+    words = ["--data", str(folder), "--model", str(tiny_checkpoint), "--output", str(tmp_path)]
+    data.main(data.make_parser().parse_args([*words, "--batch-size", str(len(images))]))
+    codes = torch.tensor(parquet.read_table(tmp_path / "train-0.parquet")["codes"].to_pylist())
+    assert torch.equal(codes, tiny_model.get_quantizer().encode_images(pixels))
+    rows = data.load_images(str(folder))
+    collated = data.pixel_collator([rows[n] for n in range(len(images))])["pixel_values"]
+    assert torch.allclose(collated, pixels, atol=1e-6)
+    table.unlink()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet", "paths", "arrow"])
+def test_codebook_sources_have_the_same_pixels(kind, tiny_model, tiny_checkpoint, folder, pixels, tmp_path):
+    import tarfile
+
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from transformers_unicode2.codebook.features import Encoder, read_batches
+    from transformers_unicode2.codebook.images import ImageSource
+
+    contents = [content for content, _, _ in PICTURES.values()]
+    path = tmp_path / f"images.{kind}"
+    if kind == "folder":
+        path = folder / "*.png"
+    elif kind == "tar":
+        with tarfile.open(path, "w") as tar:
+            for file in sorted(folder.glob("*.png")):
+                tar.add(file, file.name)
+    elif kind == "arrow":
+        table = pa.table({"image": contents})
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    else:
+        path = tmp_path / "images.parquet" if kind == "parquet" else folder / "paths.parquet"
+        images = contents if kind == "parquet" else [f"{n:03d}" for n in range(len(contents))]
+        parquet.write_table(pa.table({"image": images}), path, row_group_size=7)
+    tiny_model.get_quantizer().vision_model.save_pretrained(tmp_path / "encoder")
+    AutoImageProcessor.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "encoder")
+    source = ImageSource(str(path))
+    (_, found, skipped), *_ = read_batches(source, Encoder(str(tmp_path / "encoder")), 0, len(source), len(source))
+    assert skipped == [] and names(torch.stack(found) == pixels) == []
+
+
+ARRAYS = {
+    "uint8": lambda a: a,
+    "uint8, channels first": lambda a: a.transpose(2, 0, 1),
+    "float32": lambda a: a.astype(np.float32) / 255,
+    "float64, channels first": lambda a: a.transpose(2, 0, 1) / 255,
+    "int64": lambda a: a.astype(np.int64),
+    "uint16": lambda a: a.astype(np.uint16) * 257,
+    "not contiguous": lambda a: np.repeat(a, 2, 0)[::2],
+    "alpha": lambda a: np.dstack([a, np.full((SIDE, SIDE), 255, np.uint8)]),
+    "tensor": lambda a: torch.from_numpy(a).permute(2, 0, 1),
+    "tensor, channels last": lambda a: torch.from_numpy(a),
+    "float tensor": lambda a: torch.from_numpy(a).permute(2, 0, 1) / 255,
+    "tensor with gradients": lambda a: (torch.from_numpy(a).permute(2, 0, 1) / 255).requires_grad_(),
+    "batch": lambda a: a[None].astype(np.float32) / 255,
+    "batch of tensors": lambda a: torch.from_numpy(a).permute(2, 0, 1)[None] / 255,
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_arrays_have_the_pixels_of_the_image(kind, processor):
+    right = processor(images=Image.fromarray(colors()), return_tensors="pt")["pixel_values"]
+    for images in (ARRAYS[kind](colors()), [ARRAYS[kind](colors())]):
+        assert torch.equal(processor(images=images, return_tensors="pt")["pixel_values"], right)
+        batch = processor(images=images, text=ASK, return_tensors="pt")
+        assert torch.equal(batch["pixel_values"], right)
+
+
+def test_grey_arrays_and_arrays_with_alpha():
+    level = ramp()
+    expected = np.repeat(level[..., None], 3, -1)
+    for array in (level, level[..., None], level[None], torch.from_numpy(level)[None], level / 255):
+        assert np.array_equal(load_image(array), expected)
+    assert np.array_equal(load_image(level > 100), np.repeat((level > 100)[..., None] * np.uint8(255), 3, -1))
+    clear = np.dstack([level, np.zeros_like(level)])
+    for array in (clear, clear.transpose(2, 0, 1), np.dstack([level, level, level, np.zeros_like(level)])):
+        assert np.array_equal(load_image(array), np.full((SIDE, SIDE, 3), 255))
+
+
+def test_where_either_axis_may_be_the_channels_numpy_has_the_last_and_torch_the_first(processor):
+    array = np.arange(3 * 7 * 3, dtype=np.uint8).reshape(3, 7, 3)
+    assert np.array_equal(load_image(array), array)
+    assert np.array_equal(load_image(torch.from_numpy(array)), array.transpose(1, 2, 0))
+    said = processor(images=array, input_data_format="channels_first", return_tensors="pt")["pixel_values"]
+    right = processor(images=Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0))), return_tensors="pt")
+    assert torch.equal(said, right["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 8, 3), np.float32) - 1, r"run from -1 to -1; they have to be in \[0, 1\]"),
+        (colors().astype(np.float32), r"float32 image run from 0 to 255; they have to be in \[0, 1\]"),
+        (np.full((8, 8, 3), np.nan), "run from nan to nan"),
+        (np.full((8, 8, 3), 300), r"int64 image run from 300 to 300; they have to be in \[0, 255\]"),
+        (np.zeros((8, 8, 5)), r"shape \(8, 8, 5\) is no image"),
+        (np.zeros(8), r"shape \(8,\) is no image"),
+        (np.zeros((0, 8, 3)), r"shape \(0, 8, 3\) is no image"),
+        (np.zeros((8, 8, 3), complex), "complex128 is no image"),
+        (3, "3 is no image"),
+        (None, "None is no image"),
+        ({"bytes": b""}, "is no image"),
+        (b"", r"The file is empty \(0 bytes\)"),
+        (b"nothing", r"The file \(7 bytes\) cannot be read as an image: it is in none of the formats PNG"),
+        ("nowhere.png", "There is no image file nowhere.png"),
+        ("aGVsbG8=", "There is no image file aGVsbG8=, and it is no base64"),
+        ("data:image/png;base64,aGVsbG8=", "is no data URI of an image"),
+        ("/tmp", "/tmp is a folder; give an image file"),
+        ("a\nb", r"There is no image file a\\nb"),
+        (Image.fromarray(np.full((4, 4), np.inf, np.float32)), "PIL image cannot be read: its values are not finite"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_a_sentence(image, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(image)
+
+
+def test_options_that_read_images_would_make_wrong_are_refused(processor, photo):
+    for options in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
+        with pytest.raises(ValueError, match="`do_rescale` is False, but images are read as RGB of 8 bits"):
+            processor(images=photo, return_tensors="pt", **options)
+    plain = processor(images=photo, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(images=photo, do_convert_rgb=False, return_tensors="pt")["pixel_values"], plain)
+
+
+def test_images_that_are_too_large_are_refused_with_the_numbers(monkeypatch):
+    bomb = save(Image.new("1", (20_000, 20_000)), "PNG")
+    for limit in (None, 89_478_485):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=f"20000 x 20000 pixels are .*more than the limit of {MAX_PIXELS}"):
+            load_image(bomb)
+    with pytest.raises(ValueError, match="64 x 64 pixels are .*more than the limit of 4095"):
+        decode_image(PICTURES["png"][0], max_pixels=4095)
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+@pytest.mark.parametrize(
+    "name", ["png", "jpeg progressive", "webp", "gif", "bmp", "tiff lzw", "jpeg 2000", "avif", "qoi", "tga"]
+)
+def test_files_that_are_cut_short_are_refused_whatever_the_process_says(name, lenient, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+    content = PICTURES[name][0]
+    for cut in (len(content) // 3, len(content) * 2 // 3):
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_image(content[:cut])
+    with pytest.raises(ValueError, match="JPEG image cannot be read"):
+        load_image(Image.open(io.BytesIO(PICTURES["jpeg progressive"][0][:900])))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES == lenient
+
+
+def test_reading_leaves_the_image_as_it_is(photo):
+    image = Image.open(io.BytesIO(save(photo, "JPEG", exif=turned(6))))
+    before = image.size, dict(image.info)
+    assert to_rgb(image).size == image.size[::-1]
+    assert (image.size, dict(image.info)) == before
+
+
+def test_reading_does_not_depend_on_filters_of_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, (content, _, _) in PICTURES.items():
+            assert decode_image(content).mode == "RGB", name
+        with pytest.raises(ValueError, match="13000 x 7000 pixels"):  # which Pillow warns of
+            decode_image(save(Image.new("1", (13_000, 7_000)), "PNG"))
+
+
+def test_damaged_exif_data_turn_nothing(photo):
+    content = save(photo, "JPEG", exif=b"Exif\0\0nonsense")
+    assert decode_image(content).size == photo.size
+
+
+@pytest.fixture
+def eps(tmp_path, monkeypatch):
+    """An EPS under the name of a PNG, where a Ghostscript is that notes that it was started."""
+    (tmp_path / "gs").write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "$@" >> {tmp_path}/ran\nexit 1\n')
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    file = tmp_path / "x.png"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) run\n%%EOF\n")
+    yield file
+    assert not (tmp_path / "ran").exists()
+
+
+def test_ghostscript_is_never_started(eps, processor):
+    content = eps.read_bytes()
+    for image in (content, str(eps), b64encode(content).decode(), Image.open(io.BytesIO(content))):
+        with pytest.raises(ValueError, match="no raster format|none of the formats|no image file"):
+            processor(images=image, return_tensors="pt")
+        with pytest.raises(ValueError):
+            processor.apply_chat_template(chat(image=image), tokenize=True, return_dict=True, return_tensors="pt")
+
+
+def test_pipelines_never_start_ghostscript(eps, half_pipeline):
+    for words in ({"text": chat(path=str(eps))}, {"text": ASK, "images": str(eps)}):
+        with pytest.raises(ValueError, match="none of the formats"):
+            half_pipeline(**words)
+
+
+def test_pixels_stay_in_float32(processor, photo):
+    batch = processor(images=photo, text=ASK, return_tensors="pt")
+    before = batch["pixel_values"].clone()
+    for arguments in ((torch.bfloat16,), ("cpu", torch.float16)):
+        moved = batch.to(*arguments)
+        assert moved is batch and torch.equal(batch["pixel_values"], before) and batch["input_ids"].dtype == torch.int64
+    batch["attention_mask"] = batch["attention_mask"].float()
+    assert batch.to(dtype=torch.bfloat16)["attention_mask"].dtype == torch.bfloat16
+    listed = processor(images=[photo, photo], text=ASK * 2).to(torch.bfloat16)
+    assert listed["pixel_values"][0].dtype == np.float32
+
+
+def test_half_pixels_are_warned_of(tiny_model, pixels, caplog):
+    from transformers.utils import logging
+
+    logging.get_logger("transformers_unicode2.quantization_unicode2").propagate = True
+    tiny_model.get_quantizer().encode_images(pixels[:1].bfloat16())
+    assert "rounded pixels get other codes" in caplog.text
+
+
+@pytest.mark.slow
+def test_code_that_travels_reads_alike_in_half_precision(tiny_model, processor, folder, pixels, tmp_path):
+    """Without the package: chats and files in a stock pipeline."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    torch.save(pixels, tmp_path / "pixels.pt")
+    script = f"""
+        import sys, torch
+        sys.modules["transformers_unicode2"] = None
+        from transformers import pipeline
+        pipe = pipeline("image-text-to-text", model={str(tmp_path / "model")!r}, trust_remote_code=True, dtype=torch.bfloat16)
+        read, right = [], torch.load({str(tmp_path / "pixels.pt")!r})
+        pipe.model.generate = lambda **inputs: read.append(inputs["pixel_values"]) or inputs["input_ids"]
+        for number in range(len(right)):
+            file = {str(folder)!r} + f"/{{number:03d}}"
+            pipe(text=[{{"role": "user", "content": [{{"type": "image", "path": file}}, {{"type": "text", "text": "what?"}}]}}])
+            pipe(text={ASK!r}, images=file)
+        assert torch.equal(torch.cat(read[::2]), right) and torch.equal(torch.cat(read[1::2]), right)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=300)
