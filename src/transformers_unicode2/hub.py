@@ -74,13 +74,7 @@ def write_checkpoint(llm: str, vision: str, codebook: str, output: Path, visual_
     config = UniCode2Config(
         text_config=text_config,
         vision_config=vision_model.config,
-        codebook_config=UniCode2CodebookConfig(
-            codebook_size=len(stored.codes),
-            codebook_dim=stored.codes.shape[1],
-            num_cells=len(stored.cell_centroids),
-            preview_size=0 if stored.previews is None else stored.previews.shape[1],
-            probe_recall=stored.probe_recall,
-        ),
+        codebook_config=UniCode2CodebookConfig(**stored.describe()),
         image_token_id=processor.image_token_id,
         boi_token_id=processor.boi_token_id,
         eoi_token_id=processor.eoi_token_id,

@@ -43,6 +43,7 @@ def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: di
     make_folders(folder)
     tensors = {name: buffer.contiguous() for name, buffer in codebook.named_buffers()}
     config = codebook.describe()
+    config["encoder_sha256"] = config["encoder_sha256"] or provenance.get("command", {}).get("encoder_sha256")
     content = json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n"
     write_file(folder / "README.md", make_card(config, provenance).encode())
     with whole_file(folder / "codebook.json") as description, whole_file(folder / "codebook.safetensors") as weights:
