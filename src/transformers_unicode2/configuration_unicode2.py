@@ -256,7 +256,9 @@ def check_codebook_config(settings: dict) -> None:
     for name, least in CODEBOOK_COUNTS.items():
         value = settings.get(name, least)
         if type(value) is not int or not least <= value < 2**31:
-            raise ValueError(f"`{name}` of the codebook is {value!r}; it must be a whole number from {least} to {2**31 - 1}.")
+            raise ValueError(
+                f"`{name}` of the codebook is {value!r}; it must be a whole number from {least} to {2**31 - 1}."
+            )
     recall = settings.get("probe_recall") or {}
     if not isinstance(recall, dict):
         raise ValueError(f"`probe_recall` of the codebook is {recall!r}; it must map numbers of cells to shares.")

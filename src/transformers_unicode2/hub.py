@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from .configuration_unicode2 import VISUAL_HEADS
 from .files import whole_folder
+from .loading_unicode2 import check_encoder_keys
 from .record import Record, hash_source, shorten
 
 
@@ -53,7 +54,7 @@ def compose_checkpoint(llm: str, vision: str, codebook: str, output: str, visual
 
 def write_checkpoint(llm: str, vision: str, codebook: str, output: Path, visual_head: str) -> list[dict]:
     """Fills an empty folder, see `compose_checkpoint`."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
 
     from .codebook.storage import load_codebook
     from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2Config
@@ -62,7 +63,7 @@ def write_checkpoint(llm: str, vision: str, codebook: str, output: Path, visual_
 
     tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
     text_config = AutoConfig.from_pretrained(llm)
-    vision_model = SiglipVisionModel.from_pretrained(vision, vision_use_head=False, dtype=torch.float32)
+    vision_model = load_vision_model(vision)
     stored = load_codebook(codebook)
     check_encoder(vision, codebook)
     prefix = AutoModelForCausalLM._model_mapping[type(text_config)].base_model_prefix
@@ -104,6 +105,19 @@ def write_checkpoint(llm: str, vision: str, codebook: str, output: Path, visual_
     writer.finish(may_lack=tied)
     write_configurations(model, config, processor, output)
     return writer.report
+
+
+def load_vision_model(vision: str):
+    """The vision encoder of a SigLIP in float32, without the head that pools its patches. Raises `ValueError` when a weight is missing."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    config = SiglipVisionConfig.from_pretrained(vision)
+    config.vision_use_head = False
+    model, info = SiglipVisionModel.from_pretrained(
+        vision, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    check_encoder_keys(info, vision)
+    return model
 
 
 def write_configurations(model, config, processor, output: Path) -> None:

@@ -1,6 +1,7 @@
 """What every loader checks: that nothing which defines the codes of an image is missing, damaged, rounded or of another codebook."""
 
 import hashlib
+import re
 
 import torch
 from torch import nn
@@ -107,6 +108,22 @@ def check_keys(info: dict, source: str, part: str) -> None:
         raise ValueError(
             f"{len(others)} weights of the frozen quantizer in {source} have another size, which no option may ignore; the first is "
             f"{name}, {tuple(stored)} there and {tuple(expected)} in the configuration."
+        )
+
+
+def check_encoder_keys(info: dict, source: str) -> None:
+    """Raises `ValueError` when loading an encoder by itself left weights at random, or layers of it in the file."""
+    missing = sorted(info["missing_keys"])
+    surplus = sorted(
+        key for key in info["unexpected_keys"] if re.match(r"(vision_model\.)?(encoder|embeddings)\.", key)
+    )
+    if missing:
+        raise ValueError(
+            f"The encoder {source} lacks {len(missing)} weights, which would be random; the first is {missing[0]}."
+        )
+    if surplus:
+        raise ValueError(
+            f"The encoder {source} holds {len(surplus)} weights that its configuration has no place for; the first is {surplus[0]}."
         )
 
 

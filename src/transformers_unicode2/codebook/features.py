@@ -10,6 +10,7 @@ import numpy as np
 
 from ..files import write_file
 from ..images_unicode2 import one_line
+from ..loading_unicode2 import check_encoder_keys
 from .images import ImageSource
 
 MADE_AGAIN = ("features", "cells", "fine")  # folders whose files a build makes again when they are gone
@@ -44,7 +45,9 @@ class Encoder:
             if model_type not in (*CLIP_TYPES, "siglip", "siglip_vision_model"):
                 raise ValueError(f"it is a {model_type} model; the encoder has to be a SigLIP or CLIP vision model")
             model_class = CLIPVisionModel if model_type in CLIP_TYPES else SiglipVisionModel
-            self.model = model_class.from_pretrained(path, dtype=dtype).eval().to(device)
+            self.model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            check_encoder_keys(info, path)
+            self.model.eval().to(device)
             self.image_processor = AutoImageProcessor.from_pretrained(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be used as an encoder: {str(error).strip().splitlines()[0]}") from error
