@@ -26,7 +26,7 @@ from .clustering import (
     round_to_bfloat16,
 )
 from .features import Encoder, patch_thumbnails, read_batches
-from .images import ImageSource
+from .images import ImageSource, fitting_pixels
 from .statistics import compute_probe_recall, compute_statistics
 from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
 
@@ -56,7 +56,8 @@ def main(args: argparse.Namespace) -> dict:
         raise ValueError(f"--add is {args.add}; at least one code has to be added.")
     codebook, provenance = load_codebook(args.codebook), load_provenance(args.codebook)
     check_places(args, codebook)
-    encoder, source = load_encoder(args.codebook, codebook, args.encoder), ImageSource(args.images, args.num_images)
+    encoder = load_encoder(args.codebook, codebook, args.encoder)
+    source = ImageSource(args.images, args.num_images, max_pixels=fitting_pixels(int(args.max_memory_gib * GIB)))
     made_of = {
         "command": "codebook grow",
         **{name: getattr(args, name) for name in ("add", "num_images", "backend", "max_memory_gib", "seed")},
@@ -153,6 +154,8 @@ def read_features(source: ImageSource, encoder: Encoder, side: int, memory: int,
     room = memory // 4 // (16 * encoder.dim + 3 * side**2)
     if room < 5:
         raise ValueError(f"--max-memory-gib is {memory / GIB:g}; it has room for {room} features.")
+    if source.left_out:
+        tqdm.write(source.left_out.sentence())
     used = np.unique(np.linspace(0, len(source) - 1, min(len(source), room)).astype(int))
     patches = min(encoder.num_patches, room // len(used))
     rows, readable = ({"features": [], "thumbnails": []}, {"features": [], "thumbnails": []}), 0

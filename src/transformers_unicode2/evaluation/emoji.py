@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..images_unicode2 import load_image, open_content
 from .scenes import GROUNDS, Question, article, cell
 
 EMOJI = """
@@ -102,7 +103,7 @@ def load_photo(name: str) -> Image.Image:
     from skimage import data
 
     path = Path(data.__file__).parent / f"{name}.{'jpg' if name == 'rocket' else 'png'}"
-    photo = Image.open(path).convert("RGB")
+    photo = load_image(path)
     return photo.reduce(max(min(photo.size) // 192, 1))
 
 
@@ -132,7 +133,11 @@ def load_emoji(folder: str, name: str) -> Image.Image:
     files = {caption: file for file, caption in rows}
     if name not in files:
         raise FileNotFoundError(f"{captions} lists {len(files)} emoji, none of them named {name!r}.")
-    return Image.open(Path(folder) / files[name]).convert("RGBA").resize((128, 128), Image.Resampling.LANCZOS)
+    return (
+        open_content((Path(folder) / files[name]).read_bytes())
+        .convert("RGBA")
+        .resize((128, 128), Image.Resampling.LANCZOS)
+    )
 
 
 def ground_phrase(scene: EmojiScene) -> str:
