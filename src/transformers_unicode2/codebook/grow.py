@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
+from ..configuration_unicode2 import save_code
 from ..files import whole_folder
 from ..record import Record, hash_source, read_record
 from .build import GIB
@@ -342,8 +343,9 @@ def grow_checkpoint(model: str, target: Path, before, after, parents: np.ndarray
                 width = len(state[name]) - first_cell
                 state[name] = torch.cat([state[name], state[name][width + cells]])
         save_file(state, target / file.name, metadata={"format": "pt"})
-    config["codebook_config"] |= after.describe()
+    config["codebook_config"] |= after.describe() | {"encoder_sha256": before.encoder_sha256}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_code(target)
     if (source / "model.safetensors.index.json").exists():
         index = json.loads((source / "model.safetensors.index.json").read_text())
         index["metadata"]["total_size"] = sum(file.stat().st_size for file in target.glob("*.safetensors"))
