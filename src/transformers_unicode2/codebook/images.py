@@ -1,6 +1,5 @@
 """Where the images of a codebook come from: one sequence of images, whatever they lie in."""
 
-import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from PIL import Image
 
 from ..image_tables import ImageTable, read_cell
 from ..images_unicode2 import MAX_PIXELS, decode_image, one_line
-from .names import IMAGE_SUFFIXES, LeftOut, is_hidden, once, walk
+from .names import IMAGE_SUFFIXES, LeftOut, expand, is_hidden, once, walk
 from .tars import index_tar
 
 PIXEL_BYTES = 28  # resident memory of one pixel, at most, while an image is decoded and resized
@@ -143,7 +142,7 @@ def list_files(path: str) -> list[tuple[Path, str]]:
     place = Path(path)
     if place.is_dir():
         return [(file, str(file.relative_to(place))) for file in walk(place)]
-    files = [place] if place.exists() else [Path(name) for name in glob.glob(path, recursive=True)]
+    files = [place] if place.exists() else expand(path)
     if not files:
         raise FileNotFoundError(f"There is no folder or file {one_line(path)}.")
     return [(file, file.name.lstrip(".")) for file in once(files) if not file.is_dir()]

@@ -1,5 +1,7 @@
 """Which files are images, and what is left out, in a sentence."""
 
+import fnmatch
+import glob
 import os
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -74,6 +76,31 @@ def walk(folder: Path) -> list[Path]:
             files += [Path(place, name) for name in found]
             folders += [Path(place, name) for name in sorted(names) if os.path.islink(os.path.join(place, name))]
     return once(files)
+
+
+def expand(pattern: str) -> list[Path]:
+    """Files that a glob finds, those behind `**` once, as `walk` has them: `glob` goes around in links until a name is too long."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return [Path(name) for name in glob.glob(pattern)]
+    start = parts.index("**")
+    places = map(Path, glob.glob(str(Path(*parts[:start]))))
+    files = [(place, file) for place in places if place.is_dir() for file in walk(place)]
+    return [file for place, file in files if matches(file.relative_to(place).parts, parts[start:])]
+
+
+def matches(names: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    """Whether the parts of a path are those of a glob; what is hidden is found by a pattern that begins with a dot alone."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        seen = next((i for i, name in enumerate(names) if name.startswith(".")), len(names))
+        return any(matches(names[i:], patterns[1:]) for i in range(seen + 1)) or (
+            len(patterns) == 1 and seen == len(names)
+        )
+    if not names or names[0].startswith(".") > patterns[0].startswith("."):
+        return False
+    return fnmatch.fnmatchcase(names[0], patterns[0]) and matches(names[1:], patterns[1:])
 
 
 def once(files: list[Path]) -> list[Path]:
