@@ -1,9 +1,14 @@
+import copy
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
 
 from transformers_unicode2.processing_unicode2 import CHAT_TEMPLATE
+
+ASK = "<|image_pad|>what is this?"
 
 
 def test_image_becomes_one_block_of_placeholders(processor, photo):
@@ -110,8 +115,6 @@ def test_text_of_a_generation(processor):
 
 
 def test_codebook_is_never_copied(processor, tiny_model):
-    import copy
-
     processor.attach_quantizer(tiny_model.get_quantizer(), tiny_model.config.visual_token_offset)
     try:
         assert copy.deepcopy(processor).quantizer is processor.quantizer
@@ -157,3 +160,123 @@ def test_written_images_are_split_from_the_text(processor):
     assert [part["type"] for part in parts] == ["text", "image", "text", "image"]
     assert parts[0]["text"] == parts[2]["text"] == "a red circle"
     assert torch.equal(parts[1]["visual_token_ids"], image) and torch.equal(parts[3]["visual_token_ids"], image + 1)
+
+
+@pytest.fixture
+def attached(processor, tiny_model):
+    """A processor with a quantizer, and ids as in the model."""
+    return copy.deepcopy(processor).attach_quantizer(tiny_model.get_quantizer(), tiny_model.config.visual_token_offset)
+
+
+@pytest.mark.parametrize(
+    ("images", "texts"), [([], "hello"), ([[]], "hello"), ([[], []], ["hello", "a cat"]), ((), ["hello"])]
+)
+def test_no_images_are_no_images(processor, attached, images, texts):
+    for one in (processor, attached):
+        batch = one(images=images, text=texts)
+        assert batch["input_ids"] == processor(text=texts)["input_ids"] and "pixel_values" not in batch
+    with pytest.raises(ValueError, match="at least one input"):
+        processor(images=images)
+    with pytest.raises(ValueError, match="no images were passed"):
+        processor(images=[], text=ASK)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("pt", torch.Tensor), ("np", np.ndarray), (None, list)])
+def test_a_quantizer_keeps_the_kind_of_tensors(processor, attached, tiny_model, photo, kind, expected):
+    images = [photo, photo.rotate(90)]
+    tokens = tiny_model.get_image_tokens(processor(images=images, return_tensors="pt")["pixel_values"])
+    alone = attached(images=images, return_tensors=kind)
+    assert list(alone) == ["visual_token_ids"] and type(alone["visual_token_ids"]) is expected
+    assert torch.equal(torch.as_tensor(alone["visual_token_ids"]), tokens)
+    texts = [ASK, "<|image_pad|>" + "what? " * 20]
+    batch = attached(images=images, text=texts, padding=True, return_tensors=kind)
+    assert all(type(value) is expected for value in batch.values()) and "pixel_values" not in batch
+    ids = torch.as_tensor(batch["input_ids"])
+    assert ids.dtype == torch.int64 and torch.equal(ids[ids >= 768].view(2, -1), tokens)
+    ragged = attached(images=images, text=texts)["input_ids"]
+    assert [len(row) for row in ragged] == torch.as_tensor(batch["attention_mask"]).sum(1).tolist()
+
+
+def test_images_may_be_nested_or_one_array(processor, attached, photo):
+    other, third = photo.rotate(90), photo.rotate(180)
+    texts = ["<|image_pad|><|image_pad|>?", "no image", ASK]
+    flat = processor(images=[photo, other, third], text=texts, padding=True, return_tensors="pt")
+    same = [np.asarray(image.resize((64, 64))) for image in (photo, other, third)]
+    as_batch = processor(images=np.stack(same), text=texts, padding=True, return_tensors="pt")
+    as_list = processor(images=same, text=texts, padding=True, return_tensors="pt")
+    assert torch.equal(as_batch["pixel_values"], as_list["pixel_values"])
+    for images in ([[photo, other], [], [third]], ((photo, other), (), (third,)), [np.stack(same[:2]), same[2]]):
+        batch = processor(images=images, text=texts, padding=True, return_tensors="pt")
+        assert torch.equal(batch["input_ids"], flat["input_ids"]) and len(batch["pixel_values"]) == 3
+        assert attached(images=images, text=texts, padding=True, return_tensors="pt")["input_ids"].max() >= 768
+    with pytest.raises(ValueError, match=r"places for \[2, 0, 1\] images, and \[1, 1, 1\] are given"):
+        processor(images=[[photo], [other], [third]], text=texts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "max_length", "max_length": 100},
+        {"padding": True, "padding_side": "right"},
+        {"padding": True, "pad_to_multiple_of": 8},
+        {"truncation": True, "max_length": 100},
+        {"text_kwargs": {"padding": "max_length", "max_length": 90}},
+        {"return_mm_token_type_ids": True},
+        {"return_attention_mask": False},
+    ],
+)
+def test_options_of_the_text_are_followed_with_a_quantizer(processor, attached, photo, options):
+    plain = processor(images=photo, text=ASK, return_tensors="pt", **options)
+    batch = attached(images=photo, text=ASK, return_tensors="pt", **options)
+    assert set(plain) - {"pixel_values"} == set(batch)
+    places = plain["input_ids"] == processor.image_token_id
+    assert torch.equal(batch["input_ids"][~places], plain["input_ids"][~places])
+    assert places.sum() == 64 and (batch["input_ids"][places] >= 768).all()
+
+
+def test_truncation_through_an_image_is_refused(processor, attached, photo):
+    for one in (processor, attached):
+        with pytest.raises(ValueError, match="Mismatch in `image` token count"):
+            one(images=photo, text=ASK, truncation=True, max_length=30)
+
+
+@pytest.mark.parametrize("offset", [np.int64(768), np.int32(768), torch.tensor(768), np.array(768)])
+def test_the_offset_may_be_a_scalar_of_any_library(processor, attached, tiny_model, photo, offset):
+    other = copy.deepcopy(processor).attach_quantizer(tiny_model.get_quantizer(), offset)
+    assert other(images=photo, text=ASK)["input_ids"] == attached(images=photo, text=ASK)["input_ids"]
+    assert type(other.visual_token_offset) is int
+
+
+@pytest.mark.parametrize(
+    ("offset", "message"),
+    [
+        (768.5, "must be an integer"),
+        (None, "must be an integer"),
+        ("768", "must be an integer"),
+        (700, "among the"),
+        (770, "begin at 768"),
+    ],
+)
+def test_offsets_that_are_not_those_of_the_model_are_refused(processor, tiny_model, offset, message):
+    with pytest.raises(ValueError, match=message):
+        copy.deepcopy(processor).attach_quantizer(tiny_model.get_quantizer(), offset)
+
+
+def test_a_model_that_was_resized_is_noticed(processor, model, config, photo):
+    """Its visual ids have moved; codes at the old ones would be text, or other codes."""
+    processor = copy.deepcopy(processor)
+    processor.patch_size, processor.image_processor.size = 8, {"height": 32, "width": 32}
+    processor.attach_quantizer(model.get_quantizer(), config.visual_token_offset)
+    before = torch.tensor(processor(images=photo, text=ASK)["input_ids"])
+    model.resize_token_embeddings(800)
+    with pytest.raises(ValueError, match="from 768 on are not those of the quantizer's model, which begin at 800"):
+        processor(images=photo, text=ASK)
+    processor.attach_quantizer(model.get_quantizer(), model.config.visual_token_offset)
+    after = torch.tensor(processor(images=photo, text=ASK)["input_ids"])
+    assert torch.equal(torch.where(before >= 768, before + 32, before), after)
+
+
+def test_a_tokenizer_that_grew_into_the_visual_ids_is_noticed(attached, photo):
+    attached.tokenizer.add_tokens([f"<new {n}>" for n in range(100)])
+    with pytest.raises(ValueError, match=f"from 768 on are among the {len(attached.tokenizer)} ids of the tokenizer"):
+        attached(images=photo, text=ASK + "<new 99>")
