@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from .search_unicode2 import exact_distance
+from .search_unicode2 import check_num_probes, exact_distance
 
 
 def make_index(codebook, kind: str = "flat", num_probes: int | None = None):
@@ -19,12 +19,11 @@ def make_index(codebook, kind: str = "flat", num_probes: int | None = None):
     Raises:
         `ImportError`: without FAISS. `ValueError`: on another kind.
     """
-    try:
-        faiss = importlib.import_module("faiss")
-    except ModuleNotFoundError as error:
-        raise ImportError("Searching with FAISS needs faiss-cpu; install transformers_unicode2[codebook].") from error
+    faiss, num_probes = import_faiss(), check_num_probes(num_probes)
     if kind not in ("flat", "ivf"):
         raise ValueError(f"The index is {kind!r}; it must be 'flat', 'ivf' or an index of FAISS.")
+    if num_probes and kind == "flat":
+        raise ValueError(f"`num_probes` is {num_probes}, but a flat index has no lists; ask for 'ivf'.")
     ids = torch.arange(len(codebook.codes), device=find_device(codebook))
     codes, lists = (codebook(ids, task=task).cpu().numpy() for task in ("decode", "locate"))
     if kind == "flat":
@@ -41,6 +40,87 @@ def make_index(codebook, kind: str = "flat", num_probes: int | None = None):
     index.add_core(len(codes), faiss.swig_ptr(codes), None, faiss.swig_ptr(lists))
     index.nprobe = num_probes or len(centroids)
     return index
+
+
+def import_faiss():
+    try:
+        return importlib.import_module("faiss")
+    except ModuleNotFoundError as error:
+        raise ImportError("Searching with FAISS needs faiss-cpu; install transformers_unicode2[codebook].") from error
+
+
+def check_index(index, codebook) -> None:
+    """Raises `ValueError` unless an index holds the codes of a codebook in their order and compares them by Euclidean distance.
+
+    Vectors that the index can give back have to be the codes. One that rounds them has to find half of a sample of codes.
+    """
+    faiss, (size, width) = import_faiss(), codebook.codes.shape
+    if not isinstance(index, faiss.Index):
+        raise ValueError(f"The index is a {type(index).__name__}; it must be 'flat', 'ivf' or an index of FAISS.")
+    if (index.ntotal, index.d) != (size, width):
+        raise ValueError(
+            f"The index holds {index.ntotal} vectors of width {index.d}, the codebook {size} of width {width}."
+        )
+    parts = list_parts(index)
+    for part in parts:
+        check_part(part, size)
+    same = count_same(parts[-1] if isinstance(parts[0], faiss.IndexIDMap) else index, codebook)
+    if size / 2 < same < size:
+        raise ValueError(f"{size - same} of the {size} vectors in the index are not the codes in their order.")
+    device = find_device(codebook)
+    sample = codebook(torch.arange(0, size, -(-size // 64), device=device), task="decode").float().cpu()
+    found = torch.from_numpy(index.search(sample.numpy(), min(4, size))[1]).clamp(
+        min=0
+    )  # (num_sampled, num_candidates)
+    hits = (codebook(found.to(device), task="decode").float().cpu() == sample[:, None]).all(-1).any(-1).sum().item()
+    if hits < len(sample) / 2:
+        raise ValueError(
+            f"The index finds {hits} of {len(sample)} codes by themselves; it does not hold the codes in their order."
+        )
+
+
+def list_parts(index) -> list:
+    """An index and those inside of it, as what they are."""
+    faiss = import_faiss()
+    parts = [faiss.downcast_index(index)]
+    while isinstance(parts[-1], (faiss.IndexPreTransform, faiss.IndexIDMap, faiss.IndexRefine)):
+        inner = parts[-1].base_index if isinstance(parts[-1], faiss.IndexRefine) else parts[-1].index
+        parts.append(faiss.downcast_index(inner))
+    return parts
+
+
+def check_part(index, size: int) -> None:
+    """Raises `ValueError` on an index that is not trained, of another metric, that changes distances or has other ids."""
+    faiss, name = import_faiss(), type(index).__name__
+    if not index.is_trained:
+        raise ValueError(f"The {name} is not trained; train it and add the codes in their order.")
+    if index.metric_type != faiss.METRIC_L2:
+        raise ValueError(
+            f"The {name} has FAISS's metric {index.metric_type}; codes are nearest by METRIC_L2, which is {faiss.METRIC_L2}."
+        )
+    if isinstance(index, faiss.IndexIDMap) and (faiss.vector_to_array(index.id_map) != range(size)).any():
+        raise ValueError(f"The ids of the {name} are not 0 to {size - 1} in their order; add the codes in their order.")
+    if isinstance(index, faiss.IndexPreTransform):
+        for place in range(index.chain.size()):
+            transform = faiss.downcast_VectorTransform(index.chain.at(place))
+            if not (isinstance(transform, faiss.LinearTransform) and transform.is_orthonormal):
+                raise ValueError(
+                    f"The {name} applies a {type(transform).__name__}, after which other codes are nearest."
+                )
+
+
+def count_same(index, codebook, rows: int = 2**16) -> int:
+    """How many vectors an index gives back that are the codes at their places, but for rounding; 0 if it gives none back."""
+    try:
+        index.reconstruct_n(0, 1)  # by itself: in several threads, what a kind of index cannot do ends the process
+    except RuntimeError:
+        return 0
+    same = 0
+    for ids in torch.arange(index.ntotal, device=find_device(codebook)).split(rows):
+        held = torch.from_numpy(index.reconstruct_n(ids[0].item(), len(ids)))
+        codes = codebook(ids, task="decode").float().cpu()
+        same += ((held - codes).norm(dim=-1) <= 1e-4 * codes.norm(dim=-1)).sum().item()
+    return same
 
 
 def search_index(index, codebook, query: torch.Tensor, num_candidates: int = 4) -> torch.LongTensor:

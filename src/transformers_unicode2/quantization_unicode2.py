@@ -1,6 +1,7 @@
 """The frozen half of UniCode²: codebook C1 with nearest-code search, and the encoder in front of it (section 3.2)."""
 
 import json
+import os
 import re
 import threading
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
-from .faiss_unicode2 import make_index, search_index
+from .faiss_unicode2 import check_index, make_index, search_index
 from .loading_unicode2 import check_codes, check_loaded, hash_codes
-from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch, have_changed, state_of
+from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch, check_num_probes, have_changed, state_of
 
 logger = logging.get_logger(__name__)
 TABLES_LOCK = threading.Lock()  # tables are derived once, whichever thread is first
@@ -120,11 +121,10 @@ class UniCode2Codebook(nn.Module):
             `torch.LongTensor` of shape `(...)`.
 
         Raises:
-            `ValueError`: on another width, on features that are not finite, or when `num_probes` is not positive.
+            `ValueError`: on another width, on features that are not finite, or when `num_probes` is no whole number from 1 on.
         """
         check_features(features, self.codes.shape[1])
-        if num_probes is not None and num_probes < 1:
-            raise ValueError(f"`num_probes` is {num_probes}; at least one cell has to be looked into.")
+        num_probes = check_num_probes(num_probes)
         place = torch.device("cpu") if self.codes.device.type == "mps" else self.codes.device  # MPS has no float64
         codes, centroids, offsets = (x.to(place) for x in (self.codes, self.cell_centroids, self.cell_offsets))
         query = features.reshape(-1, features.shape[-1]).to(place, torch.float32)  # (num_queries, codebook_dim)
@@ -315,18 +315,19 @@ class UniCode2Quantizer(PreTrainedModel):
 
         Args:
             index (`str` or `faiss.Index`, *optional*, defaults to `"flat"`): `"flat"`, `"ivf"`, whose lists are the cells of the
-                codebook, or an index that holds the codes in their order.
+                codebook, or a trained index of metric L2 that holds the codes in their order.
             num_probes (`int`, *optional*): lists that `"ivf"` looks into; all of them, which is exact, by default.
 
         Raises:
-            `ImportError`: without FAISS. `ValueError`: on another kind, or when the index is not of this codebook's size and width.
+            `ImportError`: without FAISS. `ValueError`: on another kind, or on an index of other vectors or another metric, see
+                `check_index`.
         """
-        index = self.make_faiss_index(index, num_probes) if isinstance(index, str) else index
-        size, width = self.codebook.codes.shape
-        if (index.ntotal, index.d) != (size, width):
-            raise ValueError(
-                f"The index holds {index.ntotal} vectors of width {index.d}, the codebook {size} of width {width}."
-            )
+        if isinstance(index, str):
+            index = self.make_faiss_index(index, num_probes)
+        elif num_probes is not None:
+            raise ValueError(f"`num_probes` is {num_probes}, but the index is yours; set its `nprobe`.")
+        else:
+            check_index(index, self.codebook)
         self.index, self.index_of = index, state_of(self.codebook.codes)
         return self
 
@@ -382,6 +383,16 @@ def check_features(features: torch.Tensor, width: int) -> None:
     if not finite.all():
         bad = (~finite).nonzero().flatten()
         raise ValueError(f"{len(bad)} of {len(finite)} features are not finite; the first is number {bad[0].item()}.")
+
+
+def renew_lock() -> None:
+    """A lock that a thread of the parent holds would be held for ever in a forked process, which lacks the thread."""
+    global TABLES_LOCK
+    TABLES_LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=renew_lock)
 
 
 def note_codes(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> None:

@@ -8,6 +8,7 @@ that is too coarse, and what its rounding error cannot exclude is compared. The 
 with the C kernel of `kernel_unicode2.py`, with torch alone, on any device that has float64, and for any split of a batch.
 """
 
+import operator
 import weakref
 
 import torch
@@ -333,6 +334,19 @@ class Scan:
         limits = torch.finfo(dtype)
         score = score - score.abs() * limits.eps - self.search.dim * limits.tiny
         return score.clamp(min=limits.min).to(dtype)  # above that of a code that no search may find
+
+
+def check_num_probes(num_probes) -> int | None:
+    """A number of cells as Python's own, whichever library it is of. Raises `ValueError` unless it is a whole number from 1 on."""
+    if num_probes is None:
+        return None
+    try:
+        count = operator.index(num_probes)
+    except TypeError as error:
+        raise ValueError(f"`num_probes` is {num_probes!r}; it must be a whole number from 1 on.") from error
+    if count < 1:
+        raise ValueError(f"`num_probes` is {count}; at least one cell has to be looked into.")
+    return count
 
 
 def exact_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
