@@ -11,21 +11,6 @@ RENDEZVOUS = timedelta(minutes=10)  # a process whose peers do not come within i
 PATIENCE = timedelta(days=7)  # for what one process does alone, while the others wait
 
 
-def follow_launcher(seconds: float = 2.0) -> None:
-    """Lets this process end with the `torchrun` or `accelerate launch` that started it, which looks every few `seconds`.
-
-    A launcher that is killed leaves its workers waiting for peers that never come. What a shell started goes on without the shell.
-    """
-    parent = os.getppid()
-    words = read_command(parent)
-    by_python = bool(words) and os.path.basename(words[0]).startswith("python")
-    if "TORCHELASTIC_RUN_ID" in os.environ and not by_python:  # it died while this process began
-        end_orphan()
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and any("accelerate" in word for word in words[1:3])
-    if "TORCHELASTIC_RUN_ID" in os.environ or by_python and by_accelerate:
-        threading.Thread(target=watch, args=(parent, seconds), daemon=True).start()
-
-
 def read_command(pid: int) -> list[str]:
     """The command line of a process; empty when it is gone or of another user."""
     import psutil
@@ -34,6 +19,27 @@ def read_command(pid: int) -> list[str]:
         return psutil.Process(pid).cmdline()
     except psutil.Error:
         return []
+
+
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+PARENT = os.getppid()
+PARENT_WORDS = (
+    read_command(PARENT) if LAUNCHED else []
+)  # read at once, since it may be killed while this process begins
+
+
+def follow_launcher(seconds: float = 2.0) -> None:
+    """Lets this process end with the `torchrun` or `accelerate launch` that started it, which looks every few `seconds`.
+
+    A launcher that is killed leaves its workers waiting for peers that never come. What a shell started goes on without the shell.
+    """
+    by_python = bool(PARENT_WORDS) and os.path.basename(PARENT_WORDS[0]).startswith("python")
+    by_accelerate = by_python and any("accelerate" in word for word in PARENT_WORDS[1:3])
+    by_torch = "TORCHELASTIC_RUN_ID" in os.environ
+    if by_torch and not by_python:  # what it sees is who took it over
+        end_orphan()
+    if by_torch or by_accelerate:
+        threading.Thread(target=watch, args=(PARENT, seconds), daemon=True).start()
 
 
 def watch(parent: int, seconds: float) -> None:

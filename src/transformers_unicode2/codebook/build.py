@@ -258,7 +258,7 @@ class Build:
         if needed > free:
             raise NotWrittenError(
                 f"The build needs {needed / GIB:.2f} GiB more in {self.work}, which has {free / GIB:.2f} GiB free; "
-                "use fewer images or --patches-per-image."
+                "use fewer images or --patches-per-image, or make room: for this build the disk is full."
             )
 
     def extract(self) -> None:

@@ -114,6 +114,19 @@ class UniCode2SFTTrainer(WholeCheckpoints, SFTTrainer):
             )
         return (loss, outputs) if return_outputs else loss
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        if not isinstance(eval_dataset, str):  # the name of one that the trainer has
+            check_datasets({"eval": eval_dataset}, self.args, self._formatting_func)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """As of `Trainer`, with data of the kinds that training takes."""
+        check_datasets({"test": test_dataset}, self.args, self._formatting_func)
+        if not self._skip_prepare_dataset:
+            options = (self.processing_class, self.args, False, self._formatting_func, "test")
+            test_dataset = self._prepare_dataset(test_dataset, *options)
+        return super().predict(test_dataset, *args, **kwargs)
+
     def create_model_card(self, *args, **kwargs):
         """None is written: TRL's knows neither the stage nor its data, and would lie beside weights that are not there yet."""
 
@@ -139,11 +152,17 @@ def check_options(model, args: SFTConfig | None, others: dict) -> None:
         raise ValueError(
             "`model_init_kwargs` and `quantization_config` are for a model by name; load the model with them."
         )
-    datasets = others.get("eval_dataset")
-    datasets = datasets if isinstance(datasets, dict) else {"eval": datasets} if datasets is not None else {}
-    for name, dataset in {"train": others.get("train_dataset"), **datasets}.items():
-        if dataset is not None:
-            check_dataset(name, dataset, args, others.get("formatting_func"))
+    datasets = {"train": others.get("train_dataset"), "eval": others.get("eval_dataset")}
+    check_datasets(datasets, args, others.get("formatting_func"))
+
+
+def check_datasets(datasets: dict, args: SFTConfig, formatting_func) -> None:
+    """`check_dataset` of all data sets, and of those in dictionaries."""
+    for name, dataset in datasets.items():
+        if isinstance(dataset, dict):
+            check_datasets({f"{name} {key}": part for key, part in dataset.items()}, args, formatting_func)
+        elif dataset is not None:
+            check_dataset(name, dataset, args, formatting_func)
 
 
 def check_dataset(name: str, dataset, args: SFTConfig, formatting_func) -> None:

@@ -97,7 +97,7 @@ def write_codes(table: ImageTable, encode: Callable, file: Path, note: dict, bat
         raise ValueError(f"{table.file} has a column of codes already; give the images without it.")
     schema = Features({**kept, "codes": List(Value("int64"))}).arrow_schema
     schema, first = schema.with_metadata({**schema.metadata, NOTE: json.dumps(note, sort_keys=True)}), 0
-    with ParquetWriter(file, schema) as writer, tqdm(total=len(table), unit="image", desc=file.name) as bar:
+    with ParquetWriter(file, schema) as writer, tqdm(total=len(table), unit="image", desc=table.file.name) as bar:
         for batch in table.batches(batch_size):
             images = [table.read_image(row, value) for row, value in enumerate(batch["image"].to_pylist(), first)]
             columns = [*(batch[name] for name in kept), pa.array(encode(images), pa.list_(pa.int64()))]
