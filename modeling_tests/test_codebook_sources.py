@@ -377,6 +377,19 @@ def test_paths_in_a_table_lead_nowhere_but_into_its_folder(tmp_path):
             read_cell(text, tmp_path / "t")
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("kind", ["string", "struct", "struct of paths"])
+def test_a_change_of_a_file_that_a_table_names_is_noticed(tmp_path, kind, suffix):
+    fill(tmp_path, "0.png")
+    cells = ["0.png", "gone.png"] if kind == "string" else [{"path": "0.png"}, {"path": None}]
+    write_table(pa.table({"image": pa.array(cells, CELLS[kind])}), tmp_path / f"t.{suffix}")
+    source = ImageSource(str(tmp_path / f"t.{suffix}"))
+    before = source.fingerprint()
+    assert len(source.listing()) == 3 and source.fingerprint() == before
+    (tmp_path / "0.png").write_bytes(picture(1) + b" ")
+    assert source.fingerprint() != before
+
+
 def test_an_image_beyond_the_memory_is_unreadable(tmp_path):
     fill(tmp_path, "0.png")
     with pytest.raises(ValueError, match="8 x 8 pixels are .*more than the limit of 63"):

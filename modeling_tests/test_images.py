@@ -75,6 +75,11 @@ def test_the_table_is_long_enough():
     assert len(PICTURES) >= 40
 
 
+def read_to_the_end(file: io.BytesIO) -> io.BytesIO:
+    file.read()
+    return file
+
+
 WAYS = {
     "path": lambda file, content: str(file.with_suffix(".png")),
     "path without suffix": lambda file, content: str(file),
@@ -85,6 +90,7 @@ WAYS = {
     "bytearray": lambda file, content: bytearray(content),
     "memoryview": lambda file, content: memoryview(content),
     "open file": lambda file, content: io.BytesIO(content),
+    "open file, at its end": lambda file, content: read_to_the_end(io.BytesIO(content)),
     "base64": lambda file, content: b64encode(content).decode(),
     "base64 in lines": lambda file, content: encodebytes(content).decode(),
     "data URI": lambda file, content: f"data:image/png;base64,{b64encode(content).decode()}",

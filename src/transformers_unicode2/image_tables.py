@@ -73,14 +73,39 @@ class ImageTable:
         """All rows of a parquet file with all their columns, as record batches of `size` rows, fewer at the end of a row group."""
         return self.open_parquet().iter_batches(size)
 
-    def may_hold_paths(self) -> bool:
-        """Whether rows of a parquet file may hold no content but a path, by the type of the column and how many values it lacks."""
-        contents = [name for name in ("image.bytes", "image") if name in self.leaves]
+    def may_lack_contents(self) -> bool:
+        """Whether rows may hold no content but a path, or nothing: by the type of the column, and by how many values are missing."""
+        from pyarrow import compute, types
+
+        kind = unwrap(self.schema.field("image").type)
+        is_struct, leaf = types.is_struct(kind), "image"
+        if is_struct and kind.get_field_index("bytes") >= 0:
+            kind, leaf = kind.field("bytes").type, "image.bytes"
+        if not is_binary(kind):
+            return True
+        if self.rows is not None:
+            column = self.rows["image"]
+            return (compute.struct_field(column, "bytes") if is_struct else column).null_count > 0
         groups = map(self.metadata.row_group, range(self.metadata.num_row_groups))
-        columns = [group.column(self.leaves.index(name)) for group in groups for name in contents]
-        is_binary = contents and self.metadata.schema.column(self.leaves.index(contents[0])).logical_type.type == "NONE"
-        lacks = any(not column.is_stats_set or column.statistics.null_count != 0 for column in columns)
-        return lacks or not is_binary
+        columns = [group.column(self.leaves.index(leaf)) for group in groups]
+        return any(not column.is_stats_set or column.statistics.null_count != 0 for column in columns)
+
+    def files(self) -> Iterator[str]:
+        """The files that rows name, also of rows that hold a content, those that are there and inside the table's folder."""
+        from pyarrow import compute, types
+
+        kind = unwrap(self.schema.field("image").type)
+        is_struct = types.is_struct(kind)
+        if is_struct and kind.get_field_index("path") < 0 or is_binary(kind):
+            return
+        leaf = "image.path" if is_struct else "image"
+        batches = self.open_parquet().iter_batches(columns=[leaf]) if self.rows is None else self.rows.to_batches()
+        for batch in batches:
+            names = compute.struct_field(batch["image"], "path") if is_struct else batch["image"]
+            for name in filter(None, names.to_pylist()):
+                file = find_inside(name, self.file.parent)
+                if file is not None:
+                    yield file
 
     def read_image(self, row: int, value) -> Image.Image:
         """What a row holds, see `read_cell`, as RGB; its path may be absolute. Raises `ValueError` with file and row."""
@@ -120,22 +145,29 @@ def check_column(schema, file: Path) -> None:
 
 def may_be_images(kind) -> bool:
     """Whether a column of an Arrow type may hold contents, paths, both or nothing."""
+    from pyarrow import types
+
+    kind = unwrap(kind)
+    if types.is_struct(kind):
+        fields = [unwrap(kind.field(name).type) for name in ("bytes", "path") if kind.get_field_index(name) >= 0]
+        return bool(fields) and all(may_be_images(field) and not types.is_struct(field) for field in fields)
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return is_binary(kind) or is_text or types.is_null(kind)
+
+
+def is_binary(kind) -> bool:
+    from pyarrow import types
+
+    tests = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
+
+
+def unwrap(kind):
+    """The Arrow type of the values of a dictionary or an extension."""
     from pyarrow import BaseExtensionType, types
 
-    if isinstance(kind, BaseExtensionType):
-        kind = kind.storage_type
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    binary = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
-    text = (types.is_string, types.is_large_string, types.is_string_view)
-    if types.is_struct(kind):
-        fields = {field.name: field.type for field in kind}
-        return bool({"bytes", "path"} & set(fields)) and all(
-            may_be_images(fields[name]) and not types.is_struct(fields[name])
-            for name in ("bytes", "path")
-            if name in fields
-        )
-    return any(test(kind) for test in (*binary, *text, types.is_null))
+    kind = kind.storage_type if isinstance(kind, BaseExtensionType) else kind
+    return kind.value_type if types.is_dictionary(kind) else kind
 
 
 def read_cell(value, folder: Path | None, absolute: bool = False) -> bytes:
@@ -180,6 +212,14 @@ def find_file(value: str, folder: Path | None, absolute: bool = False) -> str | 
     if os.path.commonpath([path, root]) != root and not (absolute and os.path.isabs(value)):
         raise ValueError(f"{one_line(value)} is outside of the table's folder, and only images inside are opened")
     return path
+
+
+def find_inside(value: str, folder: Path, absolute: bool = False) -> str | None:
+    """As `find_file`, `None` for a file outside, too: it is refused, with its row, when it is read."""
+    try:
+        return find_file(value, folder, absolute)
+    except ValueError:
+        return None
 
 
 def first_words(error: Exception) -> str:

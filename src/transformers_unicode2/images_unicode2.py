@@ -223,8 +223,9 @@ def read_images(image, layout: str | None = None, timeout: float | None = None) 
     if isinstance(image, str):
         content, name = fetch(image, timeout or TIMEOUT)
         return [decode_image(content, name=name)]
-    if isinstance(image, io.IOBase) or hasattr(image, "read"):  # files of `tempfile` are no `IOBase`
-        image.seek(0)
+    if hasattr(image, "read"):  # not `io.IOBase`, which files of `tempfile` are not
+        if image.seekable():
+            image.seek(0)
         content = image.read()
         if isinstance(content, bytes):
             return [decode_image(content)]

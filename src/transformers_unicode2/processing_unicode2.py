@@ -2,6 +2,7 @@
 
 import copy
 import operator
+from collections.abc import Mapping
 from functools import wraps
 
 import numpy as np
@@ -149,7 +150,7 @@ class UniCode2Processor(ProcessorMixin):
                 f"Visual token ids from {offset} on are among the {len(self.tokenizer)} ids of the tokenizer; resize the model to "
                 "the tokenizer and attach its quantizer with its `config.visual_token_offset`."
             )
-        of_model = quantizer.model_config
+        of_model = getattr(quantizer, "model_config", None)  # which the code of an older checkpoint does not tell
         if of_model is not None and of_model.visual_token_offset != offset:
             raise ValueError(
                 f"Visual token ids from {offset} on are not those of the quantizer's model, which begin at "
@@ -355,7 +356,8 @@ def read_images_of(pipeline_class: type[ImageTextToTextPipeline]) -> None:
 
     @wraps(preprocess)
     def read_first(self, inputs=None, timeout=None, **kwargs):
-        if isinstance(self.processor, UniCode2Processor) and isinstance(inputs, dict) and inputs.get("images"):
+        is_ours = isinstance(self.processor, UniCode2Processor) and isinstance(inputs, Mapping)
+        if is_ours and inputs.get("images") is not None:
             inputs = {**inputs, "images": open_images(inputs["images"], timeout=timeout)}
         return preprocess(self, inputs, timeout=timeout, **kwargs)
 

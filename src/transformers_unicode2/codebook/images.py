@@ -65,7 +65,8 @@ class ImageSource:
         return self.length
 
     def listing(self, root: str = "") -> list[str]:
-        """Path, from the folder `root` on, size in bytes and time of change in nanoseconds of every file, and the number of images.
+        """Path, from the folder `root` on, size in bytes and time of change in nanoseconds of every file, also of those that tables name,
+        and the number of images.
 
         Of a stream its name, and its files with what tells their versions: a commit of the Hub, an ETag or a time of change.
         """
@@ -76,7 +77,9 @@ class ImageSource:
             files = files[choose_split(self.path, files)]
             versions = ["\t".join(map(str, version)) for version in files.origin_metadata]
             return [self.path, *map(str, files), *versions, str(len(self))]
-        stats = [(one_line(str(file.resolve()).removeprefix(root)), file.stat()) for file in self.files]
+        tables = self.items.tables if isinstance(self.items, Rows) else []
+        named = [Path(file) for table in tables if table.may_lack_contents() for file in table.files()]
+        stats = [(one_line(str(file.resolve()).removeprefix(root)), file.stat()) for file in [*self.files, *named]]
         return [f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}" for name, stat in stats] + [str(len(self))]
 
     def fingerprint(self) -> str:

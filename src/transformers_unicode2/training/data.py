@@ -22,7 +22,7 @@ def load_images(folder: str, split: str = "train"):
 
     tables = [ImageTable(file) for file in find_tables(folder, split, "--data")]
     rows = load_rows(folder, split)
-    if not any(table.may_hold_paths() for table in tables):
+    if not any(table.may_lack_contents() for table in tables):
         return rows.cast_column("image", Image(decode=False))
     if isinstance(rows.features["image"], Image):
         rows = rows.cast_column("image", Image(decode=False))

@@ -4,11 +4,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-from ..image_tables import ImageTable, find_file
-from ..record import hash_file, shorten
+from ..image_tables import ImageTable, find_inside
+from ..record import check_finished, hash_file, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +62,13 @@ def hash_image_processor(model: str) -> str:
 def hash_table(file: Path) -> str:
     """SHA-256 of a parquet file, and of the image files that its rows name in the place of their content."""
     table = ImageTable(file)
-    if not table.may_hold_paths():
+    if not table.may_lack_contents():
         return hash_file(file)
     digest = hashlib.sha256(bytes.fromhex(hash_file(file)))
     for value in table.read(0, len(table)):
         name = (None if value.get("bytes") else value.get("path")) if isinstance(value, dict) else value
-        with suppress(ValueError):  # which is raised, with its row, when the image is read
-            found = find_file(name, file.parent, absolute=True) if isinstance(name, str) else None
-            digest.update(bytes.fromhex(hash_file(Path(found))) if found else b"")
+        found = find_inside(name, file.parent, absolute=True) if isinstance(name, str) else None
+        digest.update(bytes.fromhex(hash_file(Path(found))) if found else b"")
     return digest.hexdigest()
 
 
@@ -119,7 +117,8 @@ def read_note(file: Path) -> dict | None:
 
 
 def find_tables(folder: str, split: str, option: str) -> list[Path]:
-    """`{split}-*.parquet` of a folder, in the order of their names. Raises `ValueError` when there are none."""
+    """`{split}-*.parquet` of a folder, in the order of their names. Raises `ValueError` when there are none, or more to come."""
+    check_finished(folder, split)
     files = sorted(Path(folder).glob(f"{split}-*.parquet"))
     if not files:
         raise ValueError(f"{option} {folder} has no {split}-*.parquet.")
