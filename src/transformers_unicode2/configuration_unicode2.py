@@ -68,7 +68,11 @@ class UniCode2CodebookConfig(PreTrainedConfig):
         probe_recall (`dict[str, float]`, *optional*):
             Share of features whose nearest code lies in so many nearest cells, as measured when the codebook was built.
         codes_sha256 (`str`, *optional*):
-            SHA-256 of the codes, see `hash_codes`. Every save writes that of the codes it saves, and every load compares it.
+            SHA-256 of the codes, see `hash_tensors`. Every save writes that of the codes it saves, and every load compares it.
+        cells_sha256 (`str`, *optional*):
+            The same of the cells: their centroids and offsets.
+        vision_sha256 (`str`, *optional*):
+            The same of the weights of the encoder that a checkpoint holds.
         encoder_sha256 (`str`, *optional*):
             SHA-256 of the encoder and image processor that the codebook was built with, as `unicode2 codebook build` noted it.
     """
@@ -82,6 +86,8 @@ class UniCode2CodebookConfig(PreTrainedConfig):
     preview_size: int = 0
     probe_recall: dict[str, float | int] | None = None
     codes_sha256: str | None = None
+    cells_sha256: str | None = None
+    vision_sha256: str | None = None
     encoder_sha256: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -267,7 +273,7 @@ def check_codebook_config(settings: dict) -> None:
             raise ValueError(
                 f"`probe_recall` of the codebook has {share!r} for {count!r} cells; it must map numbers of cells to shares in [0, 1]."
             )
-    for name in ("codes_sha256", "encoder_sha256"):
+    for name in ("codes_sha256", "cells_sha256", "vision_sha256", "encoder_sha256"):
         value = settings.get(name)
         if not (value is None or isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
             raise ValueError(f"`{name}` of the codebook is {value!r}; it must be 64 hexadecimal digits.")

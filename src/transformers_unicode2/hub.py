@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from .configuration_unicode2 import VISUAL_HEADS
 from .files import whole_folder
-from .loading_unicode2 import check_encoder_keys
+from .loading_unicode2 import check_encoder_keys, find_digests
 from .record import Record, hash_source, shorten
 
 
@@ -64,6 +64,7 @@ def write_checkpoint(llm: str, vision: str, codebook: str, output: Path, visual_
     tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
     text_config = AutoConfig.from_pretrained(llm)
     vision_model = load_vision_model(vision)
+    vision_state = {f"vision_model.{name}": value for name, value in vision_model.state_dict().items()}
     stored = load_codebook(codebook)
     check_encoder(vision, codebook)
     prefix = AutoModelForCausalLM._model_mapping[type(text_config)].base_model_prefix
@@ -75,7 +76,7 @@ def write_checkpoint(llm: str, vision: str, codebook: str, output: Path, visual_
     config = UniCode2Config(
         text_config=text_config,
         vision_config=vision_model.config,
-        codebook_config=UniCode2CodebookConfig(**stored.describe()),
+        codebook_config=UniCode2CodebookConfig(**stored.describe(), **find_digests(vision_state)),
         image_token_id=processor.image_token_id,
         boi_token_id=processor.boi_token_id,
         eoi_token_id=processor.eoi_token_id,
@@ -88,8 +89,7 @@ def write_checkpoint(llm: str, vision: str, codebook: str, output: Path, visual_
     writer = ShardWriter(output, {name: value.shape for name, value in model.state_dict().items()})
     for file in find_safetensors(llm):
         writer.write("language model", rename_language_model(load_file(file), config))
-    vision_state = vision_model.state_dict()
-    writer.write("vision encoder", {f"model.quantizer.vision_model.{name}": v for name, v in vision_state.items()})
+    writer.write("vision encoder", {f"model.quantizer.{name}": v for name, v in vision_state.items()})
     codebook_state = stored.state_dict()
     writer.write("codebook C1", {f"model.quantizer.codebook.{name}": v for name, v in codebook_state.items()})
     writer.write("C2", {"model.visual_embeddings.weight": stored.codes.to(config.dtype)})

@@ -20,7 +20,7 @@ from .configuration_unicode2 import UniCode2Config
 from .generation_unicode2 import UniCode2GenerationMixin
 from .loading_unicode2 import check_loaded
 from .processing_unicode2 import UniCode2Processor  # noqa: F401, so that its file travels with this one
-from .quantization_unicode2 import UniCode2Quantizer, equal_cells, init_codebook, note_codes
+from .quantization_unicode2 import UniCode2Quantizer, equal_cells, init_codebook, note_digests
 
 MAX_SCORES = 2**26  # held at a time by the loss: 256 MiB in float32
 # What Transformers calls the key-value cache of its models: `cache` from 5.24 on.
@@ -305,8 +305,8 @@ class UniCode2PreTrainedModel(PreTrainedModel):
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
-        """Saves with the digest of the codes."""
-        note_codes(self, state_dict)
+        """Saves with the digests of the quantizer's parts."""
+        note_digests(self, state_dict)
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 

@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
 from .faiss_unicode2 import check_index, make_index, search_index
-from .loading_unicode2 import check_codes, check_loaded, hash_codes
+from .loading_unicode2 import check_loaded, find_digests
 from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch, check_num_probes, have_changed, state_of
 
 logger = logging.get_logger(__name__)
@@ -66,29 +66,20 @@ class UniCode2Codebook(nn.Module):
         self.previews = nn.Buffer(torch.zeros(size, side, side, 3, dtype=torch.uint8)) if side else None
         self.probe_recall, self.encoder_sha256, self.search = config.probe_recall, config.encoder_sha256, None
 
-    def forward(self, inputs: torch.Tensor | None = None, task: str = "encode", **options) -> torch.Tensor:
-        """`encode`, `decode`, `preview` and what looks at all codes: by way of a forward, so that a codebook that was offloaded is
-        brought back."""
-        return getattr(self, task)(**options) if inputs is None else getattr(self, task)(inputs, **options)
-
-    def check(self, codes_sha256: str | None, source: str) -> None:
-        """See `check_codes` of `loading_unicode2.py`."""
-        check_codes(self, codes_sha256, source)
-
-    def hash(self) -> str | None:
-        """See `hash_codes` of `loading_unicode2.py`."""
-        return hash_codes(self.codes)
+    def forward(self, inputs: torch.Tensor, task: str = "encode", **options) -> torch.Tensor:
+        """`encode`, `decode` or `preview`: by way of a forward, so that a codebook that was offloaded is brought back."""
+        return getattr(self, task)(inputs, **options)
 
     def describe(self) -> dict:
-        """The settings of a `UniCode2CodebookConfig` of this codebook, with the digest of its codes."""
+        """The settings of a `UniCode2CodebookConfig` of this codebook, with the digests of its codes and cells."""
         return {
             "codebook_size": len(self.codes),
             "codebook_dim": self.codes.shape[1],
             "num_cells": len(self.cell_centroids),
             "preview_size": 0 if self.previews is None else self.previews.shape[1],
             "probe_recall": self.probe_recall,
-            "codes_sha256": self.hash(),
             "encoder_sha256": self.encoder_sha256,
+            **find_digests({f"codebook.{name}": buffer for name, buffer in self.named_buffers()}),
         }
 
     def __getstate__(self) -> dict:
@@ -260,8 +251,8 @@ class UniCode2Quantizer(PreTrainedModel):
         return (quantizer, info) if want_info else quantizer
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
-        """Saves under its own names, wherever the weights came from, with the digest of the codes."""
-        note_codes(self, state_dict)
+        """Saves under its own names, wherever the weights came from, with the digests of its parts."""
+        note_digests(self, state_dict)
         super().save_pretrained(
             save_directory, is_main_process, state_dict, **{"save_original_format": False, **kwargs}
         )
@@ -395,12 +386,11 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
     os.register_at_fork(after_in_child=renew_lock)
 
 
-def note_codes(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> None:
-    """Writes the digest of the codes that will be saved, those of the state dict if it has any, to a model's configuration."""
-    codes = next((value for name, value in (state_dict or {}).items() if name.endswith("codebook.codes")), None)
-    digest = model.get_quantizer().codebook(task="hash") if codes is None else hash_codes(codes)
-    if digest:
-        model.config.codebook_config.codes_sha256 = digest
+def note_digests(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> None:
+    """Writes the digests of what will be saved, the state dict or the model's own weights, to a model's configuration."""
+    weights = model.get_quantizer().state_dict() if state_dict is None else state_dict
+    for name, digest in find_digests(weights).items():
+        setattr(model.config.codebook_config, name, digest)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 
 from ..configuration_unicode2 import UniCode2CodebookConfig, check_codebook_config, check_num_cells
 from ..files import make_folders, whole_file, write_file
+from ..loading_unicode2 import check_codebook, check_digests
 from ..quantization_unicode2 import UniCode2Codebook
 from .features import Encoder
 
@@ -83,7 +84,7 @@ def load_codebook(folder: str | Path) -> UniCode2Codebook:
     """Reads what `unicode2 codebook build` wrote.
 
     Raises `FileNotFoundError` when a file is missing and `ValueError` when one is damaged or does not fit the other, see also
-    `check_codes`.
+    `check_codebook`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -100,7 +101,8 @@ def load_codebook(folder: str | Path) -> UniCode2Codebook:
         codebook.load_state_dict(load_file(weights))
     except SafetensorError as error:
         raise ValueError(f"{weights} is damaged: {str(error).strip().splitlines()[0]}") from error
-    codebook.check(config.codes_sha256, str(folder))
+    check_codebook(codebook, str(folder))
+    check_digests({f"codebook.{name}": buffer for name, buffer in codebook.named_buffers()}, config, str(folder))
     return codebook
 
 
