@@ -89,7 +89,7 @@ def test_scores_in_parts_equal_those_at_once(pipe, monkeypatch):
     tokens = pipe.generate_visual_tokens(prompts, torch.Generator().manual_seed(0), num_candidates=1)
     at_once = pipe.score_visual_tokens(prompts, tokens)
     assert at_once.isfinite().all()
-    monkeypatch.setattr("transformers_unicode2.diffusion.pipeline_unicode2_flux.MAX_SCORES", 1)
+    monkeypatch.setattr("transformers_unicode2.diffusion.prior_unicode2.MAX_SCORES", 1)
     torch.testing.assert_close(pipe.score_visual_tokens(prompts, tokens), at_once, rtol=2e-2, atol=0.1)  # bfloat16
 
 

@@ -1,5 +1,8 @@
 """UniCode²: cascaded large-scale codebooks for unified multimodal understanding and generation, on Hugging Face libraries."""
 
+from importlib import import_module
+from types import ModuleType
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -14,6 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.utils import is_torchvision_available
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2Config, UniCode2QuantizerConfig
+from .hooks_unicode2 import when_imported
 from .modeling_unicode2 import UniCode2ForConditionalGeneration, UniCode2Model, UniCode2PreTrainedModel
 from .processing_unicode2 import UniCode2Processor
 from .quantization_unicode2 import UniCode2Codebook, UniCode2Quantizer
@@ -46,11 +50,28 @@ UniCode2ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextT
 UniCode2Processor.register_for_auto_class()
 
 
+def teach_diffusers(module: ModuleType) -> None:
+    """Lets diffusers take this package's class wherever a configuration names it, with code beside it or without."""
+    read = module.ConfigMixin._dict_from_json_file.__func__
+
+    def read_known(cls, json_file) -> dict:
+        config = read(cls, json_file)
+        name = config.get("_class_name")
+        name = name[-1] if isinstance(name, list) and name else name
+        if isinstance(name, str) and ".diffusion." in LAZY.get(name, ""):
+            import_module(".diffusion.registration", __name__)
+            config["_class_name"] = name
+        return config
+
+    module.ConfigMixin._dict_from_json_file = classmethod(read_known)
+
+
+when_imported("diffusers.configuration_utils", teach_diffusers)
+
+
 def __getattr__(name: str):
     if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     try:
         if ".diffusion." in LAZY[name]:
             import_module(".diffusion.registration", __name__)

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from torch import nn
+from transformers.utils import ModelOutput
 
 
 @dataclass
-class UniCode2ConditionOutput(BaseOutput):
+class UniCode2ConditionOutput(ModelOutput):
     r"""
     Args:
         prompt_embeds (`torch.Tensor` of shape `(batch_size, num_visual_tokens, output_dim)`):
@@ -19,8 +21,69 @@ class UniCode2ConditionOutput(BaseOutput):
             What its pooled embedding would be.
     """
 
-    prompt_embeds: torch.Tensor
-    pooled_prompt_embeds: torch.Tensor
+    prompt_embeds: torch.Tensor | None = None
+    pooled_prompt_embeds: torch.Tensor | None = None
+
+
+class UniCode2MapperAttnProcessor:
+    """Attention over all tokens, by the backend that diffusers' `set_attention_backend` names."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attention: "UniCode2MapperAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        weight, bias = (value.to(hidden_states.dtype) for value in (attention.in_proj_weight, attention.in_proj_bias))
+        states = nn.functional.linear(hidden_states, weight, bias)  # (batch_size, num_visual_tokens, 3 * visual_dim)
+        query, key, value = states.unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
+        output = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )  # (batch_size, num_visual_tokens, num_heads, head_dim)
+        return attention.out_proj(output.flatten(-2))
+
+
+class UniCode2MapperAttention(nn.Module, AttentionModuleMixin):
+    """[`~torch.nn.MultiheadAttention`] whose weights are each used by the module that holds them, as offloading and casting need it."""
+
+    _default_processor_cls = UniCode2MapperAttnProcessor
+    _available_processors = [UniCode2MapperAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, visual_dim: int, num_heads: int):
+        super().__init__()
+        if visual_dim % num_heads:
+            raise ValueError(f"`visual_dim` is {visual_dim}, which {num_heads} attention heads do not divide.")
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * visual_dim, visual_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * visual_dim))
+        self.out_proj = nn.Linear(visual_dim, visual_dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+        self.set_processor(UniCode2MapperAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class UniCode2MapperLayer(nn.Module):
+    """A transformer layer that normalises first, with the names of [`~torch.nn.TransformerEncoderLayer`]."""
+
+    def __init__(self, visual_dim: int, num_heads: int):
+        super().__init__()
+        self.self_attn = UniCode2MapperAttention(visual_dim, num_heads)
+        self.linear1 = nn.Linear(visual_dim, 4 * visual_dim)
+        self.linear2 = nn.Linear(4 * visual_dim, visual_dim)
+        self.norm1 = nn.LayerNorm(visual_dim)
+        self.norm2 = nn.LayerNorm(visual_dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(normalise(self.norm1, hidden_states))
+        hidden = nn.functional.gelu(self.linear1(normalise(self.norm2, hidden_states)))
+        return hidden_states + self.linear2(hidden)
+
+
+def normalise(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """A norm in the dtype of its own weight, which layerwise casting leaves as it is."""
+    return norm(hidden_states.to(norm.weight.dtype)).to(hidden_states.dtype)
 
 
 class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
@@ -64,12 +127,7 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
         self.column_embedding = nn.Parameter(torch.zeros(1, side, visual_dim))
         nn.init.normal_(self.row_embedding, std=0.02)
         nn.init.normal_(self.column_embedding, std=0.02)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                visual_dim, num_attention_heads, 4 * visual_dim, 0.0, "gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(UniCode2MapperLayer(visual_dim, num_attention_heads) for _ in range(num_layers))
         self.up = nn.Linear(visual_dim, hidden_dim)
         self.act = nn.SiLU()
         self.down = nn.Linear(hidden_dim, output_dim)
@@ -93,13 +151,13 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
                 f"The mapper takes {self.config.num_visual_tokens} visual tokens an image and got {visual_embeds.shape[1]}."
             )
         position = (self.row_embedding + self.column_embedding).flatten(0, 1)  # (num_visual_tokens, visual_dim)
-        hidden = visual_embeds.to(self.dtype) + position
+        hidden = visual_embeds.to(self.dtype) + position.to(self.dtype)
         for layer in self.layers:
             hidden = layer(hidden)
         hidden = self.act(self.up(hidden))  # (batch_size, num_visual_tokens, hidden_dim)
-        prompt_embeds = self.norm(self.down(hidden))
+        prompt_embeds = normalise(self.norm, self.down(hidden))
         weights = self.pool_score(hidden).softmax(1)  # (batch_size, num_visual_tokens, 1)
-        pooled = self.pool_norm(self.pool((weights * hidden).sum(1)))  # (batch_size, pooled_dim)
+        pooled = normalise(self.pool_norm, self.pool((weights * hidden).sum(1)))  # (batch_size, pooled_dim)
         if not return_dict:
             return prompt_embeds, pooled
         return UniCode2ConditionOutput(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)

@@ -1,11 +1,10 @@
 """`UniCode2FluxPipeline`: a prompt, an image or visual tokens to an image, painted by a frozen FLUX."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
@@ -19,8 +18,10 @@ from transformers import (
 )
 
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
+from .prior_unicode2 import UniCode2PriorMixin, check_generator, to_number
+from .repository_unicode2 import UniCode2RepositoryMixin
 
-MAX_SCORES = 2**26  # of text ids, held at a time when prompts are read back: 256 MiB in float32
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -35,7 +36,7 @@ class UniCode2PipelineOutput(BaseOutput):
     visual_token_ids: torch.LongTensor
 
 
-class UniCode2FluxPipeline(FluxPipeline):
+class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipeline):
     r"""
     FLUX conditioned on visual tokens (sections 3.4 and 3.5). The language model writes the tokens of an image, the condition
     mapper turns them into what the text encoders would give, FLUX paints. Without the text encoders, which are not needed, a
@@ -62,7 +63,6 @@ class UniCode2FluxPipeline(FluxPipeline):
         "image_encoder",
         "feature_extractor",
     ]
-    _lora_loadable_modules = ["transformer"]
 
     def __init__(
         self,
@@ -96,147 +96,23 @@ class UniCode2FluxPipeline(FluxPipeline):
         self.register_modules(
             vision_language_encoder=vision_language_encoder, processor=processor, condition_mapper=condition_mapper
         )
-        self.register_to_config(image_size=image_size, num_candidates=num_candidates, true_cfg_scale=true_cfg_scale)
+        self.register_to_config(
+            image_size=to_number("image_size", image_size, int, 1),
+            num_candidates=to_number("num_candidates", num_candidates, int, 1),
+            true_cfg_scale=to_number("true_cfg_scale", true_cfg_scale, float, 1),
+        )
 
-    @torch.no_grad()
-    def generate_visual_tokens(
-        self,
-        prompt: str | list[str],
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        prior_guidance_scale: float | None = None,
-        prior_generation_kwargs: dict | None = None,
-        num_candidates: int | None = None,
-    ) -> torch.LongTensor:
-        r"""
-        Lets the language model write an image for each prompt: visual token ids `(batch_size, num_image_tokens)`.
-
-        Of `num_candidates` images (the pipeline's number by default) it keeps the one that scores best, see `score_visual_tokens`. The
-        random numbers come from `generator`, the (first) one of the call; the global generator is left as it was.
-
-        Raises:
-            `ValueError`: on an empty prompt, and on less than one candidate.
-        """
-        num_candidates = self.config.num_candidates if num_candidates is None else num_candidates
-        if not isinstance(num_candidates, int) or num_candidates < 1:
-            raise ValueError(f"`num_candidates` is {num_candidates!r}; it must be a whole number of at least 1.")
-        for name in ("num_return_sequences", "return_dict_in_generate"):
-            if num_candidates > 1 and (prior_generation_kwargs or {}).get(name) not in (None, False, 1):
-                raise ValueError(
-                    f"`{name}` does not go with {num_candidates} candidates a prompt; set `num_candidates` to 1."
-                )
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        empty = [i for i, text in enumerate(prompts) if not text.strip()]
-        if empty or not prompts:
-            raise ValueError(f"Prompt {empty[0] + 1 if empty else 0} of {len(prompts)} is empty; say what to draw.")
-        prompts = [text for text in prompts for _ in range(num_candidates)]
-        chats = [[{"role": "user", "content": text}] for text in prompts]
-        texts = self.processor.apply_chat_template(chats, add_generation_prompt=True)
-        device = self._execution_device
-        inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt").to(device)
-        first = generator[0] if isinstance(generator, list) else generator
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(
-            devices=devices, enabled=first is not None, device_type=device.type if devices else "cuda"
-        ):
-            if first is not None:
-                torch.manual_seed(torch.randint(2**62, (), generator=first, device=first.device).item())
-            written = self.vision_language_encoder.generate(
-                **inputs,
-                generation_mode="image",
-                guidance_scale=prior_guidance_scale,
-                **(prior_generation_kwargs or {}),
+    @classmethod
+    def load_lora_into_text_encoder(cls, state_dict: dict, network_alphas, text_encoder, **kwargs) -> None:
+        """Stock; the part of a LoRA for a text encoder that the pipeline does without is left out, with a word."""
+        if text_encoder is not None:
+            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **kwargs)
+        elif any(name.startswith(f"{cls.text_encoder_name}.") for name in state_dict):
+            logger.warning(
+                "The LoRA's part for the text encoder is left out: this pipeline has none, and paints without."
             )
-        if num_candidates == 1:
-            return written
-        best = self.score_visual_tokens(prompts, written).unflatten(0, (-1, num_candidates)).argmax(-1)
-        return written.unflatten(0, (-1, num_candidates))[torch.arange(len(best), device=best.device), best]
 
-    @torch.no_grad()
-    def score_visual_tokens(self, prompt: str | list[str], visual_token_ids: torch.LongTensor) -> torch.Tensor:
-        r"""
-        How well the language model reads each prompt back from its image: the log-likelihood of the prompt, in nats, as the answer to
-        the question for a caption, float32 `(batch_size,)`. `visual_token_ids` is `(batch_size, num_image_tokens)`.
-
-        Raises:
-            `ValueError`: when there are not as many prompts as images, or an image has another number of ids.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != len(visual_token_ids):
-            raise ValueError(f"{len(prompts)} prompts do not fit {len(visual_token_ids)} images of visual tokens.")
-        question = self.processor.image_token + self.processor.caption_prompt
-        rows = []
-        for text, ids in zip(prompts, visual_token_ids.tolist()):
-            chat = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-            rows.append(self.processor.encode_turns(chat, ids))
-        scores = []
-        longest, size = max(len(ids) for ids, _ in rows), self.vision_language_encoder.config.visual_token_offset
-        step = max(1, MAX_SCORES // ((longest - visual_token_ids.shape[1]) * size))
-        for start in range(0, len(rows), step):
-            scores.append(self.score_rows(rows[start : start + step]))
-        return torch.cat(scores)
-
-    def score_rows(self, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-        """Log-likelihood of what is marked in ids, see `UniCode2Processor.encode_turns`; float32 `(num_rows,)`."""
-
-        def pad_left(values: list[list[int]]) -> torch.Tensor:
-            turned = [torch.tensor(value[::-1]) for value in values]
-            padded = torch.nn.utils.rnn.pad_sequence(turned, batch_first=True)
-            return padded.flip(-1).to(self._execution_device)
-
-        input_ids, answer = (pad_left(values) for values in zip(*rows))
-        attention_mask = pad_left([[1] * len(ids) for ids, _ in rows])
-        length = answer.shape[1] - answer.any(0).nonzero()[0].item()  # from the first answer to the end
-        logits = self.vision_language_encoder(
-            input_ids, attention_mask=attention_mask, output_modality="text", logits_to_keep=length + 1, use_cache=False
-        ).logits[:, :-1]
-        answer = answer[:, -length:].bool()
-        targets = input_ids[:, -length:].where(answer, 0)
-        log_likelihood = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]  # (num_rows, length)
-        # ids that frame an image, if a prompt holds them, are no text
-        return log_likelihood.where(answer & log_likelihood.isfinite(), 0.0).sum(-1)
-
-    @torch.no_grad()
-    def encode_visual_tokens(self, visual_token_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""
-        Visual token ids `(batch_size, num_image_tokens)` to `prompt_embeds` and `pooled_prompt_embeds` (Eq. 6 and 9).
-
-        Raises:
-            `ValueError`: on ids outside the visual vocabulary, or that are not whole images.
-        """
-        config = self.vision_language_encoder.config
-        length = config.num_image_tokens
-        if not isinstance(visual_token_ids, torch.Tensor) or visual_token_ids.dtype not in (torch.int64, torch.int32):
-            kind = getattr(visual_token_ids, "dtype", type(visual_token_ids).__name__)
-            raise ValueError(f"`visual_token_ids` is {kind}; it must be a tensor of int64.")
-        if visual_token_ids.ndim != 2 or visual_token_ids.shape[1] != length or not len(visual_token_ids):
-            raise ValueError(
-                f"`visual_token_ids` has shape {tuple(visual_token_ids.shape)}; it must be (batch_size, {length}), {length} ids an image."
-            )
-        low, high = config.visual_token_offset, config.visual_token_offset + config.codebook_config.codebook_size - 1
-        if visual_token_ids.min() < low or visual_token_ids.max() > high:
-            raise ValueError(
-                f"`visual_token_ids` runs from {visual_token_ids.min().item()} to {visual_token_ids.max().item()}; "
-                f"visual token ids are {low} to {high}."
-            )
-        codes = visual_token_ids.to(self._execution_device) - low
-        embeds = self.vision_language_encoder.model.visual_embeddings(
-            codes
-        )  # (batch_size, num_image_tokens, visual_dim)
-        condition = self.condition_mapper(embeds)
-        dtype = self.transformer.dtype
-        return condition.prompt_embeds.to(dtype), condition.pooled_prompt_embeds.to(dtype)
-
-    def check_arguments(
-        self,
-        prompt,
-        image,
-        num_images_per_prompt: int,
-        num_inference_steps: int,
-        height,
-        width,
-        true_cfg_scale: float,
-        kwargs: dict,
-    ) -> None:
+    def check_arguments(self, prompt, image, kwargs: dict) -> None:
         """Raises `ValueError` before any work on what would fail after it; [`FluxPipeline`] has a `check_inputs` of its own."""
         if prompt is not None and not isinstance(prompt, str):
             wrong = (
@@ -248,14 +124,9 @@ class UniCode2FluxPipeline(FluxPipeline):
                 raise ValueError(f"`prompt` holds {type(wrong).__name__}; it must be a string or a list of strings.")
         if isinstance(image, (list, tuple)) and not image:
             raise ValueError("`image` is an empty list; give at least one image.")
-        counts = {"num_images_per_prompt": num_images_per_prompt, "height": height, "width": width}
-        for name, value in (counts | {"num_inference_steps": num_inference_steps}).items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
-        if not isinstance(true_cfg_scale, (int, float)) or not 1 <= true_cfg_scale < math.inf:
-            raise ValueError(
-                f"`true_cfg_scale` is {true_cfg_scale!r}; it must be a number of at least 1, which is without guidance."
-            )
+        given = [name for name in ("prompt_embeds", "pooled_prompt_embeds") if kwargs.get(name) is not None]
+        if given:
+            raise ValueError(f"`{given[0]}` is what the condition mapper makes; leave it out, or use [`FluxPipeline`].")
         pair = [kwargs.get(name) is None for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds")]
         if pair[0] != pair[1]:
             raise ValueError("Give `negative_prompt_embeds` and `negative_pooled_prompt_embeds`, or neither.")
@@ -294,7 +165,8 @@ class UniCode2FluxPipeline(FluxPipeline):
             height, width (`int`, *optional*, default to `image_size`): pixels.
             num_inference_steps (`int`, defaults to 50) and guidance_scale (`float`, defaults to 3.5): of FLUX, as in the paper.
             num_images_per_prompt (`int`, defaults to 1): each with tokens of its own for a prompt.
-            generator (`torch.Generator` or a list of them, *optional*): makes a call repeatable.
+            generator (`torch.Generator` or a list of them, *optional*): makes a call repeatable. Of a list, one for each image in their
+                order, an image depends on its own generator alone.
             prior_guidance_scale (`float`, *optional*): classifier-free guidance of the language model.
             prior_generation_kwargs (`dict`, *optional*): passed on to its `generate`.
             num_candidates (`int`, *optional*): images written for each, of which the one is painted from which the prompt is read back
@@ -314,11 +186,16 @@ class UniCode2FluxPipeline(FluxPipeline):
             raise ValueError(
                 f"Give exactly one of `prompt`, `image` and `visual_token_ids`; got {' and '.join(given) or 'none'}."
             )
+        self.check_arguments(prompt, image, kwargs)
+        height = to_number("height", self.config.image_size if height is None else height, int, 1)
+        width = to_number("width", self.config.image_size if width is None else width, int, 1)
+        num_inference_steps = to_number("num_inference_steps", num_inference_steps, int, 1)
+        num_images_per_prompt = to_number("num_images_per_prompt", num_images_per_prompt, int, 1)
+        guidance_scale = to_number("guidance_scale", guidance_scale, float, 0)
         if true_cfg_scale is None:
             true_cfg_scale = self.config.true_cfg_scale
-        self.check_arguments(
-            *(prompt, image, num_images_per_prompt, num_inference_steps, height, width, true_cfg_scale, kwargs)
-        )
+        true_cfg_scale = to_number("true_cfg_scale", true_cfg_scale, float, 1)
+        generator = list(generator) if isinstance(generator, tuple) else generator
         # 1. Tokens
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -326,12 +203,8 @@ class UniCode2FluxPipeline(FluxPipeline):
             visual_token_ids = self.generate_visual_tokens(
                 prompts, generator, prior_guidance_scale, prior_generation_kwargs, num_candidates
             )
-        else:
-            if image is not None:
-                encoded = self.processor(images=image, return_tensors="pt").to(self._execution_device)
-                visual_token_ids = encoded.get("visual_token_ids")  # by a quantizer that is attached to the processor
-                if visual_token_ids is None:
-                    visual_token_ids = self.vision_language_encoder.get_image_tokens(encoded["pixel_values"])
+        elif image is not None:
+            visual_token_ids = self.read_visual_tokens(image)
         # 2. Conditioning
         prompt_embeds, pooled_prompt_embeds = self.encode_visual_tokens(visual_token_ids)
         if prompt is None:
@@ -339,6 +212,7 @@ class UniCode2FluxPipeline(FluxPipeline):
                 value.repeat_interleave(num_images_per_prompt, dim=0)
                 for value in (visual_token_ids, prompt_embeds, pooled_prompt_embeds)
             )
+        check_generator(generator, len(visual_token_ids))
         # 3. Painting
         negatives = ("negative_prompt", "negative_prompt_embeds")
         if true_cfg_scale > 1 and all(kwargs.get(name) is None for name in negatives):
@@ -349,8 +223,8 @@ class UniCode2FluxPipeline(FluxPipeline):
             .__call__(
                 prompt_embeds=prompt_embeds,
                 pooled_prompt_embeds=pooled_prompt_embeds,
-                height=height or self.config.image_size,
-                width=width or self.config.image_size,
+                height=height,
+                width=width,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 true_cfg_scale=true_cfg_scale,

@@ -1,0 +1,84 @@
+"""The mapper computes what it always did, whatever diffusers does with its weights meanwhile."""
+
+import accelerate
+import pytest
+import torch
+from diffusers.models import attention_dispatch
+from torch import nn
+
+from transformers_unicode2 import UniCode2ConditionMapper
+
+SIZES = {"visual_dim": 16, "hidden_dim": 32, "output_dim": 24, "pooled_dim": 8, "num_visual_tokens": 16}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def mapper():
+    torch.manual_seed(0)
+    return UniCode2ConditionMapper(**SIZES, num_layers=2, num_attention_heads=2, pooled_scale=2.0).eval()
+
+
+@pytest.fixture
+def embeds():
+    return torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def both(mapper, embeds):
+    with torch.no_grad():
+        return torch.cat([value.flatten(1) for value in mapper(embeds, return_dict=False)], 1)
+
+
+def test_layers_are_those_of_torch_under_the_same_names(mapper, embeds):
+    layers = nn.ModuleList(
+        nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(2)
+    )
+    layers.load_state_dict(mapper.layers.state_dict())
+    expected, mapper.layers = both(mapper, embeds), layers.eval()
+    torch.testing.assert_close(both(mapper, embeds), expected)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level", "sequential"])
+def test_offloading(mapper, embeds, tmp_path, place, kind):
+    expected = both(mapper, embeds)
+    if kind == "sequential":
+        accelerate.cpu_offload(mapper, CPU, offload_buffers=True)
+        assert mapper.up.weight.device.type == "meta"
+    else:
+        disk = tmp_path if place == "disk" else None
+        mapper.enable_group_offload(CPU, CPU, kind, num_blocks_per_group=1, offload_to_disk_path=disk)
+    for _ in range(2):
+        assert torch.equal(both(mapper, embeds), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16, torch.float16, None])
+def test_layerwise_casting(mapper, embeds, dtype, compute_dtype):
+    expected = both(mapper, embeds)
+    mapper.to(dtype).enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype)
+    output = both(mapper, embeds)
+    assert mapper.up.weight.dtype == torch.float8_e4m3fn
+    assert output.dtype == (compute_dtype or dtype) == mapper.dtype
+    assert (output.float() - expected).norm() < 0.1 * expected.norm()
+
+
+def test_attention_backends_of_diffusers(mapper, embeds, monkeypatch):
+    expected, used = both(mapper, embeds), []
+    registry = attention_dispatch._AttentionBackendRegistry
+    active = registry.get_active_backend()[0]
+    flex = attention_dispatch.AttentionBackendName.FLEX
+    run = registry._backends[flex]
+    monkeypatch.setitem(registry._backends, flex, lambda *args, **kwargs: used.append(1) or run(*args, **kwargs))
+    mapper.set_attention_backend("flex")
+    try:
+        torch.testing.assert_close(both(mapper, embeds), expected, rtol=1e-4, atol=1e-5)
+    finally:
+        registry.set_active_backend(active)
+    assert len(used) == 2
+
+
+def test_saved_mapper_computes_the_same_and_odd_sizes_are_refused(mapper, embeds, tmp_path):
+    mapper.save_pretrained(tmp_path)
+    assert torch.equal(both(UniCode2ConditionMapper.from_pretrained(tmp_path), embeds), both(mapper, embeds))
+    with pytest.raises(ValueError, match="`visual_dim` is 16, which 3 attention heads do not divide"):
+        UniCode2ConditionMapper(**SIZES, num_layers=1, num_attention_heads=3)

@@ -1,0 +1,139 @@
+"""One repository for a pipeline and its language model: how it is written, and how diffusers loads it, with this package or without.
+
+Its root is a checkpoint of Transformers, code and all. `model_index.json` names the code of the pipeline, so that diffusers can run it on
+trust; where this package is imported, its own classes take that place. The components that are ours stand there under the library of their
+base classes, for diffusers refuses others; what loads them is below.
+"""
+
+import copy
+import inspect
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
+from diffusers.utils.torch_utils import is_compiled_module
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from .condition_mapper_unicode2 import UniCode2ConditionMapper
+
+if TYPE_CHECKING:
+    # Never run: diffusers downloads the files that a file imports from beside it, and those of the language model have to come along.
+    from .modeling_unicode2 import UniCode2ForConditionalGeneration  # noqa: F401
+
+# Remote code was run on trust, and so may be the code beside it.
+IS_REMOTE = not __name__.startswith("transformers_unicode2.")
+IN_ROOT = ("vision_language_encoder", "processor")
+ENTRIES = {
+    "vision_language_encoder": ["transformers", "UniCode2ForConditionalGeneration"],
+    "processor": ["transformers", "UniCode2Processor"],
+    "condition_mapper": ["diffusers", "UniCode2ConditionMapper"],
+}
+
+
+class VisionLanguageEncoderConfig:
+    """Finds the configuration of the language model as diffusers asks for it, to plan a `device_map`."""
+
+    @staticmethod
+    def from_pretrained(folder: str, subfolder: str, **kwargs):
+        own = os.path.join(folder, subfolder)
+        return AutoConfig.from_pretrained(own if os.path.isdir(own) else folder, trust_remote_code=IS_REMOTE)
+
+
+class VisionLanguageEncoder(PreTrainedModel):
+    """Stands for the class of the language model, which is this package's or travels with the repository."""
+
+    config_class = VisionLanguageEncoderConfig
+
+    def __new__(cls, config):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=IS_REMOTE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **kwargs) -> PreTrainedModel:
+        return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=IS_REMOTE, **kwargs)
+
+
+class Processor(ProcessorMixin):
+    """Stands for the class of the processor, as [`VisionLanguageEncoder`] for the model's."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **kwargs) -> ProcessorMixin:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=IS_REMOTE, **kwargs)
+
+
+# Diffusers looks for these, and for their base classes, in the namespace of this module.
+LOADERS = {
+    "vision_language_encoder": VisionLanguageEncoder,
+    "processor": Processor,
+    "condition_mapper": UniCode2ConditionMapper,
+}
+BASES = (ModelMixin, PreTrainedModel, ProcessorMixin)
+
+
+class UniCode2RepositoryMixin:
+    """Saving and loading of a pipeline around a language model in the root of its repository."""
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        """Stock; the components that are ours come from the loaders of this module, whatever library the index names for them."""
+        init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
+        for name, loader in LOADERS.items():
+            entry = init_dict.get(name)
+            if isinstance(entry, (list, tuple)) and entry[0] is not None:
+                init_dict[name] = [__name__, loader.__name__]
+        return init_dict, unused, hidden
+
+    def to_json_string(self) -> str:
+        """The index, in the form that every way of loading understands."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)  # of this machine
+        index |= {"_class_name": [type(self).__module__.split(".")[-1], type(self).__name__], **ENTRIES}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes the index, and the code of the pipeline and of its language model: every file beside their own that travels."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in (type(self), type(self.vision_language_encoder.config)):
+            for file in Path(inspect.getfile(part)).parent.glob("*_unicode2*.py"):
+                target = folder / file.name
+                if not (target.exists() and target.samefile(file)):
+                    shutil.copyfile(file, target)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Stock, but language model and processor are saved to the root, where Transformers and diffusers find all that is theirs.
+
+        `variant` names the files of the decoder and the mapper; those in the root have none.
+
+        Raises:
+            `ValueError`: when the language model carries an adapter, which is no checkpoint on its own.
+        """
+        encoder = self.vision_language_encoder
+        encoder = encoder._orig_mod if is_compiled_module(encoder) else encoder
+        if not isinstance(encoder, PreTrainedModel):
+            raise ValueError(
+                f"`vision_language_encoder` is a {type(encoder).__name__}; merge its adapter (`merge_and_unload`) to save the pipeline."
+            )
+        encoder.save_pretrained(
+            save_directory, **({} if max_shard_size is None else {"max_shard_size": max_shard_size})
+        )
+        self.processor.save_pretrained(save_directory)
+        for name in IN_ROOT:  # as other versions saved them; diffusers would prefer them to the root
+            shutil.rmtree(Path(save_directory, name), ignore_errors=True)
+        rest = copy.copy(self)
+        rest._internal_dict = FrozenDict({name: value for name, value in self.config.items() if name not in IN_ROOT})
+        super(UniCode2RepositoryMixin, rest).save_pretrained(
+            save_directory, safe_serialization, variant, max_shard_size, push_to_hub, **kwargs
+        )
