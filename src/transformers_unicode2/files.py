@@ -2,9 +2,10 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 WORK = ".unicode2"  # folder inside an output: its lock, its record and what is not whole yet
@@ -13,6 +14,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 # as the libraries put it that keep no error number: safetensors, datasets
 FULL_WORDS = ("No space left", "os error 28", "quota exceeded", "os error 122", "Not enough disk space")
 BLOCKED = (errno.EACCES, errno.EPERM, errno.EROFS)
+TEMPORARY = re.compile(r"^\.(.+)\.\d+\.tmp$")  # names that `whole_file` gives
 ROOM = 2**16  # bytes; with less of them free, a library that failed to write had too few
 
 
@@ -35,7 +37,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             settle(temporary)
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_file(path: str | Path, content: bytes) -> None:
@@ -94,7 +97,8 @@ def explained(path: str | Path) -> Iterator[None]:
 
 def explain(error: Exception, path: Path) -> NotWrittenError | None:
     """What `explained` raises in the place of an error; nothing for one that is not about writing."""
-    number, file = getattr(error, "errno", None), getattr(error, "filename", None) or path
+    number, file = getattr(error, "errno", None), Path(getattr(error, "filename", None) or path)
+    file = file.with_name(TEMPORARY.sub(r"\1", file.name))  # what it would have become
     again = "make room and run the same command again"
     if is_full_disk(error, path):
         explanation = NotWrittenError(f"The disk is full: {file} could not be written; {again}.")
@@ -103,7 +107,7 @@ def explain(error: Exception, path: Path) -> NotWrittenError | None:
     if number == errno.EFBIG or "File too large" in str(error):
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         return NotWrittenError(f"{file} could not be written ({reason}); {again}.")
-    if number in BLOCKED and Path(file).absolute().is_relative_to(path.absolute()):
+    if number in BLOCKED and file.absolute().is_relative_to(path.absolute()):
         return NotWrittenError(f"{file} could not be written ({error.strerror}); choose another place.")
     return None
 

@@ -174,6 +174,14 @@ def read_record(folder: str | Path, part: str = "record") -> dict | None:
         raise ValueError(f"{file} is damaged ({error}); delete {folder} and run the command again.") from error
 
 
+def check_finished(folder: str | Path, part: str = "record") -> None:
+    """Raises `ValueError` when the command that writes to a folder was broken off there, as far as it keeps a record."""
+    known = read_record(folder, part)
+    if known is not None and not known["finished"]:
+        command = known["made_of"].get("command", "its command")
+        raise ValueError(f"{folder} is not finished; run `{command}` again there until it is.")
+
+
 def find_changed(folder: Path, files: dict[str, int]) -> list[str]:
     """Names of the files of an output that are missing or have another size than noted, in bytes."""
     return [
@@ -223,7 +231,7 @@ def hash_source(name: str, deep: bool = False) -> str:
         deep: whether its parts lie in subfolders, as those of a pipeline; earlier states of a training do not count.
 
     Raises:
-        `FileNotFoundError`: when there is no such folder, nor such a name.
+        `FileNotFoundError`: when there is no such folder, nor such a name. `ValueError`: when the folder is not finished.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -234,6 +242,7 @@ def hash_source(name: str, deep: bool = False) -> str:
             return Path(snapshot_download(name, allow_patterns=["*.json"])).name
         except HFValidationError as error:
             raise FileNotFoundError(f"There is no folder {name}.") from error
+    check_finished(folder)
     files = folder.glob("**/*" if deep else "*")
     kept = [file for file in files if file.suffix in CONTENT and file.name != "trainer_state.json" and file.is_file()]
     hidden = (".", "checkpoint-")

@@ -12,6 +12,8 @@ def main(args: argparse.Namespace) -> None:
 
     from safetensors.torch import load_file, save_file
 
+    from transformers_unicode2.files import whole_file
+
     start = load_file(f"{args.start}/model.safetensors")
     carried = []
     for path in sorted(Path(args.checkpoint).glob("model*.safetensors")):
@@ -20,7 +22,8 @@ def main(args: argparse.Namespace) -> None:
             if name.startswith(("model.projector.", "visual_head.")):
                 weights[name] = start[name].to(weights[name].dtype)
                 carried.append(name)
-        save_file(weights, path, {"format": "pt"})
+        with whole_file(path) as file:
+            save_file(weights, file, {"format": "pt"})
     print(f"{args.checkpoint}: {len(carried)} tensors carried over from {args.start}")
 
 

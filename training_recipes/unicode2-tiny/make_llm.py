@@ -16,21 +16,44 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start
 
 
 def main(args: argparse.Namespace) -> None:
+    from transformers_unicode2.files import whole_folder
+    from transformers_unicode2.record import Record, hash_file, hash_source
+    from transformers_unicode2.training.tokens import find_tables
+
+    recipe = yaml.safe_load(Path(args.config).read_text())
+    output = recipe.pop("output")
+    if args.start:
+        source = {"start": hash_source(args.start), "data": None}
+    else:
+        source = {"data": {file.name: hash_file(file) for file in find_tables(recipe["data"], "train", "`data`")}}
+    with Record(output, {"command": "make_llm", **recipe, **source}).making() as finished:
+        if not finished:
+            with whole_folder(output) as folder:
+                carry_on(args.start, folder) if args.start else begin(recipe, folder)
+    print(f"{output} is finished")
+
+
+def carry_on(start: str, folder: Path) -> None:
+    """The language model and tokenizer of a checkpoint."""
     import torch
-    from datasets import load_dataset
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
 
     from transformers_unicode2 import UniCode2ForConditionalGeneration
 
-    recipe = yaml.safe_load(Path(args.config).read_text())
-    if args.start:
-        AutoTokenizer.from_pretrained(args.start).save_pretrained(recipe["output"])
-        start = UniCode2ForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
-        llm = Qwen2ForCausalLM(start.config.text_config)
-        llm.model.load_state_dict(start.model.language_model.state_dict())
-        llm.save_pretrained(recipe["output"])
-        return
+    AutoTokenizer.from_pretrained(start).save_pretrained(folder)
+    model = UniCode2ForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    llm = Qwen2ForCausalLM(model.config.text_config)
+    llm.model.load_state_dict(model.model.language_model.state_dict())
+    llm.save_pretrained(folder)
+
+
+def begin(recipe: dict, folder: Path) -> None:
+    """A tokenizer learnt from the texts of the data, and an untrained language model."""
+    import torch
+    from datasets import load_dataset
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
     rows = load_dataset("parquet", data_files=f"{recipe['data']}/train-*.parquet", split="train").remove_columns(
         "image"
     )
@@ -61,9 +84,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, more than the model's `vocab_size` of {config.vocab_size}."
         )
-    tokenizer.save_pretrained(recipe["output"])
-    Qwen2ForCausalLM(config).save_pretrained(recipe["output"])
-    print(f"{recipe['output']}: {len(tokenizer)} tokens")
+    tokenizer.save_pretrained(folder)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
 if __name__ == "__main__":

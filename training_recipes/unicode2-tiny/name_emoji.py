@@ -11,6 +11,8 @@ from pathlib import Path
 def main(source: str, target: str) -> None:
     import emoji
 
+    from transformers_unicode2.files import write_file
+
     rows = []
     Path(target).mkdir(parents=True, exist_ok=True)
     for path in sorted(Path(source).rglob("*.webp")):
@@ -21,7 +23,7 @@ def main(source: str, target: str) -> None:
             if entry:
                 shutil.copy(path, Path(target) / path.name)
                 rows.append(f"{path.name}\t{entry['en'].strip(':').replace('_', ' ')}")
-    Path(target, "captions.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    write_file(Path(target, "captions.tsv"), ("\n".join(rows) + "\n").encode())
     print(f"{target}: {len(rows)} emoji")
 
 

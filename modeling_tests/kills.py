@@ -1,0 +1,118 @@
+"""Runs a command again and again, kills it while it writes, and tells whether it went on to the same bytes.
+
+    python modeling_tests/kills.py COMMAND NUM_KILLS FOLDER WORDS...
+
+One process imports all that is slow and forks a child for each run. It watches the output: everything that appears, grows or goes there is
+one event, and a child is killed at an event that is drawn beforehand. `{}` in the words stands for the output. Prints JSON.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import datasets  # noqa: F401
+import diffusers  # noqa: F401
+import trl  # noqa: F401
+from transformers import TrainingArguments
+
+from transformers_unicode2 import UniCode2FluxPipeline, cli  # noqa: F401
+from transformers_unicode2.training import mapper, sft
+from transformers_unicode2.training.stage import run
+
+
+def work(command: str, words: list[str], log: Path) -> None:
+    """One run, in a child of its own; never returns."""
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [command, *words]
+    code = 0
+    try:
+        if command == "sft":
+            run(sft.main, sft.StageArguments, sft.SFTConfig)
+        elif command == "mapper":
+            run(mapper.main, mapper.MapperArguments, TrainingArguments)
+        else:
+            sys.argv = ["unicode2", command, *words]
+            cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def look(folder: Path) -> dict[str, int]:
+    """Sizes of all files of an output, and -1 of its folders."""
+    state, left = {}, [str(folder)]
+    while left:
+        try:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    state[entry.path] = -1 if is_folder else entry.stat().st_size
+                    left += [entry.path] if is_folder else []
+        except FileNotFoundError:
+            pass
+    return state
+
+
+def follow(pid: int, folder: Path, kill_at: int) -> tuple[int, int | None]:
+    """Counts the events in an output until its run ends, or kills it at one of them; the count and the exit status, if it has one."""
+    events, before = 0, look(folder)
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return events, os.waitstatus_to_exitcode(status)
+        now = look(folder)
+        events += len(now.items() ^ before.items())
+        before = now
+        if events >= kill_at:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return events, None
+
+
+def start(command: str, words: list[str], output: Path, kill_at: int = sys.maxsize) -> tuple[int, int | None]:
+    pid = os.fork()
+    if pid == 0:
+        work(command, [word.replace("{}", str(output)) for word in words], output.with_suffix(".log"))
+    return follow(pid, output, kill_at)
+
+
+def read(output: Path) -> dict[str, bytes]:
+    """The result in an output: what belongs to a run alone is left out."""
+    files = [path for path in output.rglob("*") if path.is_file()]
+    names = {path: path.relative_to(output) for path in files}
+    return {
+        str(name): path.read_bytes()
+        for path, name in names.items()
+        if not any(part.startswith((".unicode2", "checkpoint-")) for part in name.parts)
+    }
+
+
+def main(command: str, num_kills: int, folder: Path, words: list[str]) -> dict:
+    random.seed(command)
+    events, status = start(command, words, folder / "whole")
+    report = {"events": events, "kills": 0, "wrong": [], "status": status}
+    wanted, chain = read(folder / "whole"), 0
+    while report["kills"] < num_kills and chain < 2 * num_kills:
+        output, chain = folder / f"killed-{chain}", chain + 1
+        at = [random.randrange(1, events) for _ in range(min(2, num_kills - report["kills"]))]
+        report["kills"] += sum(start(command, words, output, kill_at)[1] is None for kill_at in at)
+        status = start(command, words, output)[1]
+        if status or read(output) != wanted:
+            report["wrong"].append([at, status, output.with_suffix(".log").read_text()[-1000:]])
+    return report
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])))

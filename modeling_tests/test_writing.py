@@ -1,0 +1,548 @@
+"""What a command writes is whole or absent, made of one thing, by one run at a time: full disks, kills, and folders in use."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from kills import read
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import TrainingArguments as HFTrainingArguments
+
+from transformers_unicode2 import UniCode2ConditionMapper, UniCode2Config, UniCode2ForConditionalGeneration, cli
+from transformers_unicode2.files import NotWrittenError, whole_file, whole_folder, write_file
+from transformers_unicode2.record import Record, compare, held
+
+RECIPES = Path(__file__).parents[1] / "training_recipes"
+ENCODER = {"hidden_size": 16, "image_size": 32, "patch_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_checkpoint, processor):
+    """Small inputs of all commands, and the words that each of them takes; `{}` stands for the output."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i in range(8):
+        image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        image.resize((32, 32), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.png")
+    torch.manual_seed(0)
+    SiglipVisionModel(SiglipVisionConfig(**ENCODER, intermediate_size=16)).save_pretrained(folder / "encoder")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "encoder")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llm = Qwen2ForCausalLM(Qwen2Config(vocab_size=768, num_key_value_heads=2, **sizes))
+    llm.save_pretrained(folder / "llm", max_shard_size="60KB")
+    processor.tokenizer.save_pretrained(folder / "llm")
+    tiny = UniCode2ConditionMapper.from_pretrained(tiny_checkpoint, subfolder="condition_mapper").config
+    names = ("visual_dim", "output_dim", "pooled_dim", "num_visual_tokens")
+    mapper = UniCode2ConditionMapper(
+        **{name: tiny[name] for name in names}, hidden_dim=32, num_layers=1, num_attention_heads=3
+    )
+    mapper.save_pretrained(folder / "start")
+    config = UniCode2Config.from_pretrained(tiny_checkpoint).to_dict()
+    config["text_config"] |= {**sizes, "num_key_value_heads": 2, "layer_types": None, "head_dim": 16}
+    model = UniCode2ForConditionalGeneration(UniCode2Config(**config))
+    quantizer = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint).get_quantizer()
+    model.get_quantizer().load_state_dict(quantizer.state_dict())
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    training = (
+        "--use_cpu true --bf16 false --report_to none --max_steps 2 --save_steps 1 --save_total_limit 1 --output_dir {}"
+    )
+    commands = {
+        "scenes": "--num-scenes 16 --output {}",
+        "tokenize": f"--data {folder}/scenes --model {folder}/model --output {{}}",
+        "codebook build": f"--images {folder}/images --encoder {folder}/encoder --codebook-size 24 --num-cells 2 --iterations 2 "
+        "--images-per-shard 2 --output {}",
+        "codebook grow": f"{folder}/codebook_build --images {folder}/images --add 8 --output {{}}",
+        "init": f"--llm {folder}/llm --vision {folder}/encoder --codebook {folder}/codebook_build --output {{}}",
+        "assemble": f"--model {tiny_checkpoint} --mapper {tiny_checkpoint}/condition_mapper --decoder {tiny_checkpoint} "
+        "--image-size 64 --output {}",
+        "sft": f"--config {RECIPES}/unicode2-tiny/stage2.yaml --model {folder}/model --data {folder}/tokenize "
+        f"--per_device_train_batch_size 2 --warmup_steps 1 {training}",
+        "mapper": f"--data {folder}/scenes --tokens {folder}/tokenize --model {folder}/model --start {folder}/start "
+        f"--contrastive_weight 0 --flow_matching_weight 0 --regression_weight 1 --per_device_train_batch_size 2 {training}",
+    }
+    for command in ("scenes", "tokenize", "codebook build"):
+        assert execute(command, commands[command], folder / command.replace(" ", "_"))[0] == 0
+    return folder, commands
+
+
+def execute(command: str, words: str, output, *more: str) -> tuple[int, str]:
+    """A command in this process: its exit status, and the last line that it says on stderr when it fails."""
+    from transformers_unicode2.training import mapper, sft
+    from transformers_unicode2.training.stage import run
+
+    parts = [word.replace("{}", str(output)) for word in words.split()] + list(more)
+    said = SimpleNamespace(text="", flush=lambda: None)
+    said.write = lambda text: setattr(said, "text", said.text + text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stderr", said)
+        try:
+            if command in ("sft", "mapper"):
+                patch.setattr("sys.argv", [command, *parts])
+                classes = {
+                    "sft": (sft.StageArguments, sft.SFTConfig),
+                    "mapper": (mapper.MapperArguments, HFTrainingArguments),
+                }
+                run({"sft": sft.main, "mapper": mapper.main}[command], *classes[command])
+            else:
+                patch.setattr("sys.argv", ["unicode2", *command.split(), *parts])
+                cli.main()
+        except SystemExit as stop:
+            return stop.code, said.text.strip().splitlines()[-1]
+    return 0, ""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Makes a disk of so many bytes, and room on it afterwards; skipped where nothing can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def resize(size: int, option: str = "") -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"{option}size={size}", "tmpfs", str(disk)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no disk can be mounted here")
+        return disk
+
+    yield resize
+    subprocess.run(["umount", "--lazy", str(disk)], capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def wanted(place):
+    """What each command writes when nothing is in its way, and how many bytes lie there."""
+    folder, commands = place
+    known = {}
+
+    def want(command: str) -> tuple[dict[str, bytes], int]:
+        output = folder / command.replace(" ", "_")
+        if command not in known:
+            if not output.exists():
+                assert execute(command, commands[command], output)[0] == 0
+            known[command] = read(output), sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+        return known[command]
+
+    return want
+
+
+COMMANDS = ("scenes", "tokenize", "codebook build", "codebook grow", "init", "assemble", "sft", "mapper")
+SHARES = {"codebook build": (2, 3)}  # of the bytes in the end; its work takes more than its result
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_is_called_one_and_the_command_goes_on_once_there_is_room(command, place, wanted, small_disk):
+    bytes_, size = wanted(command)
+    for share in SHARES.get(command, (0.5,)):
+        disk = small_disk(int(share * size) // 4096 * 4096)
+        code, said = execute(command, place[1][command], disk / "output")
+        assert code == 2 and "disk is full" in said, said
+        assert not list(disk.rglob("*.tmp")) and not (disk / "output" / "config.json").exists()
+        small_disk(2**28, "remount,")
+        assert execute(command, place[1][command], disk / "output") == (0, "")
+        assert read(disk / "output") == bytes_
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("writer", ["bytes", "safetensors", "torch", "parquet", "pillow", "json"])
+def test_whatever_a_library_raises_a_full_disk_is_called_one(writer, small_disk):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    disk, many = small_disk(2**16), 2**18
+    writers = {
+        "bytes": lambda file: file.write_bytes(bytes(many)),
+        "safetensors": lambda file: save_file({"x": torch.zeros(many)}, file),
+        "torch": lambda file: torch.save(torch.zeros(many), file),
+        "parquet": lambda file: parquet.write_table(pa.table({"x": np.random.default_rng(0).random(many)}), file),
+        "pillow": lambda file: Image.fromarray(np.zeros((512, 512), np.uint8)).save(file, "BMP"),
+        "json": lambda file: json.dump(list(range(many)), open(file, "w")),
+    }
+    (disk / "x").write_bytes(b"before")
+    with pytest.raises(NotWrittenError, match="^The disk is full: .*; make room and run") as error:
+        with whole_file(disk / "x") as file:
+            writers[writer](file)
+    assert error.value.errno == errno.ENOSPC and (disk / "x").read_bytes() == b"before"
+    assert sorted(path.name for path in disk.iterdir()) == ["x"]
+
+
+def test_an_output_that_is_a_mount_point_is_filled_too(small_disk, place, wanted):
+    disk = small_disk(2**28)
+    (disk / "lost+found").mkdir()
+    assert execute("init", place[1]["init"], disk) == (0, "")
+    (disk / "lost+found").rmdir()
+    assert read(disk) == wanted("init")[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_finished_output_is_left_alone_and_another_making_is_refused(command, place, wanted, capsys):
+    bytes_, folder = wanted(command)[0], place[0] / command.replace(" ", "_")
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert execute(command, place[1][command], folder) == (0, "")
+    assert "is finished; nothing to do" in capsys.readouterr().out
+    changes = {
+        "scenes": ("--seed", "7", "seed was 0 and is 7"),
+        "codebook build": ("--seed", "7", "seed was 0 and is 7"),
+        "codebook grow": ("--seed", "7", "seed was 0 and is 7"),
+        "init": ("--visual-head", "two_level", "visual_head was flat and is two_level"),
+        "assemble": ("--num-candidates", "4", "num_candidates was 1 and is 4"),
+        "sft": ("--learning_rate", "0.5", "learning_rate was 0.001 and is 0.5"),
+        "mapper": ("--seed", "7", "seed was 42 and is 7"),
+        "tokenize": ("--model", str(place[0] / "tokenize_other"), "quantizer was"),
+    }
+    *more, sentence = changes[command]
+    if command == "tokenize" and not Path(more[1]).exists():
+        model = UniCode2ForConditionalGeneration.from_pretrained(place[0] / "model")
+        model.get_quantizer().codebook.codes.copy_(model.get_quantizer().codebook.codes.flip(0))
+        model.save_pretrained(more[1])
+        shutil.copy(place[0] / "model" / "processor_config.json", more[1])
+    code, said = execute(command, place[1][command], folder, *more)
+    assert code == 2 and sentence in said and "Traceback" not in said, said
+    assert read(folder) == bytes_ and times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "codebook build"])
+def test_a_second_run_and_a_folder_of_someone_else_are_refused(command, place, wanted, tmp_path):
+    wanted(command)
+    with held(tmp_path / "held"):
+        code, said = execute(command, place[1][command], tmp_path / "held")
+    assert code == 2 and "Another run is writing to" in said
+    names = {"scenes": "train-00000.parquet", "tokenize": "train-00000.parquet", "codebook grow": "codebook.json"}
+    file = tmp_path / "mine" / names.get(command, "config.json")
+    file.parent.mkdir()
+    file.write_text("mine")
+    code, said = execute(command, place[1][command], file.parent)
+    assert code == 2 and (f"holds {file.name}, and nothing tells" in said or "holds a codebook already" in said), said
+    assert [path.name for path in file.parent.iterdir()] == [file.name] and file.read_text() == "mine"
+
+
+def test_a_lock_is_let_go_of_by_a_killed_run_and_leaves_nothing(tmp_path):
+    script = f"from transformers_unicode2.record import held; held = held({str(tmp_path / 'out')!r}); held.__enter__(); print(1); input()"
+    run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert run.stdout.readline()
+    with pytest.raises(ValueError, match="Another run is writing to"), held(tmp_path / "out"):
+        pass
+    run.kill()
+    run.wait()
+    with held(tmp_path / "out"), pytest.raises(ValueError, match="Another run"), held(tmp_path / "out"):
+        pass
+    with held(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists() and not list((tmp_path / "out").iterdir())
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_folder_that_was_half_moved_is_moved_again(tmp_path, monkeypatch):
+    """Whenever the moving is broken off, what a loader begins with is not there, and the same making goes on."""
+
+    def make(output, broken_off_after=100):
+        moves = []
+
+        def rename(self, target):
+            if len(moves) == broken_off_after:
+                raise Killed
+            moves.append(os.rename(self, target))
+
+        with Record(output, {"a": 1}).making() as finished, monkeypatch.context() as patch:
+            if not finished:
+                with whole_folder(output) as new:
+                    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+                        (new / name).write_text(name)
+                    (new / "vae").mkdir()
+                    (new / "vae" / "config.json").write_text("vae")
+                    patch.setattr(Path, "rename", rename)
+
+    make(tmp_path / "whole")
+    for count in range(4):
+        with pytest.raises(Killed):
+            make(tmp_path / str(count), count)
+        assert not (tmp_path / str(count) / "config.json").exists()
+        if count:
+            with pytest.raises(ValueError, match="a was 1 and is 2"), Record(tmp_path / str(count), {"a": 2}).making():
+                pass
+        make(tmp_path / str(count))
+        assert read(tmp_path / str(count)) == read(tmp_path / "whole")
+
+
+def test_nothing_stays_of_a_making_that_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), Record(tmp_path / "new", {}).making(), whole_folder(tmp_path / "new") as new:
+        (new / "config.json").write_text("{}")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(NotWrittenError, match="/proc/out cannot be made"), Record("/proc/out", {}).making():
+        pass
+
+
+def test_what_was_changed_or_lost_afterwards_is_noticed(tmp_path):
+    def make():
+        with Record(tmp_path, {}).making() as finished:
+            if not finished:
+                with whole_folder(tmp_path) as new:
+                    (new / "a").write_text("a")
+                    (new / "b").write_text("b")
+        return finished
+
+    assert [make(), make()] == [False, True]
+    (tmp_path / "a").unlink()
+    assert [make(), make()] == [False, True] and (tmp_path / "a").read_text() == "a"
+    (tmp_path / "b").write_text("longer")
+    with pytest.raises(ValueError, match=r"b is not as it was written \(1 bytes then, 6 now\); delete it"):
+        make()
+    (tmp_path / ".unicode2" / "record.json").write_text("{")
+    with pytest.raises(ValueError, match="record.json is damaged"):
+        make()
+
+
+def test_differences_are_named_with_what_was_and_is():
+    before = {"tasks": {"caption": 1.0, "questions": 1.0}, "data": {"a": "0" * 64}, "seed": 0}
+    now = {"tasks": {"caption": 0.5}, "data": {"a": "0" * 64, "b": "1" * 64}, "seed": None}
+    assert compare(before, now, growing=("data",)) == [
+        "tasks caption was 1.0 and is 0.5",
+        "tasks questions was 1.0 and is nothing",
+        "seed was 0 and is None",
+    ]
+    assert compare(before, now)[2] == f"data b was nothing and is {'1' * 12}"
+
+
+def test_files_can_be_read_by_whom_other_files_can(tmp_path):
+    with whole_folder(tmp_path) as new:
+        save_file({"x": torch.zeros(1)}, new / "x.safetensors")
+    with whole_file(tmp_path / "y.safetensors") as file:
+        save_file({"x": torch.zeros(1)}, file)
+    (tmp_path / "plain").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir() if path.is_file()}) == 1
+
+
+def test_a_disk_that_cannot_be_written_to_is_named_and_what_is_finished_there_is_known(small_disk, place, capsys):
+    disk = small_disk(2**28)
+    assert execute("init", place[1]["init"], disk / "output") == (0, "")
+    small_disk(2**28, "remount,ro,")
+    with pytest.raises(NotWrittenError, match="could not be written .Read-only file system.; choose another place"):
+        write_file(disk / "x", b"")
+    code, said = execute("scenes", place[1]["scenes"], disk / "scenes")
+    assert code == 2 and "scenes cannot be made (Read-only file system); choose another --output" in said
+    assert execute("init", place[1]["init"], disk / "output") == (0, "")
+    assert "is finished; nothing to do" in capsys.readouterr().out
+
+
+def test_data_that_changed_are_refused_and_added_files_are_tokenized(place, wanted, tmp_path):
+    folder, commands = place
+    data, output = tmp_path / "data", tmp_path / "tokens"
+    data.mkdir()
+    shutil.copy(folder / "scenes" / "train-00000.parquet", data)
+    words = commands["tokenize"].replace(str(folder / "scenes"), str(data))
+    assert execute("tokenize", words, output) == (0, "")
+    first = (output / "train-00000.parquet").read_bytes()
+    assert first == wanted("tokenize")[0]["train-00000.parquet"]  # wherever the data lie
+    assert execute("scenes", "--num-scenes 4 --seed 3 --output {}", tmp_path / "more") == (0, "")
+    shutil.copy(tmp_path / "more" / "train-00000.parquet", data / "train-00001.parquet")
+    assert execute("tokenize", words, output) == (0, "")
+    assert (output / "train-00000.parquet").read_bytes() == first and len(read(output)) == 2
+    shutil.copy(tmp_path / "more" / "train-00000.parquet", data / "train-00000.parquet")
+    code, said = execute("tokenize", words, output)
+    assert code == 2 and "data train-00000.parquet was " in said
+    (data / "train-00001.parquet").unlink()
+    assert "data train-00001.parquet was " in execute("tokenize", words, output)[1]
+    shutil.rmtree(output / ".unicode2")  # as after a copy of the visible files; each of them says itself what made it
+    code, said = execute("sft", commands["sft"].replace(str(folder / "tokenize"), str(output)), tmp_path / "stage")
+    assert code == 0
+    code, said = execute(
+        "mapper", commands["mapper"].replace(str(folder / "tokenize"), str(output)), tmp_path / "mapper"
+    )
+    assert code == 2 and "was not made of train-00001.parquet" in said
+
+
+def test_what_is_not_finished_is_no_input(place, tmp_path):
+    """Of a data set or checkpoint whose writing was broken off nothing is made."""
+    folder, commands = place
+    for name, command in (("scenes", "tokenize"), ("tokenize", "sft"), ("model", "sft"), ("codebook_build", "init")):
+        copy = tmp_path / name
+        shutil.copytree(folder / name, copy)
+        part = "train" if name in ("scenes", "tokenize") else "record"
+        record = {"made_of": {"command": "x y"}, "finished": False, "files": {}}
+        (copy / ".unicode2").mkdir(exist_ok=True)
+        (copy / ".unicode2" / f"{part}.json").write_text(json.dumps(record))
+        code, said = execute(command, commands[command].replace(str(folder / name), str(copy)), tmp_path / "output")
+        assert code == 2 and "is not finished; run `x y` again" in said, said
+
+
+def test_codes_that_are_none_of_the_model_are_refused(place, tmp_path):
+    from datasets import Dataset
+
+    folder, commands = place
+    texts = {"caption": "a", "dense_caption": "b", "questions": ["q"], "answers": ["a"]}
+    for codes, sentence in (
+        ([8192] * 64, "has codes from 8192 to 8192"),
+        ([-1] * 64, "has codes from -1 to -1"),
+        ([0] * 63, "Row 0 of .* has 63 codes; an image has 64"),
+        ([0.5] * 64, "lists of integers"),
+        (None, "lists of integers"),
+    ):
+        data = tmp_path / sentence[:9]
+        data.mkdir(exist_ok=True)
+        Dataset.from_list([{**texts, "codes": codes}]).to_parquet(str(data / "train-0.parquet"))
+        words = commands["sft"].replace(str(folder / "tokenize"), str(data))
+        code, said = execute("sft", words, tmp_path / "output")
+        assert code == 2
+        import re
+
+        assert re.search(sentence, said), said
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.fixture(scope="module")
+def stage_runs(place, wanted, tmp_path_factory):
+    """A stage of four steps with a checkpoint at each, and a function that goes on with a copy of it."""
+    folder, commands = place
+    words = commands["sft"].replace("--save_total_limit 1", "").replace("--max_steps 2", "--max_steps 3")
+    whole = tmp_path_factory.mktemp("stage") / "whole"
+    assert execute("sft", words, whole)[0] == 0
+    return words, whole
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGES = {
+    "empty folder": lambda last: [shutil.rmtree(last), last.mkdir()],
+    "no trainer_state.json": lambda last: (last / "trainer_state.json").unlink(),
+    "half an optimizer": lambda last: cut(last / "optimizer.pt"),
+    "empty weights": lambda last: os.truncate(last / "model.safetensors", 0),
+    "no record": lambda last: shutil.rmtree(last / ".unicode2"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_stage_goes_on_from_its_newest_whole_checkpoint(damage, stage_runs, tmp_path, capsys):
+    words, whole = stage_runs
+    output = tmp_path / "output"
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3"):
+        shutil.copytree(whole / name, output / name)
+    DAMAGES[damage](output / "checkpoint-3")
+    DAMAGES["no trainer_state.json"](output / "checkpoint-2")
+    kept = (output / "checkpoint-1" / "model.safetensors").stat().st_mtime_ns
+    assert execute("sft", words, output) == (0, "")
+    assert "checkpoint-3 is not whole; it is removed, and the stage goes on from" in capsys.readouterr().out
+    assert read(output) == read(whole)
+    assert (output / "checkpoint-1" / "model.safetensors").stat().st_mtime_ns == kept
+
+
+def test_a_longer_stage_goes_on_and_a_shorter_one_is_refused(stage_runs, tmp_path):
+    words, whole = stage_runs
+    shutil.copytree(whole, tmp_path / "output")
+    code, said = execute("sft", words, tmp_path / "output", "--max_steps", "2")
+    assert code == 2 and "checkpoint-3 is at step 3 and `max_steps` is 2" in said
+    assert execute("sft", words, tmp_path / "output", "--max_steps", "4") == (0, "")
+    assert (tmp_path / "output" / "checkpoint-4").is_dir() and read(tmp_path / "output") != read(whole)
+    code, said = execute("sft", words, tmp_path / "output", "--per_device_train_batch_size", "4")
+    assert code == 2 and "per_device_train_batch_size was 2 and is 4" in said
+    spread = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "4")
+    assert execute("sft", words, tmp_path / "output", *spread) == (0, "")  # the same sequences a step
+
+
+def test_checkpoints_without_an_optimizer_are_no_start(stage_runs, tmp_path, capsys):
+    words, whole = stage_runs
+    assert execute("sft", words, tmp_path, "--save_only_model", "true", "--max_steps", "2") == (0, "")
+    assert execute("sft", words, tmp_path) == (0, "")
+    assert "has no optimizer (`save_only_model`)" in capsys.readouterr().out
+    assert read(tmp_path) == read(whole)
+
+
+@pytest.mark.parametrize("option", ["--push_to_hub true", "--resume_from_checkpoint x", "--use_liger_kernel true"])
+def test_a_stage_refuses_what_it_does_not_follow(option, place, tmp_path):
+    code, said = execute("sft", place[1]["sft"], tmp_path / "output", *option.split())
+    assert code == 2 and f"`{option.split()[0][2:]}` is not followed" in said and not (tmp_path / "output").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sft", "mapper", "assemble", "init"])
+def test_twenty_kills_while_a_command_writes_all_go_on_to_the_same_bytes(command, place, wanted, tmp_path):
+    wanted("tokenize")
+    script, environment = Path(__file__).with_name("kills.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = place[1][command].replace("--max_steps 2", "--max_steps 3").split()
+    job = [sys.executable, str(script), command, "20", str(tmp_path), *words]
+    said = subprocess.run(job, env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr[-3000:]
+    report = json.loads(said.stdout.splitlines()[-1])
+    assert report["status"] == 0 and report["wrong"] == [] and report["kills"] == 20, report
+
+
+LAUNCHERS = {
+    "torchrun, build": (
+        "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc_per_node 2",
+        "codebook.build",
+    ),
+    "torchrun, sft": (
+        "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc_per_node 2",
+        "training.sft",
+    ),
+    "accelerate, sft": (f"-m accelerate.commands.launch --config_file {RECIPES}/accelerate/cpu.yaml", "training.sft"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("seconds", [2.5, 12])
+def test_workers_end_with_a_launcher_that_is_killed(launcher, seconds, place, tmp_path):
+    """While they import, and while they work."""
+    folder, commands = place
+    start, module = LAUNCHERS[launcher]
+    words = commands["sft" if "sft" in module else "codebook build"].replace("{}", str(tmp_path / "output"))
+    more = ["--max_steps", "100000"] if "sft" in module else ["--iterations", "20", "--polish", "200"]
+    job = subprocess.Popen(
+        [sys.executable, *start.split(), "-m", f"transformers_unicode2.{module}", *words.split(), *more],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.wait(seconds)
+    workers = psutil.Process(job.pid).children(recursive=True)
+    try:
+        job.kill()
+        job.wait()
+        assert workers and psutil.wait_procs(workers, timeout=60)[1] == []
+    finally:
+        for worker in workers:
+            if worker.is_running():
+                worker.kill()
+
+
+@pytest.mark.slow
+def test_a_run_lives_on_when_the_shell_that_started_it_ends(place, tmp_path):
+    words = place[1]["sft"].replace("{}", str(tmp_path / "output"))
+    command = f"{sys.executable} -m transformers_unicode2.training.sft {words}"
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no"}  # as a shell may have it
+    subprocess.run(["bash", "-c", f"nohup {command} > {tmp_path}/log 2>&1 & echo $! > {tmp_path}/pid"], env=environment)
+    pid = int((tmp_path / "pid").read_text())
+    psutil.wait_procs([psutil.Process(pid)], timeout=120)
+    assert (tmp_path / "output" / "model.safetensors").is_file(), (tmp_path / "log").read_text()[-2000:]
+
+
+def test_processes_that_miss_a_peer_end_in_a_sentence(monkeypatch):
+    from datetime import timedelta
+
+    script = (
+        "import transformers_unicode2.processes as p; from datetime import timedelta; from transformers_unicode2.cli import sentences\n"
+        "p.RENDEZVOUS = timedelta(seconds=3)\nwith sentences('x'): p.join(cpu=True)"
+    )
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29671"}
+    said = subprocess.run([sys.executable, "-c", script], env={**os.environ, **alone}, capture_output=True, text=True)
+    assert said.returncode == 2 and "did not find each other within" in said.stderr.splitlines()[-1]
+    from transformers_unicode2 import processes
+
+    assert processes.RENDEZVOUS < timedelta(minutes=30) < processes.PATIENCE
