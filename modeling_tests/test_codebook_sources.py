@@ -392,7 +392,7 @@ def test_a_change_of_a_file_that_a_table_names_is_noticed(tmp_path, kind, suffix
 
 def test_an_image_beyond_the_memory_is_unreadable(tmp_path):
     fill(tmp_path, "0.png")
-    with pytest.raises(ValueError, match="8 x 8 pixels are .*more than the limit of 63"):
+    with pytest.raises(ValueError, match="8 x 8 pixels are more than the limit of 63"):
         numbers(ImageSource(str(tmp_path), max_pixels=63))
     assert fitting_pixels(8 * 2**30) == MAX_PIXELS and fitting_pixels(2**30) < 13_000_000
 

@@ -311,9 +311,9 @@ def test_images_that_are_too_large_are_refused_with_the_numbers(monkeypatch):
     bomb = save(Image.new("1", (20_000, 20_000)), "PNG")
     for limit in (None, 89_478_485):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(ValueError, match=f"20000 x 20000 pixels are .*more than the limit of {MAX_PIXELS}"):
+        with pytest.raises(ValueError, match=f"20000 x 20000 pixels are more than the limit of {MAX_PIXELS}"):
             load_image(bomb)
-    with pytest.raises(ValueError, match="64 x 64 pixels are .*more than the limit of 4095"):
+    with pytest.raises(ValueError, match="64 x 64 pixels are more than the limit of 4095"):
         decode_image(PICTURES["png"][0], max_pixels=4095)
 
 

@@ -25,12 +25,8 @@ MAX_PIXELS = 89_478_485  # of one image, width x height, as Pillow has it
 TIMEOUT = 60.0  # seconds that a server may take
 URLS = ("http://", "https://")
 CHANNELS = (1, 2, 3, 4)  # of an array: grey, grey and alpha, RGB, RGB and alpha
-ORIENTATION = (
-    "exif",
-    "Raw profile type exif",
-    "xmp",
-    "XML:com.adobe.xmp",
-)  # entries of `Image.info` that may tell of it
+# Entries of `Image.info` that may tell of the orientation.
+ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 
@@ -54,8 +50,10 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         `ValueError`: when it is too large, damaged, cut short, an EPS, or holds values that are not finite.
     """
     width, height = image.size
-    if not 0 < width * height <= max_pixels:
-        raise ValueError(f"{width} x {height} pixels are none, or more than the limit of {max_pixels}")
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels are more than the limit of {max_pixels}")
+    if width * height == 0:
+        raise ValueError(f"{width} x {height} pixels are none")
     if image.format == "EPS" or isinstance(image, ImageFile.StubImageFile):
         raise ValueError(f"{image.format} is no raster format; convert it to PNG")
     key = transparent_color(image)
@@ -80,11 +78,11 @@ def transparent_color(image: Image.Image):
     """The color that a PNG declares transparent, as it is among the pixels once they are loaded; Pillow leaves it as it is in the file."""
     key = image.info.get("transparency")
     tile = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
-    if tile in ("L;2", "L;4") and key is not None:
-        return key * {"L;2": 85, "L;4": 17}[tile]
-    if tile == "RGB;16B" and key is not None:
+    if key is None or tile not in ("1", "L;2", "L;4", "RGB;16B"):
+        return key
+    if tile == "RGB;16B":
         return tuple(value >> 8 for value in key)
-    return key
+    return min(255, key * {"1": 255, "L;2": 85, "L;4": 17}[tile])
 
 
 def flatten(image: Image.Image, key) -> Image.Image:
@@ -160,7 +158,7 @@ def open_content(content: bytes) -> Image.Image:
         except Exception as error:
             raise ValueError(str(error) or type(error).__name__) from error
         file.seek(0)
-    raise ValueError(f"it is in none of the formats {', '.join(FORMATS)}")
+    raise ValueError(f"it is in none of the formats {', '.join(name for name in FORMATS if name in Image.OPEN)}")
 
 
 class WholeFiles:
