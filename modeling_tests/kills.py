@@ -89,8 +89,8 @@ def start(command: str, words: list[str], output: Path, kill_at: int = sys.maxsi
 
 
 def read(output: Path) -> dict[str, bytes]:
-    """The result in an output: what belongs to a run alone is left out."""
-    files = [path for path in output.rglob("*") if path.is_file()]
+    """The result in an output: what belongs to a run alone, and code that is copied as it is, are left out."""
+    files = [path for path in output.rglob("*") if path.is_file() and path.suffix != ".py"]
     names = {path: path.relative_to(output) for path in files}
     return {
         str(name): path.read_bytes()

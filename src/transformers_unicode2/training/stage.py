@@ -156,15 +156,13 @@ def is_whole(checkpoint: Path) -> bool:
 
 def find_last_checkpoint(folder: str | Path) -> str | None:
     """The newest whole checkpoint of a stage that a run can go on from; `None` when there is none, or not even a folder."""
-    for checkpoint in list_checkpoints(folder):
-        if not is_whole(checkpoint):
-            continue
-        if any(checkpoint.glob("rng_state*.pth")):
-            return str(checkpoint)
-        print(
-            f"{checkpoint} has no optimizer (`save_only_model`), so the stage does not go on from it.", file=sys.stderr
-        )
-    return None
+    whole = (str(path) for path in list_checkpoints(folder) if is_whole(path) and has_optimizer(path))
+    return next(whole, None)
+
+
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether a checkpoint is more than the weights that `save_only_model` keeps: random states are beside those of the optimizer."""
+    return any(checkpoint.glob("rng_state*.pth"))
 
 
 class Stage:
@@ -204,6 +202,10 @@ class Stage:
             if not is_whole(checkpoint):
                 print(f"{checkpoint} is not whole; it is removed, and the stage goes on from {last or 'the start'}.")
                 remove(checkpoint)
+            elif not has_optimizer(checkpoint):
+                print(
+                    f"{checkpoint} has no optimizer (`save_only_model`); the stage goes on from {last or 'the start'}."
+                )
         if last is not None:
             state = json.loads((Path(last) / "trainer_state.json").read_text())
             steps, epochs = self.args.max_steps, self.args.num_train_epochs
