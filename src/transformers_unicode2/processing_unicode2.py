@@ -233,13 +233,18 @@ class UniCode2Processor(ProcessorMixin):
         Raises:
             `ValueError`: on a message that says nothing.
         """
-        for chat in [conversation] if conversation and isinstance(conversation[0], dict) else conversation:
-            for number, message in enumerate(chat, 1):
-                content = message.get("content")
+        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+        for chat in conversation if is_batched else [conversation]:
+            messages = getattr(chat, "messages", chat)
+            for number, message in enumerate(messages, 1):
+                content = get_entry(message, "content")
                 parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-                says = any(part.get("type") != "text" or part.get("text", "").strip() for part in parts)
-                if message.get("role") == "user" and not says:
-                    raise ValueError(f"Message {number} of {len(chat)} is empty; write some text.")
+                says = any(
+                    get_entry(part, "type") != "text" or (get_entry(part, "text") or "").strip() for part in parts
+                )
+                if get_entry(message, "role") == "user" and not says:
+                    raise ValueError(f"Message {number} of {len(messages)} is empty; write some text.")
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def check_texts(self, texts) -> None:
@@ -337,6 +342,11 @@ class UniCode2Processor(ProcessorMixin):
         for name in ("quantizer", "visual_token_offset", "image_token_id", "boi_token_id", "eoi_token_id"):
             output.pop(name, None)
         return {**output, "auto_map": AUTO_MAP}
+
+
+def get_entry(part, name: str):
+    """An entry of a message or of a part of one, which are dictionaries or, since Transformers 5.24, objects."""
+    return part.get(name) if isinstance(part, dict) else getattr(part, name, None)
 
 
 def convert_like(like, rows: list[list[int]]):
