@@ -238,19 +238,6 @@ def test_ddp_leaves_the_quantizer_alone_and_keeps_the_ranks_equal(either, tmp_pa
     assert failures.empty()
 
 
-def test_what_peft_would_not_save_or_the_quantizer_would_learn_is_refused(either, batch):
-    from peft import LoraConfig, get_peft_model
-
-    peft_model = get_peft_model(copy.deepcopy(either), LoraConfig(target_modules=["q_proj", "v_proj"])).train()
-    with pytest.raises(ValueError, match="8 parameters in the frozen quantizer are set to learn"):
-        peft_model(**batch)
-    peft_model = get_peft_model(either, LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)")).train()
-    peft_model(**batch)
-    peft_model.base_model.model.model.visual_embeddings.requires_grad_(True)
-    with pytest.raises(ValueError, match="`visual_embeddings` is set to learn, but PEFT would not save it"):
-        peft_model(**batch)
-
-
 def test_resizing_below_the_ids_that_images_need_is_refused(either):
     with pytest.raises(ValueError, match="12 text ids are too few: 12 is an id that images need"):
         either.resize_token_embeddings(12)

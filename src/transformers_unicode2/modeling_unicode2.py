@@ -16,6 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .adapters_unicode2 import check_trainable, leave_out_quantizers
 from .configuration_unicode2 import UniCode2Config
 from .generation_unicode2 import UniCode2GenerationMixin
 from .loading_unicode2 import check_loaded
@@ -228,6 +229,7 @@ class UniCode2TwoLevelVisualHead(nn.Module):
         return nn.functional.cross_entropy(cell_scores, cells, reduction="sum") + visual_embeddings(None, within_cells)
 
 
+leave_out_quantizers(UniCode2VisualEmbeddings)
 VISUAL_HEAD_CLASSES = {"flat": UniCode2VisualHead, "two_level": UniCode2TwoLevelVisualHead}
 
 
@@ -298,7 +300,7 @@ class UniCode2PreTrainedModel(PreTrainedModel):
 
         Raises `ValueError` when something in it is missing, or its quantizer damaged or of another size, see `check_loaded`.
         """
-        want_info, source = kwargs.pop("output_loading_info", False), str(pretrained_model_name_or_path)
+        want_info, source = kwargs.pop("output_loading_info", False), pretrained_model_name_or_path
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         check_loaded(model, info, source, want_info)
         model.get_quantizer().freeze()
@@ -550,7 +552,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         offset, size = self.config.visual_token_offset, self.config.codebook_config.codebook_size
         self.check_targets(hidden_states, target)
         if self.training:
-            self.check_trainable()
+            check_trainable(self)
         hidden = hidden_states
         is_text, is_visual = (target >= 0) & (target < offset), target >= offset
         text = sum_in_chunks(
@@ -664,25 +666,6 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             raise ValueError(
                 f"{len(wrong)} labels lie outside the ids 0 to {size - 1} and are not -100; the first is {wrong[0].item()}."
             )
-
-    def check_trainable(self) -> None:
-        """Raises `ValueError` when PEFT adapts the frozen quantizer, or when something learns that PEFT would not save."""
-        for config in (getattr(self, "peft_config", None) or {}).values():
-            frozen = [name for name, p in self.get_quantizer().named_parameters() if p.requires_grad]
-            if frozen:
-                raise ValueError(
-                    f"{len(frozen)} parameters in the frozen quantizer are set to learn, the first is {frozen[0]}; "
-                    r"restrict `target_modules` to the language model, as r'.*language_model.*\.(q_proj|v_proj)'."
-                )
-            saved = ("modules_to_save.", "lora_", "trainable_tokens_", f"{config.peft_type.value.lower()}_")
-            for part in ("model.visual_embeddings", "model.projector", "visual_head"):
-                names = [name for name, p in self.get_submodule(part).named_parameters() if p.requires_grad]
-                if getattr(config, "bias", "none") == "none" and any(
-                    not any(mark in name for mark in saved) for name in names
-                ):
-                    raise ValueError(
-                        f"`{part.split('.')[-1]}` is set to learn, but PEFT would not save it; name it in `modules_to_save`."
-                    )
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """Stock resizing of the text vocabulary; visual token ids move along. Raises `ValueError` when it would cut off an id that
