@@ -175,8 +175,7 @@ class UniCode2Processor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
             self.check_texts(texts)
-        if images is not None:
-            images = self.open_images(images, texts, kwargs)
+        images = self.open_images([] if images is None else images, texts, kwargs)
         batch = super().__call__(images=images, text=text, **kwargs)
         batch = UniCode2BatchFeature(batch.data, skip_tensor_conversion=batch.skip_tensor_conversion)
         if "pixel_values" in batch:
@@ -197,11 +196,17 @@ class UniCode2Processor(ProcessorMixin):
                 "`do_rescale` is False, but images are read as RGB of 8 bits, whatever they come as; leave it as it is."
             )
         opened = open_images(images, layout)
-        if opened and all(isinstance(group, list) for group in opened):
-            if texts is not None:
-                self.check_places(texts, [len(group) for group in opened])
-            opened = [image for group in opened for image in group]
-        return opened or None
+        is_nested = bool(opened) and all(isinstance(group, list) for group in opened)
+        given = [len(group) for group in opened] if is_nested else len(opened)
+        # Stock code counts places that were typed apart, where it is asked to.
+        if texts is not None and not options.get("sanitize_control_tokens"):
+            places = [text.count(self.image_token) for text in texts]
+            places = places if is_nested else sum(places)
+            if places != given:
+                raise ValueError(
+                    f"The prompts have places for {places} images, and {given} are given; {self.image_token} is a place."
+                )
+        return ([image for group in opened for image in group] if is_nested else opened) or None
 
     def check_size(self, pixel_values) -> None:
         """Raises `ValueError` when preprocessed images have another number of patches than their place in a prompt."""
@@ -255,12 +260,6 @@ class UniCode2Processor(ProcessorMixin):
         empty = [isinstance(t, str) and not t.strip() for t in texts]
         if any(empty):
             raise ValueError(f"Prompt {empty.index(True) + 1} of {len(texts)} is empty; write some text.")
-
-    def check_places(self, texts: list[str], given: list[int]) -> None:
-        """Raises `ValueError` when the texts have places for another number of images than are `given` for each."""
-        places = [text.count(self.image_token) for text in texts]
-        if places != given:
-            raise ValueError(f"The prompts have places for {places} images, and {given} are given.")
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.boi_token + self.image_token * self.num_image_tokens + self.eoi_token
