@@ -237,6 +237,26 @@ def test_several_images_of_a_key_are_images(tmp_path):
     assert numbers(ImageSource(str(tmp_path / "a.tar"))) == [0, 1, 2, 3]
 
 
+def test_a_stream_with_several_images_in_a_row_is_refused(tmp_path):
+    """`datasets` makes a column of each suffix."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, name in enumerate(("0.png", "0.depth.png", "1.png", "1.depth.png")):
+            member = tarfile.TarInfo(name)
+            member.size = len(picture(number))
+            tar.addfile(member, io.BytesIO(picture(number)))
+    with pytest.raises(ValueError, match="has several images in row 0, png and depth.png; without --streaming each is"):
+        list(ImageSource(str(tmp_path), limit=2, streaming=True).read(0, 2))
+    assert numbers(ImageSource(str(tmp_path))) == [0, 1, 2, 3]
+
+
+def test_a_stream_takes_the_column_that_holds_something(tmp_path):
+    columns = {"jpg": [picture(0), None, None], "png": [None, picture(1), None], "caption": ["x"] * 3}
+    write_table(pa.table(columns), tmp_path / "0.parquet")
+    source = ImageSource(str(tmp_path), limit=3, streaming=True)
+    *found, nothing = (content for _, content in source.read(0, 3))
+    assert found == [picture(0), picture(1)] and "there is no image" in str(nothing)
+
+
 CELLS = {
     "binary": pa.binary(),
     "large binary": pa.large_binary(),
@@ -320,6 +340,18 @@ def test_tables_that_are_damaged_or_empty_are_refused(tmp_path, suffix):
         file.write_bytes(content[:cut])
         with pytest.raises(ValueError, match=f"t.{suffix} is no whole {suffix} file"):
             ImageSource(str(file))
+
+
+def test_a_parquet_file_that_is_damaged_inside_is_named(tmp_path, tiny_checkpoint):
+    file = tmp_path / "train-0.parquet"
+    parquet.write_table(pa.table({"image": [picture(n) for n in range(20)], "text": ["x"] * 20}), file)
+    content = bytearray(file.read_bytes())
+    content[4:200] = b"\xff" * 196
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="train-0.parquet is no whole parquet file"):
+        list(ImageSource(str(file)).read(0, 20))
+    with pytest.raises(ValueError, match="train-0.parquet is no whole parquet file"):
+        tokenize(tmp_path, tiny_checkpoint, tmp_path / "out")
 
 
 def test_an_arrow_stream_that_ends_between_two_batches_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -25,10 +26,8 @@ class ImageTable:
     """
 
     def __init__(self, file: Path):
-        import pyarrow as pa
-
         self.file, self.rows = file, None
-        try:
+        with named(file):
             if file.suffix.lower() == ".arrow":
                 self.rows = open_arrow(file)
                 schema, self.groups = self.rows.schema, [len(self.rows)]
@@ -37,9 +36,6 @@ class ImageTable:
                 schema, self.metadata = table.schema_arrow, table.metadata
                 self.leaves = [table.schema.column(i).path for i in range(table.metadata.num_columns)]
                 self.groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-        except (pa.ArrowException, OSError) as error:
-            kind = file.suffix.lower()[1:]
-            raise ValueError(f"{one_line(str(file))} is no whole {kind} file ({first_words(error)}).") from error
         check_column(schema, file)
         self.schema = schema
 
@@ -53,7 +49,14 @@ class ImageTable:
         return parquet.ParquetFile(pa.OSFile(os.fsencode(self.file)))
 
     def read(self, start: int, stop: int) -> Iterator:
-        """What the rows from `start` to `stop` hold, see `read_cell`; of a parquet file one row group is opened at a time."""
+        """What the rows from `start` to `stop` hold, see `read_cell`; of a parquet file one row group is opened at a time.
+
+        Raises `ValueError` where the file is damaged.
+        """
+        with named(self.file):
+            yield from self.read_rows(start, stop)
+
+    def read_rows(self, start: int, stop: int) -> Iterator:
         if self.rows is not None:
             for first in range(start, stop, BATCH):
                 yield from self.rows["image"][first : min(first + BATCH, stop)].to_pylist()
@@ -70,8 +73,10 @@ class ImageTable:
                         break
 
     def batches(self, size: int) -> Iterator:
-        """All rows of a parquet file with all their columns, as record batches of `size` rows, fewer at the end of a row group."""
-        return self.open_parquet().iter_batches(size)
+        """All rows of a parquet file with all their columns, as record batches of at most `size` rows. Raises `ValueError` where it is
+        damaged."""
+        with named(self.file):
+            yield from self.open_parquet().iter_batches(size)
 
     def may_lack_contents(self) -> bool:
         """Whether rows may hold no content but a path, or nothing: by the type of the column, and by how many values are missing."""
@@ -113,6 +118,18 @@ class ImageTable:
             return decode_image(read_cell(value, self.file.parent, absolute=True))
         except ValueError as error:
             raise ValueError(f"{one_line(str(self.file))} row {row}: {str(error).rstrip('.')}.") from error
+
+
+@contextmanager
+def named(file: Path) -> Iterator[None]:
+    """Turns what Arrow raises on a damaged table into a `ValueError` with its name."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        kind = file.suffix.lower()[1:]
+        raise ValueError(f"{one_line(str(file))} is no whole {kind} file ({first_words(error)}).") from error
 
 
 def open_arrow(file: Path):

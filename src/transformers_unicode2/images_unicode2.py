@@ -68,7 +68,7 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     rgb.info = {name: image.info[name] for name in ORIENTATION if name in image.info}
     try:
         ImageOps.exif_transpose(rgb, in_place=True)
-    except Exception:  # noqa: S110
+    except Exception:
         pass  # damaged EXIF data turn nothing, as in viewers
     rgb.info = {}
     return rgb

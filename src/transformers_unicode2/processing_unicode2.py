@@ -178,10 +178,10 @@ class UniCode2Processor(ProcessorMixin):
         images = self.open_images([] if images is None else images, texts, kwargs)
         batch = super().__call__(images=images, text=text, **kwargs)
         batch = UniCode2BatchFeature(batch.data, skip_tensor_conversion=batch.skip_tensor_conversion)
-        if "pixel_values" in batch:
+        if "pixel_values" in batch and "input_ids" in batch:
             self.check_size(batch["pixel_values"])
-            if self.quantizer is not None:
-                self.write_codes(batch)
+        if "pixel_values" in batch and self.quantizer is not None:
+            self.write_codes(batch)
         return batch
 
     def open_images(self, images, texts: list[str] | None, options: dict) -> list | None:
@@ -189,7 +189,7 @@ class UniCode2Processor(ProcessorMixin):
 
         Raises `ValueError` when texts and lists of images do not fit, or on options that images which were read make wrong.
         """
-        options["images_kwargs"] = nested = dict(options.get("images_kwargs", {}))
+        options["images_kwargs"] = nested = dict(options.get("images_kwargs") or {})
         layout = nested.pop("input_data_format", options.pop("input_data_format", None))
         if any(given.get("do_rescale") is False for given in (options, nested)):
             raise ValueError(

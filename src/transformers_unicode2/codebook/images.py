@@ -14,7 +14,6 @@ from .names import IMAGE_SUFFIXES, LeftOut, expand, is_hidden, once, walk
 from .tars import index_tar
 
 PIXEL_BYTES = 28  # resident memory of one pixel, at most, while an image is decoded and resized
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")  # of a data set; the others are WebDataset's
 
 
 class ImageSource:
@@ -213,13 +212,20 @@ class Stream:
                 return
             self.position += 1
             if self.position > start:
-                column = next((name for name in IMAGE_COLUMNS if name in row), None)
-                if column is None:
-                    raise ValueError(
-                        f"{self.name} has the columns {', '.join(row)}, none of them {', '.join(IMAGE_COLUMNS)}."
-                    )
                 folder = Path(self.name) if Path(self.name).is_dir() else None
-                yield f"row {self.position - 1}", attempt(read_cell, row[column], folder)
+                yield f"row {self.position - 1}", attempt(read_cell, self.find_image(row), folder)
+
+    def find_image(self, row: dict):
+        """What the only image column of a row that holds anything holds. Raises `ValueError` when there is no such column, or several."""
+        columns = ["image"] if "image" in row else [name for name in row if f".{name.split('.')[-1]}" in IMAGE_SUFFIXES]
+        if not columns:
+            raise ValueError(f"{self.name} has the columns {', '.join(row)}, none of them image, jpg, png or the like.")
+        held = [name for name in columns if row[name] is not None]
+        if len(held) > 1:
+            raise ValueError(
+                f"{self.name} has several images in row {self.position - 1}, {' and '.join(held)}; without --streaming each is read."
+            )
+        return row[held[0]] if held else None
 
 
 def open_stream(name: str):
@@ -230,7 +236,7 @@ def open_stream(name: str):
     splits = load_dataset(name, streaming=True)
     rows = splits[choose_split(name, splits)]
     for column, feature in (rows.features or {}).items():  # a table without a schema of its own is not decoded
-        if column in IMAGE_COLUMNS and isinstance(feature, ImageFeature):
+        if isinstance(feature, ImageFeature):
             rows = rows.cast_column(column, ImageFeature(decode=False))
     return rows
 
