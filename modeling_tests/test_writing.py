@@ -407,7 +407,8 @@ def test_codes_that_are_none_of_the_model_are_refused(place, tmp_path):
 def stage_runs(place, wanted, tmp_path_factory):
     """A stage of four steps with a checkpoint at each, and a function that goes on with a copy of it."""
     folder, commands = place
-    words = commands["sft"].replace("--save_total_limit 1", "--save_total_limit 9").replace("steps 2", "steps 3")
+    words = commands["sft"].replace("--save_total_limit 1", "--save_total_limit 9 --logging_steps 1")
+    words = words.replace("steps 2", "steps 3")
     whole = tmp_path_factory.mktemp("stage") / "whole"
     assert execute("sft", words, whole)[0] == 0
     return words, whole
@@ -446,12 +447,24 @@ def test_a_longer_stage_goes_on_and_a_shorter_one_is_refused(stage_runs, tmp_pat
     shutil.copytree(whole, tmp_path / "output")
     code, said = execute("sft", words, tmp_path / "output", "--max_steps", "2")
     assert code == 2 and "checkpoint-3 is at step 3 and `max_steps` is 2" in said
-    assert execute("sft", words, tmp_path / "output", "--max_steps", "4") == (0, "")
-    assert (tmp_path / "output" / "checkpoint-4").is_dir() and read(tmp_path / "output") != read(whole)
-    code, said = execute("sft", words, tmp_path / "output", "--per_device_train_batch_size", "4")
+    longer = ("--max_steps", "4")
+    assert execute("sft", words, tmp_path / "output", *longer) == (0, "")
+    history = json.loads((tmp_path / "output" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    last = 0.001 * 0.5 * (1 + np.cos(np.pi * 2 / 3))  # one step of warming up, then the third of three along a cosine
+    assert history[-1]["step"] == 4 and history[-1]["learning_rate"] == pytest.approx(last)
+    weights = [folder / "model.safetensors" for folder in (whole, tmp_path / "output")]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    code, said = execute("sft", words, tmp_path / "output", *longer, "--per_device_train_batch_size", "4")
     assert code == 2 and "per_device_train_batch_size was 2 and is 4" in said
-    spread = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "4")
-    assert execute("sft", words, tmp_path / "output", *spread) == (0, "")  # the same sequences a step
+    spread = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2")
+    assert execute("sft", words, tmp_path / "output", *longer, *spread) == (0, "")  # the same sequences a step
+
+
+def test_a_stage_that_was_killed_after_its_last_step_takes_no_further_one(stage_runs, tmp_path):
+    words, whole = stage_runs
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "output" / "checkpoint-3")
+    assert execute("sft", words, tmp_path / "output") == (0, "")
+    assert read(tmp_path / "output") == read(whole) and not (tmp_path / "output" / "checkpoint-4").exists()
 
 
 def test_checkpoints_without_an_optimizer_are_no_start(stage_runs, tmp_path, capsys):

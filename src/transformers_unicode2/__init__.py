@@ -1,5 +1,9 @@
 """UniCode²: cascaded large-scale codebooks for unified multimodal understanding and generation, on Hugging Face libraries."""
 
+# first: it looks who started this process, who may be killed while the libraries are imported
+from . import processes  # noqa: F401
+
+# isort: split
 from importlib import import_module
 from types import ModuleType
 

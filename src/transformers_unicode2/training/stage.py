@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -106,6 +107,24 @@ class WholeCheckpoints:
                 settle(file)
         remove(final)
         new.rename(final)
+
+    def _run_epoch(self, *args, **kwargs):
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # a run that was killed after its last step would take one more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """The learning rate becomes that of this schedule, which may be longer than the one of the checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is not None and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            rates = [rate * at(schedule.last_epoch) for rate, at in zip(schedule.base_lrs, schedule.lr_lambdas)]
+            for group, rate in zip(schedule.optimizer.param_groups, rates):
+                group["lr"] = rate
+            schedule._last_lr = rates
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As of `Trainer`; `resume_from_checkpoint=True` takes the newest whole checkpoint. Raises `ValueError` when there is none."""
