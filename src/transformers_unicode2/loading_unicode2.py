@@ -90,26 +90,27 @@ def check_finite(name: str, rows: torch.Tensor, source: str) -> None:
         )
 
 
-def check_loaded(model, info: dict, source: str, want_info: bool) -> None:
+def check_loaded(model, info: dict, source: str | None, want_info: bool) -> None:
     """Raises `ValueError` when what `from_pretrained` made of a checkpoint would give images other codes than it says, or is random.
 
     Args:
         model: has `get_quantizer()` and a configuration with a `codebook_config`.
         info (`dict`): what loading reports. With `want_info` the caller reads it himself, so that weights may be missing.
-        source (`str`): where the weights come from.
+        source (`str`, *optional*): folder or Hub name of the weights; `None` for a state dict.
     """
+    source = "the state dict" if source is None else str(source)
     quantizer, config = model.get_quantizer(), model.config.codebook_config
     part = "" if model is quantizer else "quantizer."  # of the names of its weights
     if not want_info:
         check_keys(info, source, part)
+    if getattr(model, "is_quantized", False):
+        check_full_precision(quantizer, model.quantization_method.value)
     absent = {*info["missing_keys"], *(key for key, _, _ in info["mismatched_keys"])}
     if not any("codebook." in key for key in absent):
         check_codebook(quantizer.codebook, source)
         check_head(model, quantizer.codebook, absent, source)
     if not any(part in key for key in absent):
         check_digests(quantizer.state_dict(), config, source)
-    if getattr(model, "is_quantized", False):
-        check_full_precision(quantizer, model.quantization_method)
 
 
 def check_keys(info: dict, source: str, part: str) -> None:
@@ -124,12 +125,12 @@ def check_keys(info: dict, source: str, part: str) -> None:
         )
     if missing:
         raise ValueError(
-            f"{source} lacks {len(missing)} weights, which would be random; the first is {missing[0]}. {AGAIN} "
+            f"In {source} {len(missing)} weights are missing, which would be random; the first is {missing[0]}. {AGAIN} "
             "`output_loading_info=True` loads it all the same."
         )
     if surplus:
         raise ValueError(
-            f"{source} holds {len(surplus)} weights of the frozen quantizer that its configuration has no place for; the first is "
+            f"In {source} are {len(surplus)} weights of the frozen quantizer that its configuration has no place for; the first is "
             f"{surplus[0]}. Give it the configuration that it was saved with."
         )
     if others:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +88,7 @@ class UniCode2Codebook(nn.Module):
         return {**super().__getstate__(), "search": None}
 
     def _apply(self, function, recurse: bool = True):
-        super()._apply(function, recurse)
+        super()._apply(keep_float32(function), recurse)
         if self.search and self.search.mean.device != self.codes.device:
             self.search = None
         return self
@@ -192,6 +193,7 @@ class UniCode2Quantizer(PreTrainedModel):
     ]
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     model_config = None  # of the model that it is a part of, which knows where visual token ids begin
 
     def __init__(self, config: UniCode2QuantizerConfig):
@@ -218,13 +220,7 @@ class UniCode2Quantizer(PreTrainedModel):
 
     def _apply(self, function, recurse: bool = True):
         """Moves between devices; a conversion to a narrower dtype, as of the model around it, leaves the float32 weights alone."""
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            output = function(tensor)
-            narrowed = tensor.dtype == torch.float32 and output.dtype in (torch.float16, torch.bfloat16)
-            return tensor.to(output.device) if narrowed else output
-
-        return super()._apply(keep, recurse)
+        return super()._apply(keep_float32(function), recurse)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -234,7 +230,7 @@ class UniCode2Quantizer(PreTrainedModel):
 
         Raises `ValueError` when something in it is missing, damaged or of another size, see `check_loaded`.
         """
-        want_info, source = kwargs.pop("output_loading_info", False), str(pretrained_model_name_or_path)
+        want_info, source = kwargs.pop("output_loading_info", False), pretrained_model_name_or_path
         kwargs.setdefault("key_mapping", {r"^(model\.)?quantizer\.": ""})
         state = read_quantizer(pretrained_model_name_or_path, kwargs)
         if state:
@@ -362,6 +358,17 @@ def read_quantizer(name, options: dict) -> dict[str, torch.Tensor] | None:
         with safe_open(cached_file(name, place, **options), framework="pt") as tensors:
             state |= {key: tensors.get_tensor(key) for key in wanted if wanted[key] == place}
     return state or None
+
+
+def keep_float32(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `Module._apply` does to tensors, but without rounding those in float32 to a narrower dtype."""
+
+    def apply(tensor: torch.Tensor) -> torch.Tensor:
+        output = function(tensor)
+        narrowed = tensor.dtype == torch.float32 and output.is_floating_point() and output.dtype.itemsize < 4
+        return tensor.to(output.device) if narrowed else output
+
+    return apply
 
 
 def check_features(features: torch.Tensor, width: int) -> None:
