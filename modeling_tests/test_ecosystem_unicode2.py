@@ -178,6 +178,17 @@ def test_decode_step_compiles_without_graph_breaks(either, mode):
     assert logits.shape[:2] == (1, 1)
 
 
+def test_flex_attention_gives_the_same(either, batch, tmp_path):
+    either.save_pretrained(tmp_path)
+    flex = UniCode2ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flex_attention").eval()
+    assert flex.get_quantizer().vision_model.config._attn_implementation == "flex_attention"
+    options = {"generation_mode": "image", "do_sample": False, "guidance_scale": 2.0}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # padding does not compile on a CPU
+        assert torch.equal(*(model.get_image_tokens(batch["pixel_values"]) for model in (flex, either)))
+        assert torch.allclose(flex(**batch).loss, either(**batch).loss)
+        assert torch.equal(*(model.generate(batch["input_ids"][:, -2:], **options) for model in (flex, either)))
+
+
 def test_resized_text_embeddings_move_the_visual_ids(either, batch, tmp_path):
     codes = either.get_image_tokens(batch["pixel_values"]) - either.config.visual_token_offset
     with torch.no_grad():
