@@ -194,7 +194,6 @@ class UniCode2Quantizer(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_flex_attn = True
     model_config = None  # of the model that it is a part of, which knows where visual token ids begin
 
     def __init__(self, config: UniCode2QuantizerConfig):
