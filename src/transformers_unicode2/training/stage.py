@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
@@ -92,6 +92,8 @@ class WholeCheckpoints:
             self.hidden = None
             if self.args.should_save:
                 remove(new)
+                with suppress(OSError):  # a stage keeps its record there
+                    new.parent.rmdir()
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(place), self.args.save_total_limit, best_model_checkpoint=best)

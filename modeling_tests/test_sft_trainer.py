@@ -1,0 +1,190 @@
+"""`UniCode2SFTTrainer`: every option of `SFTConfig` is followed or refused; scores, metrics and checkpoints are those of the model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from trl import SFTConfig
+
+from transformers_unicode2.training.sft import UniCode2SFTTrainer
+from transformers_unicode2.training.stage import find_last_checkpoint
+
+
+@pytest.fixture
+def rows():
+    """Examples of several lengths, over texts and codes, with the start of each left out of the loss."""
+    rng = np.random.default_rng(0)
+    examples = [rng.integers(20, 768 + 96, size=length).tolist() for length in (9, 14, 20, 31)]
+    return Dataset.from_list([{"input_ids": ids, "labels": [-100] * 4 + ids[4:]} for ids in examples])
+
+
+@pytest.fixture
+def make(model, processor, rows, tmp_path):
+    """Makes trainers of the small model."""
+
+    def make_trainer(train_dataset=rows, **options):
+        others = (
+            "eval_dataset",
+            "compute_metrics",
+            "preprocess_logits_for_metrics",
+            "compute_loss_func",
+            "formatting_func",
+        )
+        others = {name: options.pop(name) for name in others if name in options}
+        settings = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        settings |= {"max_steps": 1, "logging_steps": 1, "learning_rate": 1e-12, "max_length": None}
+        settings |= {"per_device_train_batch_size": 4, "gradient_checkpointing": False}
+        arguments = SFTConfig(str(tmp_path / "out"), **{**settings, **options})
+        tokenizer = processor.tokenizer
+        return UniCode2SFTTrainer(model, arguments, train_dataset=train_dataset, processing_class=tokenizer, **others)
+
+    return make_trainer
+
+
+def first_loss(trainer) -> float:
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1; it is not followed"),
+        ({"loss_type": "dft"}, "`loss_type` is dft; it is not followed"),
+        ({"neftune_noise_alpha": 5.0}, "the noise would reach text embeddings, but not those of images"),
+        ({"use_liger_kernel": True}, "there are no Liger kernels"),
+        ({"liger_kernel_config": {"rope": True}}, "there are no Liger kernels"),
+        ({"compute_loss_func": len}, "`compute_loss_func` .* the loss is the model's own"),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "are for a model by name"),
+        ({"completion_only_loss": True}, "tokenized already, so `completion_only_loss` has no effect"),
+        ({"completion_only_loss": False}, "tokenized already, so `completion_only_loss` has no effect"),
+        ({"assistant_only_loss": True}, "tokenized already, so `assistant_only_loss` has no effect"),
+        ({"dataset_text_field": "prompt"}, "tokenized already, so `dataset_text_field` has no effect"),
+        ({"chat_template_path": "x.jinja"}, "tokenized already, so `chat_template_path` has no effect"),
+        ({"eos_token": "<|endoftext|>"}, "tokenized already, so `eos_token` has no effect"),
+        ({"formatting_func": str}, "tokenized already, so `formatting_func` has no effect"),
+        (
+            {"packing": True, "max_length": 64, "dataset_kwargs": {"skip_prepare_dataset": True}},
+            "`packing` has no effect",
+        ),
+        (
+            {"shuffle_dataset": True, "dataset_kwargs": {"skip_prepare_dataset": True}},
+            "`shuffle_dataset` has no effect",
+        ),
+        (
+            {"max_length": 16, "dataset_kwargs": {"skip_prepare_dataset": True}},
+            "2 of 4 train examples are longer than `max_length` 16, the longest has 31 ids",
+        ),
+        ({"eval_dataset": [{"input_ids": [1]}]}, "The eval data are a list; give a `Dataset`"),
+        ({"eval_dataset": {"a": iter([])}}, "The eval a data are a list_iterator; give a `Dataset`"),
+        ({"router_aux_loss_coef": 0.1}, "not a Mixture-of-Experts model"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="activations can be moved off the accelerator")
+def test_activations_are_not_moved_where_there_is_no_accelerator(make):
+    with pytest.raises(ValueError, match="`activation_offloading` is true; it moves activations off an accelerator"):
+        make(activation_offloading=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding_free": True},
+        {"packing": True, "max_length": 80},
+        {"pad_to_multiple_of": 64},
+        {"gradient_checkpointing": True},
+        {"shuffle_dataset": True},
+        {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": 31},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_how_examples_are_batched_does_not_change_the_loss(make, options):
+    assert first_loss(make(**options)) == pytest.approx(first_loss(make()), rel=1e-5)
+
+
+def test_examples_are_cut_at_max_length(make, rows):
+    short = rows.map(lambda row: {name: row[name][:16] for name in row})
+    assert first_loss(make(max_length=16)) == pytest.approx(first_loss(make(short)), rel=1e-6)
+    assert abs(first_loss(make(max_length=16)) - first_loss(make())) > 1e-4
+
+
+def accuracy(prediction) -> dict[str, float]:
+    scores, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    ids = scores if scores.ndim == 2 else scores.argmax(-1)
+    return {"accuracy": float((ids == labels)[labels != -100].mean())}
+
+
+def test_predictions_are_the_scores_of_the_model_and_metrics_come_of_them(make, model, rows):
+    model.eval()
+    trainer = make(eval_dataset=rows, compute_metrics=accuracy, per_device_eval_batch_size=2)
+    predicted = trainer.predict(rows)
+    hits = []
+    for row, scores in zip(rows, predicted.predictions):
+        with torch.no_grad():
+            wanted = model(torch.tensor([row["input_ids"]])).logits[0]
+        length = len(wanted)
+        torch.testing.assert_close(torch.from_numpy(scores[:length]), wanted, rtol=1e-4, atol=1e-4)
+        hits += (wanted.argmax(-1)[3 : length - 1] == torch.tensor(row["labels"][4:])).tolist()
+    assert predicted.label_ids.shape == predicted.predictions.shape[:2] and predicted.predictions.shape[2] == 768 + 96
+    assert predicted.metrics["test_accuracy"] == pytest.approx(np.mean(hits))
+    few = make(
+        eval_dataset=rows, compute_metrics=accuracy, preprocess_logits_for_metrics=lambda scores, _: scores.argmax(-1)
+    )
+    for metrics in (trainer.evaluate(), few.evaluate(), trainer.evaluate(rows)):
+        assert metrics["eval_accuracy"] == pytest.approx(np.mean(hits)) and metrics["eval_visual_loss"] > 0
+
+
+def test_evaluation_takes_what_training_takes_or_says_so(make, rows):
+    trainer = make(eval_dataset={"seen": rows, "some": rows.select([0])})
+    assert {"eval_seen_loss", "eval_some_loss"} <= trainer.evaluate().keys()
+    stream = IterableDataset.from_generator(lambda: iter(list(rows)))
+    assert trainer.evaluate(stream)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"])
+    assert trainer.predict(stream).predictions.shape == trainer.predict(rows).predictions.shape
+    assert trainer.predict(Dataset.from_dict({"text": ["a red circle"]})).predictions.shape[2] == 768 + 96
+    for ask in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match="data are a generator; give a `Dataset` or an `IterableDataset`"):
+            ask(row for row in rows)
+
+
+def test_the_best_checkpoint_is_kept_and_loaded_in_the_end(make, rows):
+    """Beside the newest one, with a limit of one; its path, which is noted, is that of the folder in the end."""
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
+    options |= {
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+        "learning_rate": 0.5,
+        "metric_for_best_model": "loss",
+    }
+    trainer = make(eval_dataset=rows, **options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert best == f"{trainer.args.output_dir}/checkpoint-{min(losses, key=losses.get)}"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-5)
+    newest = find_last_checkpoint(trainer.args.output_dir)
+    state = json.loads(open(f"{newest}/trainer_state.json").read())
+    assert newest.endswith("checkpoint-4") and state["best_model_checkpoint"] == best
+
+
+def test_resuming_takes_the_newest_whole_checkpoint(make, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    with pytest.raises(ValueError, match="has no whole checkpoint to go on from"):
+        make(**options).train(resume_from_checkpoint=True)
+    make(**options).train()
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    (tmp_path / "out/checkpoint-3/optimizer.pt").unlink()
+    assert find_last_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    trainer = make(**options)
+    trainer.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+    assert find_last_checkpoint(tmp_path / "nowhere") is None
