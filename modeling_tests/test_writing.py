@@ -75,9 +75,21 @@ def place(tmp_path_factory, tiny_checkpoint, processor):
         "mapper": f"--data {folder}/scenes --tokens {folder}/tokenize --model {folder}/model --start {folder}/start "
         f"--contrastive_weight 0 --flow_matching_weight 0 --regression_weight 1 --per_device_train_batch_size 2 {training}",
     }
+    change_codes(folder / "model", folder / "other_codes")
     for command in ("scenes", "tokenize", "codebook build"):
         assert execute(command, commands[command], folder / command.replace(" ", "_"))[0] == 0
     return folder, commands
+
+
+def change_codes(model: Path, output: Path) -> None:
+    """A checkpoint of the same sizes whose codebook has the codes in another order."""
+    changed = UniCode2ForConditionalGeneration.from_pretrained(model)
+    codes = changed.get_quantizer().codebook.codes
+    codes.copy_(codes.flip(0))
+    changed.save_pretrained(output)
+    for file in model.glob("*"):
+        if file.is_file() and not (output / file.name).exists():
+            shutil.copy(file, output)
 
 
 def execute(command: str, words: str, output, *more: str) -> tuple[int, str]:
@@ -202,14 +214,9 @@ def test_a_finished_output_is_left_alone_and_another_making_is_refused(command, 
         "assemble": ("--num-candidates", "4", "num_candidates was 1 and is 4"),
         "sft": ("--learning_rate", "0.5", "learning_rate was 0.001 and is 0.5"),
         "mapper": ("--seed", "7", "seed was 42 and is 7"),
-        "tokenize": ("--model", str(place[0] / "tokenize_other"), "quantizer was"),
+        "tokenize": ("--model", str(place[0] / "other_codes"), "quantizer was"),
     }
     *more, sentence = changes[command]
-    if command == "tokenize" and not Path(more[1]).exists():
-        model = UniCode2ForConditionalGeneration.from_pretrained(place[0] / "model")
-        model.get_quantizer().codebook.codes.copy_(model.get_quantizer().codebook.codes.flip(0))
-        model.save_pretrained(more[1])
-        shutil.copy(place[0] / "model" / "processor_config.json", more[1])
     code, said = execute(command, place[1][command], folder, *more)
     assert code == 2 and sentence in said and "Traceback" not in said, said
     assert read(folder) == bytes_ and times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -368,6 +375,33 @@ def test_data_that_changed_are_refused_and_added_files_are_tokenized(place, want
     assert code == 2 and "was not made of train-00001.parquet" in said
 
 
+def test_codes_and_a_codebook_of_others_are_refused(place, tmp_path):
+    """Those of another quantizer or image processor, in both stages, and a codebook that was built with another encoder."""
+    folder, commands = place
+    shutil.copytree(folder / "model", tmp_path / "pixels")
+    settings = tmp_path / "pixels" / "processor_config.json"
+    content = json.loads(settings.read_text())
+    content["image_processor"]["image_mean"] = [0.4, 0.4, 0.4]
+    settings.write_text(json.dumps(content))
+    others = {
+        folder / "other_codes": "of another quantizer (SHA-256",
+        tmp_path / "pixels": "of another image processor",
+    }
+    for other, sentence in others.items():
+        for command in ("sft", "mapper"):
+            words = commands[command].replace(f"--model {folder}/model", f"--model {other}")
+            code, said = execute(command, words, tmp_path / "stage")
+            assert code == 2 and sentence in said and "tokenize its data with" in said, said
+    model = SiglipVisionModel.from_pretrained(folder / "encoder")
+    model.embeddings.position_embedding.weight.data += 1
+    model.save_pretrained(tmp_path / "encoder")
+    shutil.copy(folder / "encoder" / "preprocessor_config.json", tmp_path / "encoder")
+    words = commands["init"].replace(str(folder / "encoder"), str(tmp_path / "encoder"))
+    code, said = execute("init", words, tmp_path / "output")
+    assert code == 2 and "was built with another encoder (SHA-256" in said
+    assert not (tmp_path / "stage").exists() and not (tmp_path / "output").exists()
+
+
 def test_what_is_not_finished_is_no_input(place, tmp_path):
     """Of a data set or checkpoint whose writing was broken off nothing is made."""
     folder, commands = place
@@ -448,6 +482,17 @@ def test_a_stage_goes_on_from_its_newest_whole_checkpoint(damage, stage_runs, tm
     assert (output / "checkpoint-1" / "model.safetensors").stat().st_mtime_ns == kept
 
 
+def test_a_checkpoint_of_another_stage_is_refused(stage_runs, tmp_path):
+    words, whole = stage_runs
+    assert execute("sft", words, tmp_path / "other", "--seed", "7", "--max_steps", "2") == (0, "")
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "other" / "checkpoint-3")
+    code, said = execute("sft", words, tmp_path / "other", "--seed", "7")
+    assert code == 2 and "checkpoint-3 was begun with something else (seed was 0 and is 7)" in said
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "new" / "checkpoint-3")
+    code, said = execute("sft", words, tmp_path / "new", "--seed", "7", "--learning_rate", "0.1")
+    assert code == 2 and "(learning_rate was 0.001 and is 0.1; seed was 0 and is 7)" in said
+
+
 def test_a_longer_stage_goes_on_and_a_shorter_one_is_refused(stage_runs, tmp_path):
     words, whole = stage_runs
     shutil.copytree(whole, tmp_path / "output")
@@ -495,6 +540,7 @@ def test_twenty_kills_while_a_command_writes_all_go_on_to_the_same_bytes(command
     script, environment = Path(__file__).with_name("kills.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
     words = place[1][command].replace("--max_steps 2", "--max_steps 3").split()
     job = [sys.executable, str(script), command, "20", str(tmp_path), *words]
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
     said = subprocess.run(job, env=environment, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr[-3000:]
     report = json.loads(said.stdout.splitlines()[-1])
@@ -566,7 +612,7 @@ def test_processes_that_miss_a_peer_end_in_a_sentence(monkeypatch):
     )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29671"}
     said = subprocess.run([sys.executable, "-c", script], env={**os.environ, **alone}, capture_output=True, text=True)
-    assert said.returncode == 2 and "did not find each other within" in said.stderr.splitlines()[-1]
+    assert said.returncode == 2 and "did not find each other (" in said.stderr.splitlines()[-1]
     from transformers_unicode2 import processes
 
     assert processes.RENDEZVOUS < timedelta(minutes=30) < processes.PATIENCE

@@ -4,7 +4,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 RENDEZVOUS = timedelta(minutes=10)  # a process whose peers do not come within it ends
@@ -62,17 +63,27 @@ def join(**options):
     import torch.distributed as dist
     from accelerate import PartialState
 
-    try:
+    with expected_peers():
         state = PartialState(**options, timeout=RENDEZVOUS)
         state.wait_for_everyone()
-    except (dist.DistError, RuntimeError) as error:
-        raise TimeoutError(
-            f"The processes of this run did not find each other within {RENDEZVOUS.seconds // 60} minutes "
-            f"({str(error).splitlines()[0]}); start all of them again."
-        ) from error
     if state.num_processes > 1:
         dist.distributed_c10d._set_pg_timeout(PATIENCE)
     return state
+
+
+@contextmanager
+def expected_peers() -> Iterator[None]:
+    """Turns what torch raises when a process of this run does not come into a `TimeoutError` of one sentence."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ or not isinstance(error, dist.DistError):
+            raise
+        raise TimeoutError(
+            f"The processes of this run did not find each other ({str(error).splitlines()[0]}); start all of them again."
+        ) from error
 
 
 def agree(decide: Callable):

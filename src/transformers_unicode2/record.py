@@ -15,6 +15,7 @@ CONTENT = (
     ".txt",
     ".model",
 )  # endings of the files of a checkpoint that its results depend on
+MOST = 5  # differences that are named
 NOT_CONTENT = (WORK, "lost+found")  # the latter lies in the root of a disk
 
 
@@ -122,6 +123,8 @@ class Record:
         before = {**self.defaults, **known["made_of"]}
         before = {name: value for name, value in before.items() if name in self.made_of}
         changes = compare({**before, **{name: self.made_of[name] for name in self.free}}, self.made_of, self.growing)
+        if len(changes) > MOST:
+            changes = [*changes[:MOST], f"and {len(changes) - MOST} more differ"]
         if changes:
             raise ValueError(
                 f"{self.folder} was begun with something else ({'; '.join(changes)}); "

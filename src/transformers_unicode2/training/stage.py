@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..files import WORK, explained, remove, settle, whole_folder
-from ..processes import agree, follow_launcher
+from ..processes import agree, expected_peers, follow_launcher
 from ..record import Record, find_changed, hash_file, hash_source, read_record
 from .tokens import find_tables, hash_table
 
@@ -217,7 +217,10 @@ class Stage:
         return finished
 
     def choose_checkpoint(self) -> str | None:
-        """The checkpoint to go on from; those that are not whole are removed. Raises `ValueError` when it is beyond the end."""
+        """The checkpoint to go on from; those that are not whole are removed.
+
+        Raises `ValueError` when it is of something else, or beyond the end.
+        """
         last = find_last_checkpoint(self.folder)
         for checkpoint in list_checkpoints(self.folder):
             if not is_whole(checkpoint):
@@ -228,6 +231,8 @@ class Stage:
                     f"{checkpoint} has no optimizer (`save_only_model`); the stage goes on from {last or 'the start'}."
                 )
         if last is not None:
+            settings = {"option": "output_dir", "free": LENGTH, "defaults": self.defaults}
+            Record(last, self.made_of, **settings).check()  # it may have been copied here from another stage
             state = json.loads((Path(last) / "trainer_state.json").read_text())
             steps, epochs = self.args.max_steps, self.args.num_train_epochs
             if state["global_step"] > steps > 0 or steps <= 0 and (state["epoch"] or 0) > epochs:
@@ -270,7 +275,8 @@ def stage(
     """Holds the output folder of a stage for this run, whose processes count as one; if the body ends well, its result is there.
 
     A stage may be started again with a larger `max_steps` or `num_train_epochs`; it then goes on from its last checkpoint, with the
-    learning rate that the longer schedule has there. It may also change what `FREE` names. Everything else is compared.
+    learning rate that the longer schedule has there. It may also change what `FREE` names. Everything else is compared, checkpoints and
+    data by their content, which is read once for that.
 
     Args:
         command: name of the stage's module.
@@ -358,4 +364,6 @@ def run(main: Callable, *classes: type) -> None:
 
     follow_launcher()
     with sentences(Path(sys.argv[0]).stem):
-        main(*TrlParser(classes).parse_args_and_config())
+        with expected_peers():  # the training arguments look for them
+            parsed = TrlParser(classes).parse_args_and_config()
+        main(*parsed)
