@@ -4,7 +4,7 @@
     accelerate launch -m transformers_unicode2.training.sft --config training_recipes/unicode2-tiny/stage1.yaml --max_steps 10
 
 The data are pre-tokenized (`unicode2 tokenize`), so neither the encoder nor C1 works during training. The quantizer stays
-frozen; what else is trained is up to `train_modules`. A run that was killed goes on from its last checkpoint.
+frozen; what else is trained is up to `train_modules`. A run that was killed goes on from its newest whole checkpoint.
 """
 
 from dataclasses import dataclass, field, fields
