@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 
 from transformers_unicode2 import UniCode2AnyToAnyPipeline
 from transformers_unicode2.demo import load_image
@@ -78,6 +78,25 @@ def test_any_to_any_writes_text_and_images_in_turn(tiny_checkpoint):
             assert part["image"].size == (64, 64)
         else:
             assert begin not in part["text"]
+
+
+def test_any_to_any_shows_what_was_written_wherever_the_mode_is_named(tiny_checkpoint):
+    pipe = pipeline("any-to-any", model=str(tiny_checkpoint), pipeline_class=UniCode2AnyToAnyPipeline)
+    drawn = pipeline("any-to-any", model=pipe.model, processor=pipe.processor, pipeline_class=UniCode2AnyToAnyPipeline, generation_mode="image")  # fmt: skip
+    message = [{"role": "user", "content": "a red circle"}]
+    quick = {"max_plan_tokens": 0, "guidance_scale": 1.0}
+    config = GenerationConfig(generation_mode="interleaved", max_new_tokens=np.int64(4))
+
+    def ask(pipe, **kwargs):
+        return next(name for name in pipe(text=message, **kwargs)[0] if name.startswith("generated_"))
+
+    assert ask(drawn, generate_kwargs=quick) == "generated_image"
+    assert ask(drawn, generation_mode="text", max_new_tokens=np.int64(4)) == "generated_text"
+    assert ask(pipe, generate_kwargs={**quick, "generation_mode": "image"}) == "generated_image"
+    assert ask(pipe, generate_kwargs={"generation_config": config}) == "generated_interleaved"
+    assert ask(pipe, max_new_tokens=4) == "generated_text"
+    with pytest.raises(ValueError, match="`generation_mode` is 'video'"):
+        ask(pipe, generation_mode="video")
 
 
 def test_pixels_of_a_picture_do_not_depend_on_how_it_is_handed_over(processor, files):

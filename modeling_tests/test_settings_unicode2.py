@@ -1,5 +1,7 @@
 """What a caller asks of `generate`, in arguments, in a generation config or in that of the checkpoint, is followed or refused."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -64,10 +66,13 @@ def test_guidance_of_a_checkpoint_leaves_its_text_alone(model):
     assert torch.equal(model.generate(PROMPT, max_new_tokens=6, do_sample=False), expected)
     handle.remove()
     assert len(calls) == expected.shape[1] - 3
-    with pytest.raises(ValueError, match="`guidance_scale` is 3.0 in text mode"):
-        model.generate(PROMPT, GenerationConfig(guidance_scale=3.0))
-    with pytest.raises(ValueError, match="`max_plan_tokens` is 4 in interleaved mode"):
-        model.generate(PROMPT, GenerationConfig(max_plan_tokens=4), generation_mode="interleaved")
+    own = copy.deepcopy(model.generation_config)  # as people do, to change a number in it
+    own.max_new_tokens, own.do_sample = 6, False
+    assert torch.equal(model.generate(PROMPT, own), expected)
+    with pytest.raises(ValueError, match="`guidance_scale` is 2.0 in text mode"):
+        model.generate(PROMPT, GenerationConfig(guidance_scale=2.0))
+    with pytest.raises(ValueError, match="`max_plan_tokens` is 5 in interleaved mode"):
+        model.generate(PROMPT, GenerationConfig(max_plan_tokens=5), generation_mode="interleaved")
 
 
 def test_forced_end_of_a_text_or_of_what_has_images_in_it(model, config):
@@ -107,12 +112,13 @@ def test_what_is_about_text_is_refused_for_an_image_and_not_followed_from_a_chec
     with pytest.raises(ValueError, match=f"`{name}` is about text"):
         model.generate(PROMPT, GenerationConfig(**{name: value}), generation_mode="image")
     setattr(model.generation_config, name, getattr(GenerationConfig(**{name: value}), name))
+    own = copy.deepcopy(model.generation_config)
+    if name != "watermarking_config":  # of which no two are equal
+        assert torch.equal(model.generate(PROMPT, own, generation_mode="image", do_sample=False), expected)
     assert torch.equal(model.generate(PROMPT, generation_mode="image", do_sample=False), expected)
 
 
 def test_numbers_of_numpy_are_numbers(model):
-    import copy
-
     twin = copy.deepcopy(model)
     text = {
         "max_new_tokens": np.int64(5),

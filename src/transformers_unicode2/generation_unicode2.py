@@ -15,6 +15,7 @@ from .settings_unicode2 import (
     check_mode,
     check_options,
     check_plan,
+    find_asked,
     find_option,
     first_given,
     make_plain,
@@ -76,8 +77,9 @@ class UniCode2GenerationMixin(GenerationMixin):
                 make_plain(config)
         mode = generation_mode or find_option("generation_mode", generation_config, self.generation_config) or "text"
         check_mode(mode)
-        guidance_scale = first_given(plain(guidance_scale), find_option("guidance_scale", generation_config))
-        max_plan_tokens = first_given(plain(max_plan_tokens), find_option("max_plan_tokens", generation_config))
+        asked = (generation_config, self.generation_config)
+        guidance_scale = first_given(plain(guidance_scale), find_asked("guidance_scale", *asked))
+        max_plan_tokens = first_given(plain(max_plan_tokens), find_asked("max_plan_tokens", *asked))
         self._check_prompt(inputs if inputs is not None else kwargs.get("input_ids"), mode, kwargs)
         if generation_config is None:
             kwargs["guidance_scale"] = None  # stock guidance, a second forward pass, would follow the checkpoint's

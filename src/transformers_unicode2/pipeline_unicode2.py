@@ -3,6 +3,8 @@
 from transformers.pipelines import AnyToAnyPipeline, Pipeline
 from transformers.pipelines.any_to_any import Chat
 
+from .settings_unicode2 import check_mode, find_option, first_given
+
 
 class UniCode2AnyToAnyPipeline(AnyToAnyPipeline):
     r"""
@@ -17,11 +19,18 @@ class UniCode2AnyToAnyPipeline(AnyToAnyPipeline):
     def __init__(self, *args, **kwargs):
         Pipeline.__init__(self, *args, **kwargs)
 
-    def _sanitize_parameters(self, generation_mode=None, **kwargs):
-        interleaved = generation_mode == "interleaved"
-        parameters = super()._sanitize_parameters(generation_mode=None if interleaved else generation_mode, **kwargs)
-        if interleaved:
-            parameters[1]["generate_kwargs"]["generation_mode"] = parameters[2]["generation_mode"] = generation_mode
+    def _sanitize_parameters(self, generation_mode=None, generate_kwargs=None, **kwargs):
+        """Stock, with the mode found wherever `generate` finds it: what is made of the ids must be what they were written as."""
+        generate_kwargs = dict(generate_kwargs or {})
+        configs = (generate_kwargs.get("generation_config"), self._generate_kwargs.get("generation_config"))
+        earlier = self.__dict__.get("_postprocess_params", {}).get("generation_mode")
+        mode = first_given(generation_mode, generate_kwargs.pop("generation_mode", None), earlier)
+        mode = first_given(mode, find_option("generation_mode", *configs, self.model.generation_config))
+        check_mode(mode or "text")
+        known = None if mode == "interleaved" else mode
+        parameters = super()._sanitize_parameters(generation_mode=known, generate_kwargs=generate_kwargs, **kwargs)
+        if mode is not None:
+            parameters[1]["generate_kwargs"]["generation_mode"] = parameters[2]["generation_mode"] = mode
         return parameters
 
     def postprocess(self, model_outputs, generation_mode=None, **kwargs):

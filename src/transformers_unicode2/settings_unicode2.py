@@ -53,6 +53,12 @@ def find_option(name: str, *configs: GenerationConfig | None):
     return first_given(*(getattr(config, name, None) for config in configs))
 
 
+def find_asked(name: str, config: GenerationConfig | None, defaults: GenerationConfig):
+    """The value in the generation config of a call, unless it came there from the checkpoint's, `defaults`; then `None`."""
+    value = find_option(name, config)
+    return None if value == find_option(name, defaults) else value
+
+
 def check_mode(mode: str) -> None:
     """Raises `ValueError` on an unknown mode."""
     if mode not in GENERATION_MODES:
@@ -96,7 +102,7 @@ def check_options(model_config, mode: str, asked: dict, config: GenerationConfig
                 f"and {model_config.codebook_config.codebook_size} visual ids."
             )
     for name in TEXT_ONLY if mode == "image" else ():
-        if first_given(asked.get(name), find_option(name, config)) not in (None, False):
+        if first_given(asked.get(name), find_asked(name, config, defaults)) not in (None, False):
             raise ValueError(
                 f"`{name}` is about text, and image mode writes {model_config.num_image_tokens} visual ids; leave it out."
             )
