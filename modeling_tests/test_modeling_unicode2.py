@@ -2,10 +2,10 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, modeling_utils
 
 from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
-from transformers_unicode2.modeling_unicode2 import CACHE_NAME
+from transformers_unicode2.outputs_unicode2 import CACHE_NAME, keep_positions
 
 
 def test_pixels_and_their_visual_token_ids_give_the_same_logits(model, prompt, pixel_values, config):
@@ -146,3 +146,12 @@ def test_generate_goes_on_from_a_cache_under_either_name(model, name):
     model(ids[:, :12], **{name: cache})
     assert torch.equal(model.generate(ids, **{name: cache}, **options), model.generate(ids, **options))
     assert cache.get_seq_length() == 23
+
+
+def test_positions_are_kept_as_stock_models_keep_them():
+    hidden = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    if not hasattr(modeling_utils, "slice_logits_to_keep"):
+        pytest.skip("Transformers has it from 5.21 on")
+    stock = modeling_utils.slice_logits_to_keep
+    for kept in (0, 1, 3, torch.tensor([4, 0]), torch.tensor([[1, 2], [4, 3]]), torch.rand(2, 5) > 0.5):
+        assert torch.equal(keep_positions(hidden, kept), stock(hidden, kept))

@@ -111,7 +111,7 @@ class UniCode2QuantizerConfig(PreTrainedConfig):
     base_config_key = "quantizer_config"
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
-        "codebook_config": UniCode2CodebookConfig,
+        "codebook_config": SubConfigSpec(config_class=UniCode2CodebookConfig),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -192,7 +192,7 @@ class UniCode2Config(PreTrainedConfig):
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
-        "codebook_config": UniCode2CodebookConfig,
+        "codebook_config": SubConfigSpec(config_class=UniCode2CodebookConfig),
     }
 
     text_config: dict | PreTrainedConfig | None = None

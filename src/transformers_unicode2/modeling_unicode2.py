@@ -1,7 +1,6 @@
 """The trainable half of UniCode²: C2, projector, language model and visual head (sections 3.2 to 3.4)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,8 +9,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -20,62 +18,18 @@ from .adapters_unicode2 import check_trainable, leave_out_quantizers
 from .configuration_unicode2 import UniCode2Config
 from .generation_unicode2 import UniCode2GenerationMixin
 from .loading_unicode2 import check_loaded
+from .outputs_unicode2 import (
+    CACHE_NAME,
+    UniCode2CausalLMOutputWithPast,
+    UniCode2ImageFeatures,
+    UniCode2ModelOutputWithPast,
+    keep_positions,
+    name_cache,
+)
 from .processing_unicode2 import UniCode2Processor  # noqa: F401, so that its file travels with this one
 from .quantization_unicode2 import UniCode2Quantizer, equal_cells, init_codebook, note_digests
 
 MAX_SCORES = 2**26  # held at a time by the loss: 256 MiB in float32
-# What Transformers calls the key-value cache of its models: `cache` from 5.24 on.
-CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-@dataclass
-class UniCode2ModelOutputWithPast(BaseModelOutputWithPast):
-    r"""
-    Args:
-        image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
-            Embeddings of the images given as pixels.
-        image_tokens (`torch.LongTensor` of shape `(num_images, num_image_tokens)`, *optional*):
-            Their visual token ids.
-    """
-
-    image_hidden_states: torch.FloatTensor | None = None
-    image_tokens: torch.LongTensor | None = None
-
-
-@dataclass
-class UniCode2CausalLMOutputWithPast(CausalLMOutputWithPast):
-    r"""
-    Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
-            Mean negative log-likelihood over all target tokens, text and visual.
-        logits (`torch.FloatTensor`, *optional*, returned without `labels`):
-            Scores over the unified vocabulary, `(batch_size, num_tokens, visual_token_offset + codebook_size)`; with
-            `output_modality="text"` only its text part, `(batch_size, num_tokens, visual_token_offset)`.
-        text_loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
-            The loss over the text targets, Eq. 7; 0 without any.
-        visual_loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
-            The loss over the visual targets, Eq. 8; 0 without any.
-        image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
-            Embeddings of the images given as pixels.
-    """
-
-    text_loss: torch.FloatTensor | None = None
-    visual_loss: torch.FloatTensor | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-
-
-@dataclass
-class UniCode2ImageFeatures(BaseModelOutputWithPooling):
-    r"""
-    What the encoder returned, with `pooler_output` replaced by a tuple of one `(num_image_tokens, hidden_size)` embedding an
-    image.
-
-    Args:
-        image_tokens (`torch.LongTensor` of shape `(num_images, num_image_tokens)`):
-            The images' visual token ids.
-    """
-
-    image_tokens: torch.LongTensor | None = None
 
 
 class UniCode2Projector(nn.Module):
@@ -257,20 +211,6 @@ def sum_in_chunks(
         return function(hidden_states, target)
     parts = zip(hidden_states.split(size), target.split(size))
     return sum(checkpoint(function, *part, use_reentrant=False) for part in parts)
-
-
-def name_cache(past_key_values: Cache | None, cache: Cache | None) -> dict[str, Cache]:
-    """The key-value cache, given under either name, as the installed Transformers names it. Raises `ValueError` when both are given.
-
-    A cache of continuous batching, which is no `Cache`, has always been called `cache`.
-    """
-    if past_key_values is not None and cache is not None:
-        raise ValueError(
-            "Give at most one of `past_key_values` and `cache`, which is its name from Transformers 5.24 on."
-        )
-    if cache is not None and not isinstance(cache, Cache):
-        return {"cache": cache}
-    return {CACHE_NAME: past_key_values if cache is None else cache}
 
 
 class UniCode2PreTrainedModel(PreTrainedModel):
@@ -644,7 +584,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             )
             losses = self.compute_loss(outputs.last_hidden_state, targets, num_items_in_batch)
         if losses[0] is None or not isinstance(logits_to_keep, int) or logits_to_keep:
-            kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep).contiguous()  # for quantized heads
+            kept = keep_positions(outputs.last_hidden_state, logits_to_keep).contiguous()  # for quantized heads
             logits = self.compute_logits(kept, output_modality, visual_guidance_scale, visual_temperature)
         return UniCode2CausalLMOutputWithPast(
             loss=losses[0],
