@@ -14,6 +14,7 @@ from transformers_unicode2 import (
     UniCode2Quantizer,
     UniCode2QuantizerConfig,
 )
+from transformers_unicode2.codebook.grow import grow_checkpoint
 from transformers_unicode2.codebook.storage import codebook_from_arrays, load_codebook, save_codebook
 from transformers_unicode2.loading_unicode2 import check_encoder_keys, find_digests
 
@@ -294,3 +295,24 @@ def test_an_encoder_by_itself_is_whole_and_has_no_more_layers_than_its_configura
         check_encoder_keys({"missing_keys": {"b"}, "unexpected_keys": surplus}, "siglip")
     with pytest.raises(ValueError, match="siglip holds 1 weights .*no place for; the first is encoder.layers.3.a"):
         check_encoder_keys({"missing_keys": set(), "unexpected_keys": {*surplus, "encoder.layers.3.a"}}, "siglip")
+
+
+def test_a_grown_checkpoint_has_new_digests_and_the_code_that_travels(model, codebook_folder, tmp_path):
+    before = load_codebook(codebook_folder)
+    model.get_quantizer().codebook.load_state_dict(before.state_dict())
+    model.save_pretrained(tmp_path / "model")
+    for file in (tmp_path / "model").glob("*.py"):
+        file.unlink()
+    offsets = torch.cat([before.cell_offsets, torch.tensor([98])])
+    arrays = (
+        torch.cat([x, x[:extra] + 1])
+        for x, extra in ((before.codes, 2), (before.cell_centroids, 1), (before.previews, 2))
+    )
+    codes, centroids, previews = arrays
+    after = codebook_from_arrays(codes, centroids, offsets, previews)
+    (tmp_path / "grown").mkdir()
+    grow_checkpoint(str(tmp_path / "model"), tmp_path / "grown", before, after, np.array([0, 1]))
+    grown = UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "grown")
+    settings = grown.config.codebook_config
+    assert settings.codes_sha256 == after.describe()["codes_sha256"] != before.describe()["codes_sha256"]
+    assert settings.encoder_sha256 == "0" * 64 and (tmp_path / "grown" / "loading_unicode2.py").is_file()

@@ -1,10 +1,12 @@
 """A checkpoint loads, and gives the same bits, in a process that cannot import the package."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import torch
+from safetensors.torch import load_file, save_file
 
 SCRIPT = """
 import importlib.util, json, sys
@@ -15,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 torch.set_num_threads(2)
-folder, photo = sys.argv[1:]
+folder, photo, damaged = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor(images=Image.open(photo), text="<|image_pad|>what is this?", return_tensors="pt")
 output = {}
@@ -29,8 +31,24 @@ for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     }
 assert AutoModel.from_pretrained(folder, trust_remote_code=True).get_image_tokens(inputs["pixel_values"]).shape == (1, 64)
 assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "unicode2"
+for auto in (AutoModel, AutoModelForImageTextToText):
+    try:
+        auto.from_pretrained(damaged, trust_remote_code=True)
+    except ValueError as error:
+        assert "The codes in" in str(error), error
+    else:
+        raise AssertionError("a damaged codebook was loaded")
 print(json.dumps(output))
 """
+
+
+def damage(folder, copy):
+    """A copy of a checkpoint with one flipped bit in a code."""
+    shutil.copytree(folder, copy)
+    state = load_file(copy / "model.safetensors")
+    state["model.quantizer.codebook.codes"].view(torch.int32)[7, 7] ^= 1
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 def test_remote_code_gives_the_same_bits(tiny_model, processor, photo, tmp_path):
@@ -45,6 +63,7 @@ def test_remote_code_gives_the_same_bits(tiny_model, processor, photo, tmp_path)
             "import site; site.main()\n" + SCRIPT,
             str(tmp_path / "repository"),
             str(tmp_path / "photo.png"),
+            str(damage(tmp_path / "repository", tmp_path / "damaged")),
         ],
         capture_output=True,
         text=True,
