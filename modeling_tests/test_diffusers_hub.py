@@ -1,9 +1,9 @@
 """`DiffusionPipeline.from_pretrained` from folders and a Hub, with the package and as remote code without it."""
 
 import json
-import shutil
 
 import pytest
+import torch
 from fake_hub import serve_hub
 from test_hub_unicode2 import WITH_PACKAGE, WITHOUT_PACKAGE, run_python
 
@@ -75,13 +75,14 @@ def test_a_saved_pipeline_is_a_whole_repository(repository, tiny_checkpoint, tmp
     assert UniCode2FluxPipeline.from_pretrained(tmp_path).config.image_size == pipe.config.image_size
 
 
-def test_with_the_package_no_class_is_touched_and_no_code_trusted(repository, tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("first", ["package", pytest.param("diffusers", marks=pytest.mark.slow)])
+def test_with_the_package_no_class_is_touched_and_no_code_trusted(repository, tiny_checkpoint, tmp_path, first):
     code = (
         """
 import sys
 first, package, embedded, source = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4]
 if first == "diffusers":
-    import diffusers
+    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 import transformers_unicode2
 if first != "diffusers":
     assert "diffusers" not in sys.modules
@@ -101,21 +102,77 @@ print(json.dumps(seen))
     )
     with serve_hub({"org/tiny": {"main": repository}}) as (address, _):
         environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-        for first in ("diffusers", "package"):
-            output = run_python(code, first, "", tiny_checkpoint, repository, **environment)
-            seen = json.loads(output.splitlines()[-1])
-            assert all({report["classes"][name] for name in OURS} == {"transformers_unicode2"} for report in seen)
-            assert len(seen) == 7 and all(same(report, seen[0]) for report in seen)
+        seen = json.loads(run_python(code, first, "", tiny_checkpoint, repository, **environment).splitlines()[-1])
+    assert all({report["classes"][name] for name in OURS} == {"transformers_unicode2"} for report in seen)
+    assert len(seen) == 7 and all(same(report, seen[0]) for report in seen)
 
 
 def test_without_the_package_on_trust(repository, tmp_path):
-    expected = load(repository)
-    assert same(load(repository, tmp_path / "again", installed=False), expected)
+    scope = {}
+    exec(DRAW, scope)
+    expected = scope["draw"](UniCode2FluxPipeline.from_pretrained(repository))
+    code = """
+from diffusers import DiffusionPipeline
+seen = [draw(DiffusionPipeline.from_pretrained(source, trust_remote_code=True)) for source in (sys.argv[1], "org/tiny")]
+print(json.dumps(seen))
+"""
     with serve_hub({"org/tiny": {"main": repository}}) as (address, _):
+        environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        seen = json.loads(run_python(WITHOUT_PACKAGE + DRAW + code, repository, **environment).splitlines()[-1])
+    for report in seen:
+        assert {report["classes"][name] for name in OURS} == {"transformers_modules", "diffusers_modules"}
+        assert same(report, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved_by", ["installed", "remote"])
+def test_load_save_load_in_each_combination(repository, tmp_path, saved_by):
+    expected = load(repository, tmp_path / "again", installed=saved_by == "installed")
+    with serve_hub({"org/again": {"main": tmp_path / "again"}}) as (address, _):
         environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-        assert same(load("org/tiny", tmp_path / "third", False, environment), expected)
-    shutil.rmtree(tmp_path / "home")
-    assert same(load(tmp_path / "third", installed=True), expected)
+        for installed in (True, False):
+            for source in (tmp_path / "again", "org/again"):
+                assert same(load(source, "", installed, environment), expected), (installed, source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("installed", [True, False])
+def test_options_of_loading(repository, tiny_checkpoint, tmp_path, installed):
+    """Dtypes, parts that are handed over, places, variants, another pipeline of the same parts; from folders and the Hub."""
+    code = """
+import json, sys, torch
+trust, repository, half = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+from diffusers import DiffusionPipeline, FluxPipeline
+load = DiffusionPipeline.from_pretrained
+parts = ("vae", "transformer", "vision_language_encoder", "condition_mapper")
+for source in (repository, "org/tiny"):
+    pipe = load(source, torch_dtype=torch.bfloat16, **trust)
+    assert {getattr(pipe, part).dtype for part in parts} == {torch.bfloat16}
+    assert {p.dtype for p in pipe.vision_language_encoder.get_quantizer().parameters()} == {torch.float32}
+    mixed = load(source, dtype={"transformer": torch.bfloat16, "default": torch.float16}, **trust)
+    assert [getattr(mixed, part).dtype for part in parts] == [torch.float16, torch.bfloat16, torch.float16, torch.float16]
+    for place in ("cpu", "balanced"):
+        assert load(source, device_map=place, **trust).vision_language_encoder.device.type == "cpu"
+    model = pipe.vision_language_encoder
+    given = load(source, vision_language_encoder=model, processor=pipe.processor, image_size=128, **trust)
+    assert given.vision_language_encoder is model and given.processor is pipe.processor and given.config.image_size == 128
+for source in (half, "org/half"):
+    assert load(source, variant="fp16", **trust).vision_language_encoder.dtype == torch.float16
+twin = type(pipe)(**pipe.components, **pipe.parameters)
+assert twin.components == pipe.components and dict(twin.parameters) == dict(pipe.parameters)
+stock = FluxPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
+back = type(pipe).from_pipe(stock, torch_dtype=torch.bfloat16, **{n: getattr(pipe, n) for n in (*parts[2:], "processor")})
+assert back.transformer is pipe.transformer and back.vision_language_encoder is model
+folder = DiffusionPipeline.download("org/tiny", **trust)
+assert type(load(folder, **trust)).__name__ == "UniCode2FluxPipeline"
+"""
+    pipe = UniCode2FluxPipeline.from_pretrained(tiny_checkpoint, dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    trust = {} if installed else {"trust_remote_code": True}
+    with serve_hub({"org/tiny": {"main": repository}, "org/half": {"main": tmp_path / "half"}}) as (address, _):
+        environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        head = WITH_PACKAGE if installed else WITHOUT_PACKAGE
+        run_python(head + code, json.dumps(trust), repository, tmp_path / "half", **environment)
 
 
 def same(first, second):

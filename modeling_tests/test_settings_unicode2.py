@@ -81,7 +81,7 @@ def test_forced_end_of_a_text_or_of_what_has_images_in_it(model, config):
     assert row[-1] == 7 and len(row) == 8
     with torch.no_grad():  # the begin-of-image id is by far the likeliest text
         model.lm_head.weight[config.boi_token_id] = 50 * model.model.language_model.norm.weight
-    for room in range(1, 40):
+    for room in (1, 2, 17, 18, 19, 20, 37, 38):
         options = {
             "forced_eos_token_id": 7,
             "generation_mode": "interleaved",
