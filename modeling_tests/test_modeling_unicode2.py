@@ -123,12 +123,13 @@ def test_preview_mosaic_holds_the_thumbnails_in_raster_order(model, config):
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_a_cache_is_taken_under_its_old_and_its_new_name(model, prompt, name):
     ids = prompt["input_ids"].masked_fill(prompt["input_ids"] == 10, 768 + 7)[:1]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", FutureWarning)
         whole = model(ids).logits
         cache = DynamicCache(config=model.config.text_config)
         model(ids[:, :-1], **{name: cache})
         last = model(ids[:, -1:], **{name: cache})
+    assert any("`past_key_values` is deprecated" in str(w.message) for w in heard) == (name != CACHE_NAME == "cache")
     assert cache.get_seq_length() == ids.shape[1] and last[CACHE_NAME] is cache
     torch.testing.assert_close(last.logits[:, -1], whole[:, -1])
 

@@ -86,6 +86,10 @@ class UniCode2ModelTest(ModelTesterMixin, unittest.TestCase):
     def test_generation_tester_mixin_inheritance(self):
         pass
 
+    @unittest.skip("The output holds `image_tokens` and `image_hidden_states`, not all that the encoder returned.")
+    def test_multimodal_outputs_are_returned(self):
+        pass
+
 
 class UniCode2TwoLevelModelTester(UniCode2ModelTester):
     def get_config(self):

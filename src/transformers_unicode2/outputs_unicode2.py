@@ -61,17 +61,18 @@ class UniCode2ImageFeatures(BaseModelOutputWithPooling):
 
 
 def name_cache(past_key_values: Cache | None, cache: Cache | None) -> dict[str, Cache]:
-    """The key-value cache, given under either name, as the installed Transformers names it. Raises `ValueError` when both are given.
+    """The key-value cache as the language model takes it. Raises `ValueError` when it is given under both names.
 
-    A cache of continuous batching, which is no `Cache`, has always been called `cache`.
+    The old name goes on as it is, so that Transformers warns of it where it is going to be removed. A cache of continuous batching,
+    which is no `Cache`, has always been called `cache`.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError(
             "Give at most one of `past_key_values` and `cache`, which is its name from Transformers 5.24 on."
         )
-    if cache is not None and not isinstance(cache, Cache):
-        return {"cache": cache}
-    return {CACHE_NAME: past_key_values if cache is None else cache}
+    if cache is not None:
+        return {CACHE_NAME if isinstance(cache, Cache) else "cache": cache}
+    return {} if past_key_values is None else {"past_key_values": past_key_values}
 
 
 def keep_positions(hidden_states: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
