@@ -21,6 +21,9 @@ from datasets import Dataset
 
 from transformers_unicode2.training.data import pixel_collator
 
+# of a pipeline, and what makes image prompts
+FOLDERS = tuple("scheduler vae text_encoder text_encoder_2 tokenizer tokenizer_2 transformer image_prompts".split())
+
 
 @dataclass
 class FluxArguments:
@@ -112,6 +115,7 @@ def main(args: FluxArguments, training_args) -> None:
         args,
         training_args,
         lambda: hash_inputs(args, images=("data",), checkpoints=("tokenizer", "encoder"), pipelines=("vae", "start")),
+        result=FOLDERS,
     ) as held:
         if not held.finished:
             train(args, training_args, held)

@@ -9,7 +9,7 @@ the two still fit together. Features are coarse as there, rounded to a table tha
 from dataclasses import dataclass, field
 
 import torch
-from train_flux import CoarseFeatures, check_shift, drop_prompts
+from train_flux import FOLDERS, CoarseFeatures, check_shift, drop_prompts
 
 
 @dataclass
@@ -58,6 +58,7 @@ def main(args: TuneFluxArguments, training_args) -> None:
         args,
         training_args,
         lambda: hash_inputs(args, images=("data",), checkpoints=("mapper",), pipelines=("model",)),
+        result=FOLDERS,
     ) as held:
         if not held.finished:
             train(args, training_args, held)

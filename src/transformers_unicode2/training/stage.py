@@ -1,4 +1,4 @@
-"""One stage of training in one folder: of one making, by one run at a time, from its newest whole checkpoint on, its result whole or absent."""
+"""One stage of training in one folder, by one run at a time: it goes on from its newest whole checkpoint, and its result is whole or absent."""
 
 import json
 import sys
@@ -18,43 +18,14 @@ from ..record import Record, find_changed, hash_file, hash_source, read_record
 from .tokens import find_tables, hash_table
 
 # Of `TrainingArguments`, what does not change what is learnt: where and how it runs, what is logged, evaluated and kept.
-FREE_PREFIXES = (
-    "logging_",
-    "log_",
-    "eval_",
-    "hub_",
-    "trackio_",
-    "save_",
-    "ddp_",
-    "fsdp",
-    "activation_",
-    "gradient_checkpointing",
-)
-FREE = (
-    *(
-        "output_dir",
-        "report_to",
-        "run_name",
-        "project",
-        "disable_tqdm",
-        "skip_memory_metrics",
-        "debug",
-        "do_train",
-        "do_eval",
-    ),
-    *(
-        "do_predict",
-        "push_to_hub",
-        "enable_jit_checkpoint",
-        "include_num_input_tokens_seen",
-        "include_for_metrics",
-        "use_cpu",
-    ),
-    *("per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
-    *("dataloader_multiprocessing_context", "local_rank", "deepspeed", "parallelism_config", "torch_empty_cache_steps"),
-    *("resume_from_checkpoint", "restore_callback_states_from_checkpoint", "ignore_data_skip", "remove_unused_columns"),
-    *("dataset_num_proc", "trust_remote_code"),
+FREE_PREFIXES = tuple("logging_ log_ eval_ hub_ trackio_ save_ ddp_ fsdp activation_ gradient_checkpointing".split())
+FREE = frozenset(
+    """output_dir report_to run_name project disable_tqdm skip_memory_metrics debug do_train do_eval do_predict push_to_hub
+    enable_jit_checkpoint include_num_input_tokens_seen include_for_metrics use_cpu per_device_eval_batch_size prediction_loss_only
+    batch_eval_metrics bf16_full_eval fp16_full_eval dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context local_rank deepspeed parallelism_config torch_empty_cache_steps
+    resume_from_checkpoint restore_callback_states_from_checkpoint ignore_data_skip remove_unused_columns dataset_num_proc
+    trust_remote_code""".split()
 )
 LENGTH = ("max_steps", "num_train_epochs")  # a stage may go on to more of them
 RESULT = ("*.safetensors", "*.json", "*.jinja", "*.bin", "*_unicode2.py", "README.md")
@@ -80,12 +51,11 @@ class WholeCheckpoints:
             with explained(place):
                 self.hidden = str(new)
                 super()._save_checkpoint(model, trial)
-                self.hidden = None
+                self.name_best(new / name, place / name)
                 self.accelerator.wait_for_everyone()
+                # where nodes share no disk, the first process of each has the random states of its own node
                 for writes in (self.args.should_save, self.args.local_process_index == 0):
-                    if (
-                        writes and (new / name).is_dir()
-                    ):  # a disk that is not shared has the random states of its own node
+                    if writes and (new / name).is_dir():
                         self.put_in_place(new / name, place / name)
                     self.accelerator.wait_for_everyone()
         finally:
@@ -98,11 +68,14 @@ class WholeCheckpoints:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(place), self.args.save_total_limit, best_model_checkpoint=best)
 
-    def put_in_place(self, new: Path, final: Path) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best) == new:
+    def name_best(self, new: Path, final: Path) -> None:
+        """Notes where the best checkpoint will be, if it is the one that has been written."""
+        if self.state.best_model_checkpoint == str(new):
             self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(new / "trainer_state.json")
+            if self.args.should_save:
+                self.state.save_to_json(new / "trainer_state.json")
+
+    def put_in_place(self, new: Path, final: Path) -> None:
         Record(new, self.made_of).write(finished=True)
         for file in new.rglob("*"):
             if file.is_file():
@@ -111,9 +84,8 @@ class WholeCheckpoints:
         new.rename(final)
 
     def _run_epoch(self, *args, **kwargs):
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # a run that was killed after its last step would take one more
+        # a run that was killed after its last step would take one more
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -248,8 +220,7 @@ class Stage:
         last = agree(self.choose_checkpoint)
         if last is not None and not Path(last).is_dir():
             raise ValueError(f"{last} is not on the disk of this node; give an output_dir that all nodes share.")
-        with explained(self.folder):
-            trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last)
 
     @contextmanager
     def result(self) -> Iterator[Path]:
@@ -293,7 +264,7 @@ def stage(
     def describe() -> dict:
         return {"command": command, **asdict(args), **read_settings(training_args), **hash_inputs()}
 
-    with ExitStack() as stack:
+    with explained(training_args.output_dir), ExitStack() as stack:
         defaults = {**read_defaults(type(training_args)), **read_defaults(type(args))}
         held = Stage(training_args, agree(describe), defaults)
         held.finished = agree(lambda: held.enter(stack, result))
