@@ -102,6 +102,9 @@ class UniCode2GenerationMixin(GenerationMixin):
         mode = generation_mode or find_option("generation_mode", generation_config, self.generation_config) or "text"
         if mode != "text":
             raise ValueError(f"`generate_batch` writes text only; `generation_mode` is {mode!r}. Use `generate`.")
+        if generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            make_plain(generation_config)
         return super().generate_batch(inputs, generation_config, **kwargs)
 
     def _check_prompt(self, input_ids: torch.Tensor | None, mode: str, kwargs: dict) -> None:
