@@ -514,8 +514,10 @@ def test_a_longer_stage_goes_on_and_a_shorter_one_is_refused(stage_runs, tmp_pat
 def test_a_stage_that_was_killed_after_its_last_step_takes_no_further_one(stage_runs, tmp_path):
     words, whole = stage_runs
     shutil.copytree(whole / "checkpoint-3", tmp_path / "output" / "checkpoint-3")
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "output" / ".unicode2" / "checkpoints" / "checkpoint-4")
     assert execute("sft", words, tmp_path / "output") == (0, "")
-    assert read(tmp_path / "output") == read(whole) and not (tmp_path / "output" / "checkpoint-4").exists()
+    assert not list((tmp_path / "output" / ".unicode2").glob("*/")) and read(tmp_path / "output") == read(whole)
+    assert not (tmp_path / "output" / "checkpoint-4").exists()
 
 
 @pytest.mark.slow
@@ -527,10 +529,13 @@ def test_checkpoints_without_an_optimizer_are_no_start(stage_runs, tmp_path, cap
     assert read(tmp_path) == read(whole)
 
 
-@pytest.mark.parametrize("option", ["--push_to_hub true", "--resume_from_checkpoint x", "--use_liger_kernel true"])
+@pytest.mark.parametrize(
+    "option", ["--push_to_hub true", "--resume_from_checkpoint x", "--use_liger_kernel true", "--eval_strategy steps"]
+)
 def test_a_stage_refuses_what_it_does_not_follow(option, place, tmp_path):
     code, said = execute("sft", place[1]["sft"], tmp_path / "output", *option.split())
-    assert code == 2 and f"`{option.split()[0][2:]}` is not followed" in said and not (tmp_path / "output").exists()
+    name = option.split()[0][2:].replace("eval_strategy", "do_eval")
+    assert code == 2 and f"`{name}` is not followed" in said and not (tmp_path / "output").exists()
 
 
 @pytest.mark.slow

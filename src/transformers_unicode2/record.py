@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import WORK, explained, make_folders, remove, write_file
+from .files import TEMPORARY, WORK, explained, make_folders, remove, write_file
 
 CONTENT = (
     ".json",
@@ -143,9 +143,10 @@ class Record:
 
     def begin(self) -> None:
         """Notes what the output is made of; nothing of a run that was killed is in the way."""
-        for file in self.folder.glob(".*.tmp"):
-            file.unlink()
-        remove(self.folder / WORK / "new")
+        half = [file for file in self.folder.glob(".*.tmp") if TEMPORARY.match(file.name)]
+        half += [folder for folder in (self.folder / WORK).glob("*") if folder.is_dir()]
+        for path in half:
+            remove(path)
         self.write(finished=False)
 
     def find_files(self, patterns: tuple[str, ...]) -> list[Path]:

@@ -49,6 +49,9 @@ class WholeCheckpoints:
         new = place / WORK / "checkpoints"
         try:
             with explained(place):
+                if self.args.should_save:
+                    remove(new)  # of a run that was killed
+                self.accelerator.wait_for_everyone()
                 self.hidden = str(new)
                 super()._save_checkpoint(model, trial)
                 self.name_best(new / name, place / name)
@@ -321,6 +324,8 @@ def check_training_arguments(training_args) -> None:
         "push_to_hub": "upload output_dir once the stage is finished, for example by `hf upload`",
         "resume_from_checkpoint": "a stage finds its newest whole checkpoint by itself",
         "use_liger_kernel": "there are no Liger kernels for these models",
+        "do_eval": "a stage only trains; its trainer can evaluate",
+        "do_predict": "a stage only trains; its trainer can predict",
     }
     for name, instead in refused.items():
         if getattr(training_args, name):
