@@ -100,7 +100,7 @@ from transformers_unicode2.codebook.features import shard_path, write_arrays, wr
 
 class FeatureBuild(Build):
     def prepare(self):
-        self.source, self.encoder, self.record = SimpleNamespace(listing=list), None, {}
+        self.source, self.encoder, self.record = SimpleNamespace(listing=list, left_out=None), None, {}
         self.dim, self.shard_bytes, self.images_per_shard = 256, 512, 50_000
         self.num_images = self.num_rows = self.num_shards * 50_000
 

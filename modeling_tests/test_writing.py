@@ -573,7 +573,7 @@ def test_workers_end_with_a_launcher_that_is_killed(launcher, seconds, place, tm
     folder, commands = place
     start, module = LAUNCHERS[launcher]
     words = commands["sft" if "sft" in module else "codebook build"].replace("{}", str(tmp_path / "output"))
-    more = ["--max_steps", "100000"] if "sft" in module else ["--iterations", "20", "--polish", "200"]
+    more = ["--max_steps", "100000"] if "sft" in module else ["--polish", "20000"]
     job = subprocess.Popen(
         [sys.executable, *start.split(), "-m", f"transformers_unicode2.{module}", *words.split(), *more],
         stdout=subprocess.DEVNULL,
