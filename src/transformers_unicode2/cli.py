@@ -1,14 +1,16 @@
 """`unicode2 <command>`: finds the command's module, nothing else."""
 
+import argparse
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
 # command: module, its functions for the parser and for the work, what it does
 COMMANDS = {
     "demo": ("demo", "make_parser", "main", "ask about an image, draw a prompt"),
-    "evaluate scenes": ("evaluation.evaluate_scenes", "make_parser", "main", "score a checkpoint on drawn scenes"),
+    "evaluate scenes": ("evaluation.scenes", "make_parser", "main", "score a checkpoint on drawn scenes"),
     "codebook build": ("codebook.build", "make_parser", "main", "images to a codebook (Algorithm 1)"),
     "codebook report": ("codebook.report", "make_parser", "main", "a page about how images use a codebook"),
     "codebook grow": ("codebook.grow", "make_parser", "main", "more codes, without moving those there are"),
@@ -16,9 +18,8 @@ COMMANDS = {
     "init": ("hub", "make_init_parser", "init", "language model + encoder + codebook to a checkpoint"),
     "assemble": ("hub", "make_assemble_parser", "assemble", "checkpoint + mapper + decoder to one repository"),
     "tokenize": ("training.data", "make_parser", "main", "images of a data set to codes"),
-    "scenes": ("evaluation.dataset", "make_parser", "main", "write drawn scenes and emoji to parquet"),
+    "scenes": ("scenes.write", "make_parser", "main", "write drawn scenes and emoji to parquet"),
 }
-
 
 # module that may be missing: extra that brings it
 EXTRAS = {
@@ -58,11 +59,27 @@ def sentences(name: str) -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         print(f"{name}: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except Exception as error:  # a damaged checkpoint is known by the class of the error only
+    except Exception as error:
+        # a damaged checkpoint is known by the class of the error only
         if not is_damage(error):
             raise
         print(f"{name}: the checkpoint is damaged or its sizes disagree: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def at_least(least: float) -> Callable[[str], float]:
+    """The type of an option whose value is a finite number of the type of `least`, and not below it."""
+    kind = type(least)
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not allowed; it must be at least {least:g}.")
+        return value
+
+    # names the type in argparse's message about a text that is no number
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def first_line(error: Exception) -> str:

@@ -6,21 +6,24 @@ unicode2 demo --image cat.jpg --question "what is this?" --prompt "two red circl
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten, wrap
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .cli import at_least
 from .files import whole_file
 from .processing_unicode2 import load_image
 from .record import held
 
-# Bundled images with what the demo asks about them and what it draws beside them.
+# Bundled images, what the demo asks about them, and what it draws beside them.
 EXAMPLES = (
     ("emoji_on_photo.jpg", "what is this?", "a red circle and a blue square"),
     ("scene.png", "how many objects are there?", "three green hearts"),
 )
-TILE = 256  # pixels
+# pixels
+TILE = 256
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="checkpoint with a FLUX decoder (default: the embedded unicode2-tiny)")
     parser.add_argument(
-        "--steps", type=int, default=8, help="diffusion steps (default: %(default)s, which suit unicode2-tiny)"
+        "--steps", type=at_least(1), default=8, help="diffusion steps (default: %(default)s, which suit unicode2-tiny)"
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -52,8 +55,6 @@ def main(args: argparse.Namespace) -> None:
     for name in ("question", "prompt"):
         if getattr(args, name) is not None and not getattr(args, name).strip():
             raise ValueError(f"--{name} is empty; write some text.")
-    if args.steps < 1:
-        raise ValueError(f"--steps is {args.steps}; it must be at least 1.")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed is {args.seed}; it must be in [0, 2**63).")
     output = Path(args.output)
@@ -69,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from transformers_unicode2 import UniCode2FluxPipeline
+    from transformers_unicode2.evaluation.drawing import answer
     from transformers_unicode2.hub import check_checkpoint
 
     check_checkpoint(root)
@@ -79,43 +81,20 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     for (_, question, prompt), image in zip(examples, images):
         start = time.perf_counter()
-        answer = ask(pipe, image, question)
-        print(f"{question} {answer} ({time.perf_counter() - start:.1f} s)")
+        reply = answer(pipe, [image], [question], max_new_tokens=64)[0]
+        print(f"{question} {reply} ({time.perf_counter() - start:.1f} s)")
         start = time.perf_counter()
         redrawn = pipe(image=image, num_inference_steps=args.steps, generator=generator)
         drawn = pipe(prompt, num_inference_steps=args.steps, generator=generator)
         print(f"drew {prompt!r} ({time.perf_counter() - start:.1f} s)")
-        rows.append(
-            [
-                image,
-                mosaic(pipe, redrawn.visual_token_ids),
-                redrawn.images[0],
-                drawn.images[0],
-                question,
-                answer,
-                prompt,
-            ]
-        )
-    pictures = {f"drawing-{i}.png": row[3] for i, row in enumerate(rows, 1)}
+        codes = mosaic(pipe, redrawn.visual_token_ids)
+        rows.append(Row([image, codes, redrawn.images[0], drawn.images[0]], question, reply, prompt))
+    pictures = {f"drawing-{i}.png": row.pictures[3] for i, row in enumerate(rows, 1)}
     with held(output):
         for name, picture in {**pictures, "contact-sheet.png": contact_sheet(rows)}.items():
             with whole_file(output / name) as file:
                 picture.save(file, "PNG")
     print(f"wrote {output / 'contact-sheet.png'}")
-
-
-def ask(pipe, image: Image.Image, question: str) -> str:
-    """The model's answer to a question about an image."""
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    inputs = pipe.processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    output = pipe.vision_language_encoder.generate(**inputs, max_new_tokens=64, do_sample=False)
-    return pipe.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def mosaic(pipe, visual_token_ids) -> Image.Image:
@@ -127,22 +106,32 @@ def mosaic(pipe, visual_token_ids) -> Image.Image:
 
 
 def fit(text: str, width: int = 33) -> str:
-    """A caption in two lines of at most `width` characters; of two lines that are there, each is kept."""
+    """A caption in at most two lines of `width` characters; each of two given lines is shortened alone."""
     lines = text.split("\n")
     if len(lines) == 1:
         return "\n".join(wrap(text, width, max_lines=2, placeholder=" …"))
     return "\n".join(shorten(line, width, placeholder=" …") for line in lines)
 
 
-def contact_sheet(rows: list[list]) -> Image.Image:
-    """One row an example: input, its codes, the image redrawn from them, the drawing; captions below."""
+@dataclass(frozen=True)
+class Row:
+    """One example: the input, its codes, the image redrawn from them and the drawing of the prompt."""
+
+    pictures: list[Image.Image]
+    question: str
+    answer: str
+    prompt: str
+
+
+def contact_sheet(rows: list[Row]) -> Image.Image:
+    """One row for each example, with captions below."""
     margin, caption = 12, 44
     sheet = Image.new("RGB", (4 * TILE + 5 * margin, len(rows) * (TILE + caption + margin) + margin), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for i, (*pictures, question, answer, prompt) in enumerate(rows):
-        texts = [f"{question}\nanswer: {answer}", "its codes", "redrawn from its codes", f"drawn: {prompt}"]
+    for i, row in enumerate(rows):
+        texts = [f"{row.question}\nanswer: {row.answer}", "its codes", "redrawn from its codes", f"drawn: {row.prompt}"]
         top = margin + i * (TILE + caption + margin)
-        for j, (picture, text) in enumerate(zip(pictures, texts)):
+        for j, (picture, text) in enumerate(zip(row.pictures, texts)):
             left = margin + j * (TILE + margin)
             small = picture.width < TILE
             resample = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS

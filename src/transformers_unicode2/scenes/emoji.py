@@ -1,8 +1,7 @@
 """Emoji at a random place, size and turn on photographs and plain grounds, with their English names.
 
-Real artwork beside the drawn scenes: Fluent Emoji 3D (Microsoft, MIT), read from a folder with `captions.tsv`
-(`file<TAB>name`), on the photographs that scikit-image ships. `split_of` keeps renderings for the test as `scenes.split_of`
-does: what an image shows, coarsely, decides its part, whatever the seeds.
+The emoji are Fluent Emoji 3D (Microsoft, MIT), read from a folder with `captions.tsv` (`file<TAB>name`). The
+photographs are those that scikit-image ships. `split_of` keeps renderings for testing, as that of `sample.py` does.
 """
 
 import hashlib
@@ -15,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from ..images_unicode2 import load_image, open_content
-from .scenes import GROUNDS, Question, article, cell
+from .scene import GROUNDS
+from .texts import Question, article, cell
 
 EMOJI = """
 avocado, backpack, balloon, banana, basketball, bear, bell, bell pepper, bicycle, broccoli, bus, butterfly, cactus,
@@ -30,15 +30,17 @@ watermelon, whale, zebra
 """
 NAMES = tuple(name.strip() for name in EMOJI.replace("\n", " ").split(","))
 PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "motorcycle_left", "rocket")
-SIZES = {"medium": (0.64, 0.78), "big": (0.78, 0.96)}  # side as a share of the image's width
-TURNS = {"turned left": (5, 15), "upright": (-5, 5), "turned right": (-15, -5)}  # degrees, counter-clockwise
+# side, from and to, as a share of the image's width
+SIZES = {"medium": (0.64, 0.78), "big": (0.78, 0.96)}
+# degrees, counter-clockwise
+TURNS = {"turned left": (5, 15), "upright": (-5, 5), "turned right": (-15, -5)}
 
 
 @dataclass(frozen=True)
 class EmojiScene:
     """One emoji. `x`, `y` (centre) and `side` are shares of the image's width; `turn` is in degrees, counter-clockwise.
 
-    `ground` is one of `scenes.GROUNDS` or of `PHOTOS`; `crop` is the left, top and side of the piece of the photograph
+    `ground` is one of `scene.GROUNDS` or of `PHOTOS`; `crop` is the left, top and side of the piece of the photograph
     that shows, as shares of its shorter side.
     """
 
@@ -65,7 +67,7 @@ def split_of(scene: EmojiScene) -> str:
 def sample_emoji_scene(
     rng: np.random.Generator, split: str = "train", name: str | None = None, photo_share: float = 0.5
 ) -> EmojiScene:
-    """Draws a rendering of `name` (any of `NAMES` if it is not given), a share of them on photographs."""
+    """Draws a rendering of `name`, by default of any of `NAMES`, with the probability `photo_share` on a photograph."""
     while True:
         size = str(rng.choice(list(SIZES)))
         side = float(rng.uniform(*SIZES[size]))
@@ -108,16 +110,24 @@ def load_photo(name: str) -> Image.Image:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Loads all of `NAMES`, so that what is wrong with a folder is said before any work. Raises as `load_emoji` does."""
+    """Loads all of `NAMES`, so that a wrong folder is noticed before any work. Raises as `load_emoji` does."""
     for name in NAMES:
         load_emoji(str(folder), name)
+
+
+def hash_folder(folder: str | Path) -> str:
+    """SHA-256 of all emoji as they are drawn."""
+    digest = hashlib.sha256()
+    for name in NAMES:
+        digest.update(load_emoji(str(folder), name).tobytes())
+    return digest.hexdigest()
 
 
 @cache
 def load_emoji(folder: str, name: str) -> Image.Image:
     """One emoji as a 128 x 128 RGBA image.
 
-    Raises `FileNotFoundError` with the name when the folder lacks it, `ValueError` with the line when its list is no list.
+    Raises `FileNotFoundError` when the folder lacks it, and `ValueError` when a line of `captions.tsv` is malformed.
     """
     captions = Path(folder) / "captions.tsv"
     if not captions.is_file():
@@ -145,13 +155,13 @@ def ground_phrase(scene: EmojiScene) -> str:
 
 
 def caption(scene: EmojiScene, rng: np.random.Generator) -> str:
-    """A short caption: the name, every other time with its size, every other time with its ground."""
+    """A short caption: the name, in one half of all cases with the size, in one half with the ground."""
     name = f"{scene.size} {scene.name}" if rng.random() < 0.5 else scene.name
     return f"{article(name)} {ground_phrase(scene)}" if rng.random() < 0.5 else article(name)
 
 
 def dense_caption(scene: EmojiScene, place: Callable = cell) -> str:
-    """Name, size, turn, place (see `scenes.dense_caption`) and ground."""
+    """Name, size, turn, place (see `texts.dense_caption`) and ground."""
     return f"{article(scene.size)} {scene.name} {scene.turned} at {place(scene.x, scene.y)}, {ground_phrase(scene)}"
 
 
