@@ -167,6 +167,8 @@ class UniCode2Config(PreTrainedConfig):
         visual_head (`str`, *optional*, defaults to `"flat"`):
             How the next code is scored: `"flat"` over all codes at once, or `"two_level"`, the cell first and then the codes
             within it, which needs about `num_cells + codebook_size / num_cells` scores to draw a code.
+        caption_prompt (`str`, *optional*):
+            The question that the model learnt to answer with a caption. Pipelines read drawings back with it.
 
     Example:
 
@@ -203,6 +205,7 @@ class UniCode2Config(PreTrainedConfig):
     eoi_token_id: int = 151653
     projector_hidden_act: str = "gelu"
     visual_head: str = "flat"
+    caption_prompt: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
