@@ -76,9 +76,18 @@ def test_missing_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path):
         ("evaluate scenes --model m --batch-size -1", "argument --batch-size: -1 is not"),
         ("evaluate scenes --model m --num-scenes 2", "argument --num-scenes: 2 is not allowed; it must be at least 6."),
         ("evaluate scenes --model m --true-cfg-scale 0.5", "0.5 is not allowed; it must be at least 1."),
-        ("assemble --model m --mapper m --decoder m --output o --true-cfg-scale inf", "--true-cfg-scale is inf"),
-        ("assemble --model m --mapper m --decoder m --output o --num-candidates 0", "--num-candidates is 0"),
-        ("assemble --model m --mapper m --decoder m --output o --image-size 0", "--image-size is 0"),
+        (
+            "assemble --model m --mapper m --decoder m --output o --true-cfg-scale inf",
+            "inf is not allowed; it must be at least 1.",
+        ),
+        (
+            "assemble --model m --mapper m --decoder m --output o --num-candidates 0",
+            "--num-candidates: 0 is not allowed; it must be at least 1.",
+        ),
+        (
+            "assemble --model m --mapper m --decoder m --output o --image-size 0",
+            "--image-size: 0 is not allowed; it must be at least 1.",
+        ),
         ("assemble --model {} --mapper m --decoder m --output o", "is no whole checkpoint: it has no config.json"),
         ("evaluate scenes --model {} --num-scenes 6", "is no whole checkpoint: it has no config.json"),
         ("evaluate scenes --model m --guidance nan", "nan is not allowed; it must be at least 0."),

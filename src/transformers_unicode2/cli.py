@@ -15,8 +15,8 @@ COMMANDS = {
     "codebook report": ("codebook.report", "make_parser", "main", "a page about how images use a codebook"),
     "codebook grow": ("codebook.grow", "make_parser", "main", "more codes, without moving those there are"),
     "codebook preview": ("codebook.preview", "make_parser", "main", "a thumbnail for each code"),
-    "init": ("hub", "make_init_parser", "init", "language model + encoder + codebook to a checkpoint"),
-    "assemble": ("hub", "make_assemble_parser", "assemble", "checkpoint + mapper + decoder to one repository"),
+    "init": ("hub.compose", "make_parser", "main", "language model + encoder + codebook to a checkpoint"),
+    "assemble": ("hub.assemble", "make_parser", "main", "checkpoint + mapper + decoder to one repository"),
     "tokenize": ("training.data", "make_parser", "main", "images of a data set to codes"),
     "scenes": ("scenes.write", "make_parser", "main", "write drawn scenes and emoji to parquet"),
 }

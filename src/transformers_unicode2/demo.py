@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
 
     from transformers_unicode2 import UniCode2FluxPipeline
     from transformers_unicode2.evaluation.drawing import answer
-    from transformers_unicode2.hub import check_checkpoint
+    from transformers_unicode2.checkpoints import check_checkpoint
 
     check_checkpoint(root)
     start = time.perf_counter()

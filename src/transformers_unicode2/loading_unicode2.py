@@ -141,22 +141,6 @@ def check_keys(info: dict, source: str, part: str) -> None:
         )
 
 
-def check_encoder_keys(info: dict, source: str) -> None:
-    """Raises `ValueError` when loading an encoder by itself left weights at random, or layers of it in the file."""
-    missing = sorted(info["missing_keys"])
-    surplus = sorted(
-        key for key in info["unexpected_keys"] if re.match(r"(vision_model\.)?(encoder|embeddings)\.", key)
-    )
-    if missing:
-        raise ValueError(
-            f"The encoder {source} lacks {len(missing)} weights, which would be random; the first is {missing[0]}."
-        )
-    if surplus:
-        raise ValueError(
-            f"The encoder {source} holds {len(surplus)} weights that its configuration has no place for; the first is {surplus[0]}."
-        )
-
-
 def check_head(model: nn.Module, codebook: nn.Module, absent: set[str], source: str) -> None:
     """Raises `ValueError` when a two-level visual head has other cells than the codebook."""
     cells = dict(model.named_buffers()).get("visual_head.cell_offsets")

@@ -57,7 +57,8 @@ once() { # NAME COMMAND...: runs a stage unless it has finished
 codes() {
   once codebook unicode2 codebook build --images $out/data --encoder $out/siglip --codebook-size 8192 --num-cells 64 \
     --allocation proportional --num-images 20000 --patches-per-image 24 --output $out/codebook
-  once init unicode2 init --llm $out/llm --vision $out/siglip --codebook $out/codebook --output $out/init
+  once init unicode2 init --llm $out/llm --vision $out/siglip --codebook $out/codebook --output $out/init \
+    --image-generation '{"do_sample": true, "temperature": 0.6, "top_k": 0, "guidance_scale": 2.0}'
   [ -z "$start" ] || once carry-over python $recipes/carry_over.py --start "$start" --checkpoint $out/init
   once tokens unicode2 tokenize --data $out/data --model $out/init --output $out/tokens
 }

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checkpoints import check_encoder_keys
 from ..files import write_file
 from ..images_unicode2 import one_line
-from ..loading_unicode2 import check_encoder_keys
 from .images import ImageSource
 
 MADE_AGAIN = ("features", "cells", "fine")  # folders whose files a build makes again when they are gone

@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict:
     from transformers_unicode2 import UniCode2FluxPipeline
-    from transformers_unicode2.hub import check_checkpoint
+    from transformers_unicode2.checkpoints import check_checkpoint
 
     check_arguments(args)
     check_checkpoint(args.model, "model_index.json")

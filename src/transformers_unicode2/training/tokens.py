@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from ..image_tables import ImageTable, find_inside
@@ -30,7 +29,7 @@ def hash_quantizer(model: str) -> str:
     """
     from safetensors import safe_open
 
-    from ..hub import find_safetensors
+    from ..checkpoints import find_safetensors
 
     places = {}
     for file in find_safetensors(model):
@@ -70,38 +69,6 @@ def hash_table(file: Path) -> str:
         found = find_inside(name, file.parent, absolute=True) if isinstance(name, str) else None
         digest.update(bytes.fromhex(hash_file(Path(found))) if found else b"")
     return digest.hexdigest()
-
-
-def write_codes(table: ImageTable, encode: Callable, file: Path, note: dict, batch_size: int) -> None:
-    """Writes the rows of a table with the codes of their images, in the place of the images, batch by batch.
-
-    Args:
-        table: parquet file with a column `image`.
-        encode: a list of RGB images to their codes, lists of integers.
-        file: parquet file to write.
-        note: what made the codes, kept in the file's metadata.
-        batch_size: rows that are encoded at a time.
-
-    Raises:
-        `ValueError`: with file and row, when a row has no image or one that cannot be read.
-    """
-    import pyarrow as pa
-    from datasets import Features, List, Value
-    from pyarrow.parquet import ParquetWriter
-    from tqdm import tqdm
-
-    kept = {name: kind for name, kind in Features.from_arrow_schema(table.schema).items() if name != "image"}
-    if "codes" in kept:
-        raise ValueError(f"{table.file} has a column of codes already; give the images without it.")
-    schema = Features({**kept, "codes": List(Value("int64"))}).arrow_schema
-    schema, first = schema.with_metadata({**schema.metadata, NOTE: json.dumps(note, sort_keys=True)}), 0
-    with ParquetWriter(file, schema) as writer, tqdm(total=len(table), unit="image", desc=table.file.name) as bar:
-        for batch in table.batches(batch_size):
-            images = [table.read_image(row, value) for row, value in enumerate(batch["image"].to_pylist(), first)]
-            columns = [*(batch[name] for name in kept), pa.array(encode(images), pa.list_(pa.int64()))]
-            writer.write_table(pa.Table.from_arrays(columns, names=[*kept, "codes"]).cast(schema))
-            first += len(batch)
-            bar.update(len(batch))
 
 
 def read_note(file: Path) -> dict | None:

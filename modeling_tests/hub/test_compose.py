@@ -1,5 +1,7 @@
 """`unicode2 init`: a checkpoint from a language model, an encoder and a codebook, shard by shard."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,21 @@ def test_parts_are_there_as_they_were(parts, run_init, pixel_values, tied, head,
     assert f"all {total:>15,} parameters" in printed
     for part in ("language model", "vision encoder", "codebook C1", "C2", "projector", "visual head"):
         assert part in printed
+
+
+def test_sampling_settings_are_written_by_option_alone(parts, run_init, capsys):
+    folder, make_llm, _ = parts
+    make_llm(True)
+    image = {"do_sample": True, "temperature": 0.6, "guidance_scale": 2.0}
+    for name, options in (("plain", []), ("sampling", ["--image-generation", json.dumps(image)])):
+        run_init(folder, *options, "--output", str(folder / name))
+        model = UniCode2ForConditionalGeneration.from_pretrained(folder / name)
+        assert getattr(model.generation_config, "image_generation", None) == (image if options else None)
+        assert not model.generation_config.do_sample
+    for wrong, message in (("[1]", "is not a JSON object"), ("{", "is not JSON")):
+        with pytest.raises(SystemExit, match="2"):
+            run_init(folder, "--image-generation", wrong)
+        assert message in capsys.readouterr().err
 
 
 def test_parts_that_do_not_fit_are_refused(parts, run_init, capsys):
