@@ -25,10 +25,15 @@ from .hooks_unicode2 import when_imported
 from .modeling_unicode2 import UniCode2ForConditionalGeneration, UniCode2Model, UniCode2PreTrainedModel
 from .processing_unicode2 import UniCode2Processor
 from .quantization_unicode2 import UniCode2Codebook, UniCode2Quantizer
+from .search.nearest import search_codebook
 
 __version__ = "0.1.0"
 
+# The fast search, with the ids of the plain one that travels.
+UniCode2Codebook.search = search_codebook
+
 LAZY = {
+    "FaissSearch": ".search.faiss_index",
     "UniCode2AnyToAnyPipeline": ".pipeline_unicode2",
     "UniCode2ConditionMapper": ".diffusion.condition_mapper_unicode2",
     "UniCode2FluxPipeline": ".diffusion.pipeline_unicode2_flux",
@@ -85,6 +90,7 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "FaissSearch",
     "UniCode2AnyToAnyPipeline",
     "UniCode2Codebook",
     "UniCode2CodebookConfig",

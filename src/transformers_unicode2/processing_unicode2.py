@@ -128,7 +128,7 @@ class UniCode2Processor(ProcessorMixin):
         """Makes images come out as visual token ids. The quantizer is never saved with the processor.
 
         Args:
-            quantizer (`UniCode2Quantizer`): encoder and codebook; call its `use_faiss` for FAISS.
+            quantizer (`UniCode2Quantizer`): encoder and codebook; `FaissSearch` searches the codebook with FAISS.
             visual_token_offset (`int`): first visual token id, `UniCode2Config.visual_token_offset`. Call this again after
                 `resize_token_embeddings`, which moves it.
 

@@ -1,9 +1,7 @@
 """The frozen half of UniCode²: codebook C1 with nearest-code search, and the encoder in front of it (section 3.2)."""
 
 import json
-import os
 import re
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,12 +15,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
-from .faiss_unicode2 import check_index, make_index, search_index
 from .loading_unicode2 import check_loaded, find_digests
-from .search_unicode2 import WORKSPACE, Cells, NearestCodeSearch, check_num_probes, have_changed, state_of
+from .search_unicode2 import WORKSPACE, check_num_probes, find_nearest
 
 logger = logging.get_logger(__name__)
-TABLES_LOCK = threading.Lock()  # tables are derived once, whichever thread is first
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -46,16 +42,22 @@ class UniCode2Codebook(nn.Module):
     r"""
     Codebook C1: frozen codes, sorted by coarse cell, which only index (Eq. 5 of the paper).
 
-    All state is in buffers, so nothing here is ever trained. The codes are rounded to bfloat16 when they are built and kept
-    in float32, so that the dtype of a model does not change its codes. The tables of the search are derived from the codes when they are
-    first needed, and again when the codes have changed or moved; they are never saved. A write to a few codes that torch does not count,
-    through `.data` or a NumPy array, may go unnoticed: set `search` to `None` after it.
+    All state is in buffers, so nothing here is ever trained. The codes are rounded to bfloat16 when they are built
+    and kept in float32, so that the dtype of a model does not change its codes.
+
+    `encode` finds the codes with `search`, which takes `(features, num_probes)` and returns ids. It is a plain search
+    here. The package puts a faster one with the same ids in its place, and `codebook.search = FaissSearch(codebook)`
+    searches with FAISS. `tables` is what a search derives from the codes at the first `encode`. It is dropped when
+    weights are loaded or moved, and never saved or copied. The codes are frozen: after writing to them, set `tables`
+    to `None`.
 
     Buffers:
         codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes, sorted by cell.
         cell_centroids (`torch.FloatTensor` of shape `(num_cells, codebook_dim)`): the coarse centroids.
-        cell_offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): cell i holds codes `cell_offsets[i]` to `cell_offsets[i + 1]`.
-        previews (`torch.ByteTensor` of shape `(codebook_size, preview_size, preview_size, 3)`): mean RGB thumbnail of a code.
+        cell_offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): cell i holds codes `cell_offsets[i]` to
+            `cell_offsets[i + 1]`.
+        previews (`torch.ByteTensor` of shape `(codebook_size, preview_size, preview_size, 3)`): mean RGB thumbnail of
+            a code.
     """
 
     def __init__(self, config: UniCode2CodebookConfig):
@@ -65,10 +67,11 @@ class UniCode2Codebook(nn.Module):
         self.cell_centroids = nn.Buffer(torch.zeros(config.num_cells, config.codebook_dim, dtype=torch.float32))
         self.cell_offsets = nn.Buffer(equal_cells(size, config.num_cells))
         self.previews = nn.Buffer(torch.zeros(size, side, side, 3, dtype=torch.uint8)) if side else None
-        self.probe_recall, self.encoder_sha256, self.search = config.probe_recall, config.encoder_sha256, None
+        self.probe_recall, self.encoder_sha256, self.tables = config.probe_recall, config.encoder_sha256, None
 
     def forward(self, inputs: torch.Tensor, task: str = "encode", **options) -> torch.Tensor:
-        """`encode`, `decode` or `preview`: by way of a forward, so that a codebook that was offloaded is brought back."""
+        """`encode`, `decode` or `preview`: by way of a forward, so that a codebook that was offloaded is brought
+        back."""
         return getattr(self, task)(inputs, **options)
 
     def describe(self) -> dict:
@@ -85,50 +88,69 @@ class UniCode2Codebook(nn.Module):
 
     def __getstate__(self) -> dict:
         """Copies and pickles are without the tables of the search."""
-        return {**super().__getstate__(), "search": None}
+        return {**super().__getstate__(), "tables": None}
 
     def _apply(self, function, recurse: bool = True):
+        before = self.codes
         super()._apply(keep_float32(function), recurse)
-        if self.search and self.search.mean.device != self.codes.device:
-            self.search = None
+        if self.codes is not before:
+            self.tables = None
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.tables = None
+        # An index of FAISS holds the codes of before.
+        if vars(self).pop("search", None):
+            logger.warning(
+                "The codebook has been loaded anew; the search assigned to it holds other codes and is dropped."
+            )
 
     @torch.compiler.disable
     @torch.no_grad()
-    def encode(
-        self, features: torch.Tensor, num_probes: int | None = None, workspace: int = WORKSPACE
-    ) -> torch.LongTensor:
+    def encode(self, features: torch.Tensor, num_probes: int | None = None) -> torch.LongTensor:
         r"""
-        Nearest code of each feature in Euclidean distance, Eq. 5: the smallest distance in float64 on the values as given, ties to the
-        lowest code. The codes are the same on every device, for every split of a batch, and for a feature in bfloat16 or in float32;
-        with `num_probes` they may differ where two cells are equally near but for rounding.
+        Nearest code of each feature in Euclidean distance, Eq. 5: the smallest distance in float64 on the values as
+        given, ties to the lowest code. The codes are the same on every device, for every split of a batch, and for a
+        feature in bfloat16 or in float32; with `num_probes` they may differ where two cells are equally near but for
+        rounding.
 
         Args:
-            features (`torch.Tensor` of shape `(..., codebook_dim)`): bfloat16, float16 or float32; float64 is rounded to float32.
-            num_probes (`int`, *optional*): looks only into the cells with so many nearest centroids, which is faster and finds
-                the nearest code in the share of the cases that `num_probes_for` knows. All cells by default.
-            workspace (`int`, *optional*, defaults to 256 MiB): bytes that the search may use beside its tables.
+            features (`torch.Tensor` of shape `(..., codebook_dim)`): bfloat16, float16 or float32; float64 is rounded
+                to float32.
+            num_probes (`int`, *optional*): looks only into the cells with so many nearest centroids, which is faster
+                and finds the nearest code in the share of the cases that `num_probes_for` knows. All cells by
+                default.
 
         Returns:
             `torch.LongTensor` of shape `(...)`.
 
         Raises:
-            `ValueError`: on another width, on features that are not finite, or when `num_probes` is no whole number from 1 on.
+            `ValueError`: on another width, on features that are not finite, or when `num_probes` is no whole number
+                of at least 1.
         """
         check_features(features, self.codes.shape[1])
-        num_probes = check_num_probes(num_probes)
-        place = torch.device("cpu") if self.codes.device.type == "mps" else self.codes.device  # MPS has no float64
-        codes, centroids, offsets = (x.to(place) for x in (self.codes, self.cell_centroids, self.cell_offsets))
-        query = features.reshape(-1, features.shape[-1]).to(place, torch.float32)  # (num_queries, codebook_dim)
-        with TABLES_LOCK:
-            if self.search is None or not self.search.fits(codes, offsets):
-                self.search = NearestCodeSearch(codes, offsets)
-            search = self.search
-        found = search(query, codes, Cells(centroids, offsets), num_probes, workspace)
+        query = features.reshape(-1, features.shape[-1]).to(torch.float32)  # (num_features, codebook_dim)
+        found = self.search(query, check_num_probes(num_probes))
         return found.reshape(features.shape[:-1]).to(features.device)
 
+    def search(
+        self, features: torch.Tensor, num_probes: int | None = None, workspace: int = WORKSPACE
+    ) -> torch.LongTensor:
+        """The codes of finite float32 features `(num_features, codebook_dim)`, `(num_features,)`, compared with all
+        codes, or with those of `num_probes` cells, in `workspace` bytes."""
+        buffers = self.buffers_to_search()
+        return find_nearest(features.to(buffers[0].device), *buffers, num_probes, workspace)
+
+    def buffers_to_search(self) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
+        """The codes, the centroids and the offsets of the cells where they can be compared in float64, which MPS does
+        not have."""
+        place = torch.device("cpu") if self.codes.device.type == "mps" else self.codes.device
+        return self.codes.to(place), self.cell_centroids.to(place), self.cell_offsets.to(place)
+
     def num_probes_for(self, recall: float) -> int:
-        """Cells that `encode` has to look into to find the nearest code of a share of `recall` features, as measured by the build.
+        """Cells that `encode` has to look into to find the nearest code of a share of `recall` features, as measured
+        by the build.
 
         Raises `ValueError` when nothing was measured, or no number of cells reached it.
         """
@@ -142,7 +164,8 @@ class UniCode2Codebook(nn.Module):
         return min(enough)
 
     def decode(self, codes: torch.LongTensor) -> torch.Tensor:
-        """Codes of shape `(...)` to their vectors, `(..., codebook_dim)`, Eq. 4. On a CPU, raises `ValueError` on unknown codes."""
+        """Codes of shape `(...)` to their vectors, `(..., codebook_dim)`, Eq. 4. On a CPU, raises `ValueError` on
+        unknown codes."""
         if codes.device.type == "cpu" and codes.numel():
             low, high = codes.aminmax()
             if low < 0 or high >= len(self.codes):
@@ -160,7 +183,8 @@ class UniCode2Codebook(nn.Module):
         return self.cell_centroids[cells]
 
     def preview(self, codes: torch.LongTensor) -> torch.Tensor:
-        """Codes of shape `(..., rows, columns)` to a mosaic of thumbnails, uint8 `(..., 3, rows * side, columns * side)`.
+        """Codes of shape `(..., rows, columns)` to a mosaic of thumbnails, uint8 `(..., 3, rows * side, columns *
+        side)`.
 
         Raises `ValueError` when the codebook was built without thumbnails.
         """
@@ -177,7 +201,8 @@ class UniCode2Quantizer(PreTrainedModel):
     r"""
     Frozen vision encoder and codebook C1: images in, codes out. Loads alone, without a language model.
 
-    It stays in float32 whatever dtype is asked for (a code must not depend on it), and is always frozen and in eval mode.
+    It stays in float32 whatever dtype is asked for (a code must not depend on it), and is always frozen and in eval
+    mode.
     """
 
     config: UniCode2QuantizerConfig
@@ -185,7 +210,8 @@ class UniCode2Quantizer(PreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules = ["UniCode2Codebook"]
     _keep_in_fp32_modules_strict = ["vision_model", "codebook.codes", "codebook.cell_centroids"]  # not its integers
-    # Transformers' quantizers leave these alone, beside what the caller names; a model around this one takes the list over.
+    # Transformers' quantizers leave these alone, beside what the caller names; a model around this one takes the list
+    # over.
     _keep_in_fp32_modules = [r"(?:.+\.)?vision_model"]
     _keys_to_ignore_on_load_unexpected = [
         r"^(model\.)?(language_model|visual_embeddings|projector)\.",
@@ -200,7 +226,6 @@ class UniCode2Quantizer(PreTrainedModel):
         super().__init__(config)
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.codebook = UniCode2Codebook(config.codebook_config)
-        self.index = self.index_of = None
         self.post_init()
         self.float().freeze()
 
@@ -219,7 +244,8 @@ class UniCode2Quantizer(PreTrainedModel):
         return super().train(False)
 
     def _apply(self, function, recurse: bool = True):
-        """Moves between devices; a conversion to a narrower dtype, as of the model around it, leaves the float32 weights alone."""
+        """Moves between devices; a conversion to a narrower dtype, as of the model around it, leaves the float32
+        weights alone."""
         return super()._apply(keep_float32(function), recurse)
 
     @classmethod
@@ -264,8 +290,8 @@ class UniCode2Quantizer(PreTrainedModel):
     @torch.no_grad()
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """The encoder's output for images `(batch_size, 3, height, width)`, in float32 outside of any autocast; its
-        `last_hidden_state` holds the patch features, `(batch_size, num_image_tokens, codebook_dim)`. Pixels in half precision,
-        which some trainers make of them, are warned of: rounded pixels have other codes."""
+        `last_hidden_state` holds the patch features, `(batch_size, num_image_tokens, codebook_dim)`. Pixels in half
+        precision, which some trainers make of them, are warned of: rounded pixels have other codes."""
         side = self.config.vision_config.image_size
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(
@@ -273,8 +299,8 @@ class UniCode2Quantizer(PreTrainedModel):
             )
         if pixel_values.dtype in (torch.bfloat16, torch.float16):
             logger.warning_once(
-                f"`pixel_values` are {pixel_values.dtype}; rounded pixels get other codes. Give them in float32, as the processor "
-                "does, or give visual token ids."
+                f"`pixel_values` are {pixel_values.dtype}; rounded pixels get other codes. Give them in float32, as "
+                "the processor does, or give visual token ids."
             )
         kwargs["return_dict"] = True
         with torch.autocast(pixel_values.device.type, enabled=False):
@@ -285,49 +311,8 @@ class UniCode2Quantizer(PreTrainedModel):
         return self.encode_features(self.get_image_features(pixel_values).last_hidden_state, num_probes)
 
     def encode_features(self, features: torch.Tensor, num_probes: int | None = None) -> torch.LongTensor:
-        """Features `(..., codebook_dim)` to codes `(...)`, Eq. 5, as `UniCode2Codebook.encode`; searched with FAISS after `use_faiss`,
-        which knows how many lists to look into: `ValueError` if `num_probes` is given then."""
-        if self.index is None:
-            return self.codebook(features, num_probes=num_probes)
-        if num_probes is not None:
-            raise ValueError(f"`num_probes` is {num_probes}, but a FAISS index is in use; give it to `use_faiss`.")
-        return self.search_index(features)
-
-    def make_faiss_index(self, kind: str = "flat", num_probes: int | None = None):
-        """A FAISS index of the codes in their order, to search or to write to disk; see `make_index` of `faiss_unicode2.py`."""
-        return make_index(self.codebook, kind, num_probes)
-
-    def use_faiss(self, index="flat", num_probes: int | None = None) -> "UniCode2Quantizer":
-        """Searches with FAISS on the CPU from now on. The codes stay the same with `"flat"`, and with `"ivf"` when it looks into all lists.
-
-        Args:
-            index (`str` or `faiss.Index`, *optional*, defaults to `"flat"`): `"flat"`, `"ivf"`, whose lists are the cells of the
-                codebook, or a trained index of metric L2 that holds the codes in their order.
-            num_probes (`int`, *optional*): lists that `"ivf"` looks into; all of them, which is exact, by default.
-
-        Raises:
-            `ImportError`: without FAISS. `ValueError`: on another kind, or on an index of other vectors or another metric, see
-                `check_index`.
-        """
-        if isinstance(index, str):
-            index = self.make_faiss_index(index, num_probes)
-        elif num_probes is not None:
-            raise ValueError(f"`num_probes` is {num_probes}, but the index is yours; set its `nprobe`.")
-        else:
-            check_index(index, self.codebook)
-        self.index, self.index_of = index, state_of(self.codebook.codes)
-        return self
-
-    def search_index(self, features: torch.Tensor) -> torch.LongTensor:
-        """Nearest code of features `(..., codebook_dim)` by the FAISS index, compared in float64; ties go to the lowest code.
-
-        Raises `ValueError` when the codes have changed since `use_faiss`.
-        """
-        check_features(features, self.codebook.codes.shape[1])
-        if have_changed(self.codebook.codes, self.index_of):
-            raise ValueError("The codes have changed since the FAISS index was made; call `use_faiss` again.")
-        query = features.reshape(-1, features.shape[-1]).float().cpu()  # (num_queries, codebook_dim)
-        return search_index(self.index, self.codebook, query).reshape(features.shape[:-1]).to(features.device)
+        """Features `(..., codebook_dim)` to codes `(...)`, Eq. 5, as `UniCode2Codebook.encode`."""
+        return self.codebook(features, num_probes=num_probes)
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> UniCode2QuantizerOutput:
@@ -383,18 +368,9 @@ def check_features(features: torch.Tensor, width: int) -> None:
         raise ValueError(f"{len(bad)} of {len(finite)} features are not finite; the first is number {bad[0].item()}.")
 
 
-def renew_lock() -> None:
-    """A lock that a thread of the parent holds would be held for ever in a forked process, which lacks the thread."""
-    global TABLES_LOCK
-    TABLES_LOCK = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
-    os.register_at_fork(after_in_child=renew_lock)
-
-
 def note_digests(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> None:
-    """Writes the digests of what will be saved, the state dict or the model's own weights, to a model's configuration."""
+    """Writes the digests of what will be saved, the state dict or the model's own weights, to a model's
+    configuration."""
     weights = model.get_quantizer().state_dict() if state_dict is None else state_dict
     for name, digest in find_digests(weights).items():
         setattr(model.config.codebook_config, name, digest)
@@ -402,7 +378,8 @@ def note_digests(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | N
 
 @torch.no_grad()
 def init_codebook(module: nn.Module) -> None:
-    """Brings a fresh codebook to its starting values: no codes yet, in cells of equal size; it holds no random state."""
+    """Brings a fresh codebook to its starting values: no codes yet, in cells of equal size; it holds no random
+    state."""
     if isinstance(module, UniCode2Codebook):
         for buffer in module.buffers():
             init.zeros_(buffer)

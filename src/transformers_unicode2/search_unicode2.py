@@ -1,343 +1,242 @@
-"""Exact nearest-code search in a fraction of the arithmetic of a scan (Eq. 5 of the paper).
+"""Exact nearest-code search with torch alone (Eq. 5 of the paper).
 
-The nearest code is the one with the smallest distance in float64, on the values as given; of equal distances the lowest code wins.
-It is found in three steps, each of which drops only codes that cannot be the nearest: two integer products with bounds
-(`screen_unicode2.py`), whose threshold is the distance of the best code so far, at first from the nearest cells; then the distance
-itself. Where the bounds exclude too little, as on data without structure, all codes are scanned in float32, or in float64 where
-that is too coarse, and what its rounding error cannot exclude is compared. The result is the same by every way: on a CPU
-with the C kernel of `kernel_unicode2.py`, with torch alone, on any device that has float64, and for any split of a batch.
+The nearest code is the one with the smallest distance in float64, on the values as given. Of equal distances the
+lowest code wins. Candidates come from products in float32, block by block. The bound on their rounding error decides
+which codes may be the nearest, and these are compared in float64. Where float32 is too coarse, the products are in
+float64. The ids are the same on every device.
 """
 
+import copy
 import operator
-import weakref
+import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from .kernel_unicode2 import Queries, Tables, load_kernel
-from .screen_unicode2 import UNIT, Screen, integer_products_work, products_are_exact
-
 WORKSPACE = 256 * 2**20
-MIN_SIZE, MIN_DIM = 8192, 160  # of the codes: below, a plain scan is as fast
-NUM_NEAR = 2  # nearest parts that are searched first, the first of them after a look at its best few codes
-NUM_SEED_CODES, NUM_SEEDS = 256, 4  # without the kernel: codes of a part that are looked at, and the best of them
-KERNEL_SHARE, PAIR_SHARE = 0.3, 0.05  # of the work of a scan, and of its pairs: when the bounds have failed
-GROUP = 512  # features that a thread takes at a time
-BLOCK_SCORES = 2**19  # of a scan on a CPU: stay in its cache
-CHUNK = 2**18  # numbers of a pass over the codes, for the same reason
-
-
-class NearestCodeSearch:
-    r"""
-    Tables derived from a codebook, and the search in them.
-
-    The tables take a tenth of the memory of the codes in float32 and are derived in seconds. They are no state, and they hold no
-    reference to the codes, which may move.
-
-    Args:
-        codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes; rows that are not finite are never found.
-        offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): where the cells of the codebook begin and end.
-    """
-
-    def __init__(self, codes: torch.Tensor, offsets: torch.LongTensor):
-        with torch.autocast(codes.device.type, enabled=False):
-            self.make_tables(codes, offsets)
-
-    def make_tables(self, codes: torch.Tensor, offsets: torch.LongTensor) -> None:
-        self.size, self.dim = size, dim = codes.shape
-        self.offsets = offsets.clone()
-        self.dtype, device, rows = codes.dtype, codes.device, max(1, CHUNK // dim)
-        middle = (
-            codes[:: max(1, size // 1024)].float().median(0).values
-        )  # what to subtract: any will do, a few far codes do not move it
-        self.mean = middle if middle.abs().max() < 1e15 else torch.zeros_like(middle)
-        hashes, norm = hash_rows(codes), find_norms(codes, self.mean)
-        if not norm.isfinite().all():
-            norm = torch.cat([(part.double() - self.mean).norm(dim=-1) for part in codes.split(rows)])
-        finite, self.half_norm = norm.isfinite(), norm.square() / 2
-        self.unused = find_repeated(codes, hashes, rows) | ~finite
-        self.all_finite = bool(finite.all())
-        self.half_norm.masked_fill_(self.unused, 0)
-        self.source, self.version = weakref.ref(codes), version_of(codes)
-        self.checksum, self.sampled = sum_up(hashes), sample_sum(codes)
-        spread, largest = (2 * value.double().item() for value in (self.half_norm.mean(), self.half_norm.max()))
-        self.moderate = 1e-24 < spread and largest < 1e30  # float32 can hold the squares
-        self.shifted = (
-            self.mean.double().square().sum().item() > 16 * spread
-        )  # differences of large numbers are inexact
-        self.screen = None
-        if size >= MIN_SIZE and dim >= MIN_DIM and self.moderate and self.all_finite and device.type in ("cpu", "cuda"):
-            kernel = load_kernel() if device.type == "cpu" and codes.dtype == torch.float32 else None
-            if kernel or (
-                device.type == "cuda" and integer_products_work(device)
-            ):  # in plain torch they pay on a GPU only
-                self.screen = Screen(codes, self.mean, self.half_norm, self.unused, offsets, kernel)
-
-    def fits(self, codes: torch.Tensor, offsets: torch.LongTensor) -> bool:
-        """Whether the tables were made from these, on the same device; quick for the same, unchanged codes."""
-        known = ((self.size, self.dim), self.dtype, self.mean.device)
-        if (codes.shape, codes.dtype, codes.device) != known or sample_sum(codes) != self.sampled:
-            return False
-        if not torch.equal(offsets, self.offsets):
-            return False
-        version = version_of(codes)
-        if self.source() is codes and version is not None and self.version == version:
-            return True
-        if sum_up(hash_rows(codes)) != self.checksum:
-            return False
-        self.source, self.version = weakref.ref(codes), version
-        return True
-
-    def auxiliary_bytes(self) -> int:
-        """Bytes of all tables."""
-        held = [*vars(self).values(), *(vars(self.screen).values() if self.screen else ())]
-        return sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
-
-    @torch.no_grad()
-    def __call__(self, features, codes, cells: "Cells", num_probes: int | None = None, workspace: int = WORKSPACE):
-        r"""
-        Nearest codes.
-
-        Args:
-            features (`torch.FloatTensor` of shape `(num_features, codebook_dim)`): finite features, on the device of the codes.
-            codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes that the tables were made from.
-            cells (`Cells`): their cells; the ids do not depend on them unless `num_probes` is given.
-            num_probes (`int`, *optional*): looks in that many nearest cells only; all codes by default.
-            workspace (`int`, *optional*, defaults to 256 MiB): bytes that the search may use at a time.
-
-        Returns:
-            `torch.LongTensor` of shape `(num_features,)`.
-        """
-        if not len(features):
-            return torch.zeros(0, dtype=torch.long, device=features.device)
-        features, codes = features.float().contiguous(), codes.contiguous()  # as the kernel reads them
-        rows = min(4096, workspace // (64 * self.dim), workspace // (64 * len(cells.centroids)))
-        if self.screen and not self.screen.kernel:  # squares, bounds and thresholds, in torch
-            rows = min(rows, workspace // (192 * len(self.screen.centres)))
-        with torch.autocast(features.device.type, enabled=False):
-            parts = [self.search(part, codes, cells, num_probes, workspace) for part in features.split(max(1, rows))]
-        return torch.cat(parts)
-
-    def search(self, features, codes, cells: "Cells", num_probes: int | None, workspace: int) -> torch.LongTensor:
-        best = Best(features, codes, workspace)
-        centred = features - self.mean
-        if self.screen:
-            query = self.screen.prepare(centred)
-            way = self.search_with_kernel if self.screen.kernel else self.search_with_torch
-            if num_probes:
-                spans = cells.spans().clamp(0, self.size)  # whatever a file said
-                way(query, best, spans, cells.find(centred, self.mean, num_probes), True)
-            else:
-                way(query, best, self.screen.spans(), self.screen.find(query, NUM_NEAR), False)
-            best.forget(~query["usable"])
-        elif num_probes:
-            for near in cells.find(centred, self.mean, num_probes).unbind(1):
-                self.visit(None, best, cells.spans()[near])
-        missing = (best.found == self.size).nonzero()[:, 0]
-        if len(missing):
-            best.found[missing] = self.scan(features[missing], codes, workspace)
-        return best.found
-
-    def search_with_kernel(self, query: dict, best: "Best", spans, near: torch.LongTensor, near_only: bool) -> None:
-        screen, count = self.screen, len(best.features)
-        parts = screen.find_parts(spans[:, :1].contiguous())
-        kept = [screen.prefix, screen.rest, screen.constant, screen.units, screen.rest_units, screen.more]
-        kept += [best.codes, torch.cat([spans, parts], -1), screen.centre_norms, screen.extents]
-        sizes = (self.size, self.dim, screen.lead, screen.rest_size, len(screen.centres), len(spans))
-        costs = (screen.lead / 48, 16 + screen.rest_size / 2, 128 + self.dim / 2, self.dim / 16)  # cycles
-        limits = (*screen.largest, 1 + screen.margin, (self.dim + 64) * UNIT)
-        tables = Tables(*(x.data_ptr() for x in kept), *sizes, costs, limits)
-        held = [query["prefix"], query["rest"], best.features, query["scales"], query["lost"], query["norm"]]
-        held = [x.contiguous() for x in (*held, query["squares"], near)]
-        queries = Queries(*(x.data_ptr() for x in held), count, near.shape[1], best.found.data_ptr())
-
-        group = min(GROUP, -(-count // torch.get_num_threads()))
-        bytes_of_group = screen.kernel.workspace_size(group, near.shape[1], len(spans))
-        space = torch.empty(-(-count // group) * bytes_of_group, dtype=torch.uint8, device="cpu")
-        screen.kernel.search(tables, queries, group, near_only, KERNEL_SHARE, space.data_ptr())
-
-    def search_with_torch(self, query: dict, best: "Best", spans, near: torch.LongTensor, near_only: bool) -> None:
-        count, query = len(best.features), {**query, "bounds": self.screen.bound(query)}
-        for place in near.unbind(1)[: None if near_only else NUM_NEAR]:
-            self.visit(query, best, spans[place], None if near_only else NUM_SEED_CODES)
-        if near_only:
-            return
-        pairs = 0
-        for code, part, score, bound in self.screen.all_bounds(query, max(8, best.workspace // (32 * count) // 8 * 8)):
-            threshold = self.screen.thresholds(query, best.distance)
-            row, column = (bound >= threshold[part].T).nonzero(as_tuple=True)
-            pairs += len(row)
-            if pairs > PAIR_SHARE * count * (code[-1] + 1 + self.size / 10):
-                return best.forget(torch.ones_like(query["usable"]))
-            self.refine(query, best, threshold, row, code[column], score[row, column])
-
-    def refine(self, query: dict, best: "Best", threshold, row, code, score) -> None:
-        """Distances of the pairs that the second bound does not exclude."""
-        step = max(1, best.workspace // (16 * self.screen.rest_size + 1024))
-        for a, b, c in zip(row.split(step), code.split(step), score.split(step)):
-            alive = self.screen.second_bound(query, a, b, c) >= threshold[self.screen.find_parts(b), a]
-            best.improve(a[alive], b[alive])
-
-    def visit(self, query: dict | None, best: "Best", span: torch.LongTensor, limit: int | None = None) -> None:
-        """A cell of each feature, given as first and last code, `(num_features, 2)`: all its codes, or the best of the first `limit`."""
-        width = min(limit or self.size, int((span[:, 1] - span[:, 0]).max()))
-        columns = max(1, min(width, 1024))
-        rows = max(1, best.workspace // ((8 * self.screen.lead if query else 64) * columns))
-        for row in torch.arange(len(span), device=span.device).split(rows):
-            for start in range(0, width, columns):
-                place = torch.arange(start, min(start + columns, width), device=span.device)
-                code = span[row, :1] + place  # (num_rows, num_codes)
-                inside = code < span[row, 1:]
-                code = code.where(inside, 0)
-                inside &= ~self.unused[code]
-                if query:
-                    self.visit_codes(query, best, row, code, inside, limit is None)
-                else:
-                    hit, column = inside.nonzero(as_tuple=True)
-                    best.improve(row[hit], code[hit, column])
-
-    def visit_codes(self, query: dict, best: "Best", row, code, inside, every: bool) -> None:
-        """Codes `(num_rows, num_codes)` of features: the best by the first product, and with `every` all that the bounds do not exclude."""
-        part, score, bound = self.screen.first_bounds(query, row, code)
-        top = score.masked_fill(~inside, -torch.inf).topk(min(NUM_SEEDS, code.shape[1]), dim=-1).indices
-        hit, column = inside.gather(1, top).nonzero(as_tuple=True)
-        best.improve(row[hit], code[hit, top[hit, column]])
-        if every:
-            threshold = self.screen.thresholds(query, best.distance)
-            hit, column = ((bound >= threshold[part, row[:, None]]) & inside).nonzero(as_tuple=True)
-            self.refine(query, best, threshold, row[hit], code[hit, column], score[hit, column])
-
-    def scan(self, features: torch.Tensor, codes: torch.Tensor, workspace: int) -> torch.LongTensor:
-        """All codes: every score, and the distance where it reaches the best so far, less its error."""
-        best = Best(features, codes, workspace)
-        scan = Scan(self, best)
-        moderate = self.moderate and bool(scan.squared.max() < 1e30)
-        dtype = torch.float32 if moderate and products_are_exact() else torch.float64
-        best.kernel = self.screen.kernel if moderate and self.screen else None
-        step = max(1, min(self.size, workspace // (32 * len(features) + 32 * self.dim)))
-        if features.device.type == "cpu":
-            step = min(step, max(512, BLOCK_SCORES // len(features) // 512 * 512))
-        kept = torch.arange(self.size, device=codes.device)
-        if self.unused.sum() > self.size / 2:  # worth to copy the others
-            kept = kept[~self.unused]
-        waiting = []  # pairs that are measured together
-        for start in range(0, len(kept), step):
-            number = kept[start : start + step]
-            place = number if len(kept) < self.size else slice(start, start + step)
-            score, error = scan.scores(slice(None), place, dtype)  # (step, num_features), (num_features,)
-            threshold = scan.threshold(dtype, error)
-            near = ((score - threshold).amax(1) >= 0).nonzero()[:, 0]  # to any feature, to look closely at few
-            hits = score[near] >= threshold
-            if hits.sum() > 4 * len(features):  # fewer are left after the best
-                best.improve(torch.arange(len(features), device=codes.device), number[score.argmax(0)])
-                hits = score[near] >= scan.threshold(dtype, error)
-                crowded = hits.sum(0) > 32 + step // 64
-                if dtype == torch.float32 and crowded.any():  # too coarse for these: again in float64
-                    score, error = scan.scores(crowded, place, torch.float64)
-                    hits[:, crowded] = score[near] >= scan.threshold(torch.float64, error, crowded)
-            code, row = hits.nonzero(as_tuple=True)
-            waiting.append((row, number[near[code]]))
-            if sum(len(row) for row, _ in waiting) > len(features):
-                best.improve(*map(torch.cat, zip(*waiting)))
-                waiting.clear()
-        if waiting:
-            best.improve(*map(torch.cat, zip(*waiting)))
-        if (best.found == self.size).any():
-            raise ValueError(f"None of the {self.size} codes is finite.")
-        return best.found
-
-
-class Cells:
-    """The cells of a codebook: `centroids` `(num_cells, codebook_dim)` and `offsets` `(num_cells + 1,)`, where they begin and end."""
-
-    def __init__(self, centroids: torch.Tensor, offsets: torch.LongTensor):
-        self.centroids, self.offsets = centroids, offsets
-
-    def spans(self) -> torch.LongTensor:
-        """First code of each cell, and that after the last, `(num_cells, 2)`."""
-        return torch.stack([self.offsets[:-1], self.offsets[1:]], -1)
-
-    def find(self, centred: torch.Tensor, mean: torch.Tensor, count: int) -> torch.LongTensor:
-        """The cells nearest to features less the mean, `(num_features, count)`, the nearest first; those without a code come last."""
-        centroids = self.centroids.float() - mean
-        bias = (-centroids.square().sum(-1) / 2).masked_fill(self.offsets.diff() == 0, -torch.inf)
-        score = torch.addmm(bias, centred, centroids.T)
-        return score.topk(min(count, len(centroids)), dim=-1).indices
+# A block of scores on a CPU stays in its cache.
+BLOCK_SCORES = 2**19
+# Squares of larger norms leave no room in float32.
+LARGEST_SQUARE = 1e30
+FPMATH_MODES = ("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE")
 
 
 class Best:
-    """The nearest code so far of each feature: int64 `found` (the number of codes if there is none) and the float64 squared `distance`."""
-
-    kernel = None  # to measure with: of numbers that are moderate only
+    """The nearest code so far of each feature: int64 `found` (the number of codes if there is none) and the float64
+    squared `distance`."""
 
     def __init__(self, features: torch.Tensor, codes: torch.Tensor, workspace: int):
         self.features, self.codes, self.workspace = features, codes, workspace
         self.distance = torch.full((len(features),), torch.inf, dtype=torch.double, device=features.device)
         self.found = torch.full((len(features),), len(codes), device=features.device)
 
-    def forget(self, which: torch.Tensor) -> None:
-        self.distance.masked_fill_(which, torch.inf)
-        self.found.masked_fill_(which, len(self.codes))
+    def missing(self) -> torch.LongTensor:
+        """Features without a code so far."""
+        return (self.found == len(self.codes)).nonzero()[:, 0]
+
+    def update(self, rows: torch.LongTensor, search: Callable[["Best"], None]) -> None:
+        """Improves some of the features by a search."""
+        if len(rows):
+            part = copy.copy(self)
+            part.features, part.distance, part.found = self.features[rows], self.distance[rows], self.found[rows]
+            search(part)
+            self.distance[rows], self.found[rows] = part.distance, part.found
 
     def improve(self, row: torch.LongTensor, code: torch.LongTensor) -> None:
-        """Considers pairs of features and codes; of equal distances the lowest code wins."""
-        if self.kernel:
-            held = [self.features, self.codes, row.contiguous(), code.contiguous()]
-            first, second, *pairs = (x.data_ptr() for x in held)
-            found = self.distance.data_ptr(), self.found.data_ptr()
-            return self.kernel.improve(first, second, self.features.shape[1], len(row), *pairs, *found)
+        """Considers pairs of features and codes, `(num_pairs,)` each. Of equal distances the lowest code wins."""
         step = max(1, self.workspace // (64 * self.features.shape[1]))
-        for a, b in zip(row.split(step), code.split(step)):
-            distance = exact_distance(self.features[a], self.codes[b])
+        for rows, codes in zip(row.split(step), code.split(step)):
+            distance = exact_distance(self.features[rows], self.codes[codes])
             before = self.distance.clone()
-            self.distance.scatter_reduce_(0, a, distance, "amin")
+            self.distance.scatter_reduce_(0, rows, distance, "amin")
             self.found.masked_fill_(self.distance < before, len(self.codes))
-            winners = torch.where(distance == self.distance[a], b, len(self.codes))
-            self.found.scatter_reduce_(0, a, winners, "amin")
+            winners = torch.where(distance == self.distance[rows], codes, len(self.codes))
+            self.found.scatter_reduce_(0, rows, winners, "amin")
 
 
-class Scan:
-    """Scores, and what they have to reach. The score of a code c is x·c - |c - mean|²/2 with x the feature less the mean."""
+class Scores:
+    r"""
+    Scores of codes for features. With a feature x and a code c, both less `origin`, the score is x·c - |c|²/2. It is
+    highest for the nearest code.
 
-    def __init__(self, search: NearestCodeSearch, best: Best):
-        self.search, self.best = search, best
-        self.query = best.features.double() - search.mean.double()
-        self.narrow, self.squared = self.query.float(), self.query.square().sum(-1)
-        self.rest = search.mean.double() * (not search.shifted)  # of the mean, which the codes keep
-        self.constant = self.squared / 2 + self.query @ self.rest  # the score is this less half the squared distance
-        self.size = (
-            self.squared.sqrt() * search.mean.double().norm() + self.squared
-        )  # of the rounding errors in float64
+    Args:
+        features (`torch.FloatTensor` of shape `(num_features, codebook_dim)`): finite features.
+        codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes.
+        origin (`torch.FloatTensor` of shape `(codebook_dim,)`): what is subtracted. The ids do not depend on it.
+        shifted (`bool`): whether `origin` is far from zero, so that it is subtracted from the codes, too. Without
+            `half_norm` an origin that is not subtracted must be zero.
+        half_norm (`torch.FloatTensor` of shape `(codebook_size,)`, *optional*): half the squared norm of each code
+            less `origin`, infinite for codes to ignore. All codes must be finite then. By default it is computed, and
+            codes that are not finite are ignored.
+    """
 
-    def scores(self, rows, place: slice | torch.LongTensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores of codes for features, `(num_codes, num_rows)`, and float64 `(num_rows,)` by how much they may be too small."""
-        search = self.search
-        codes = self.best.codes[place].to(dtype)
-        if not search.all_finite:
-            codes = codes.masked_fill(search.unused[place, None], 0)
-        half_norm = search.half_norm[place]
-        if dtype == torch.float64:
-            half_norm = (codes - search.mean).square().sum(-1) / 2
-        if search.shifted:
-            codes = codes - search.mean
-        share = (search.dim + 32) * torch.finfo(dtype).eps / 2  # of products and sums, in any order
-        largest = (2 * half_norm.double().max()).sqrt() + self.rest.norm()
-        bias = (-half_norm * (1 - 2 * share)).masked_fill(search.unused[place], -torch.inf).to(dtype)
+    def __init__(self, features, codes, origin, shifted: bool, half_norm: torch.Tensor | None = None):
+        self.codes, self.origin, self.shifted, self.half_norm = codes, origin, shifted, half_norm
+        self.query = features.double() - origin.double()
+        self.narrow = self.query.float()
+        squared = self.query.square().sum(-1)
+        # What the codes keep of the origin is a constant of the feature.
+        kept = origin.double() * (not shifted)
+        self.constant = squared / 2 + self.query @ kept
+        self.size = squared / 2 + squared.sqrt() * kept.norm()
+        self.moderate = not len(squared) or squared.max().item() < LARGEST_SQUARE
+        self.dtype = torch.float32 if products_are_exact() and self.moderate else torch.float64
+
+    def compute(self, place, dtype: torch.dtype, rows=slice(None)) -> torch.Tensor:
+        """Scores of the codes at `place` for features, `(num_codes, num_rows)`, in float64 where float32 cannot hold
+        the squares."""
+        codes = self.codes[place].to(dtype)
+        codes = codes - self.origin if self.shifted else codes
+        half_norm = self.find_half_norm(codes, place)
+        if dtype == torch.float32 and self.half_norm is None and not half_norm.max() < LARGEST_SQUARE:
+            return self.compute(place, torch.float64, rows)
+        if self.half_norm is None and not half_norm.isfinite().all():
+            codes = codes.masked_fill(~half_norm.isfinite()[:, None], 0)
+            half_norm = half_norm.nan_to_num(torch.inf)
+        # Too large by more than the rounding errors that grow with the code.
+        bias = -half_norm * (1 - 3 * find_share(codes.shape[1], dtype))
         query = self.narrow if dtype == torch.float32 else self.query
-        score = torch.addmm(bias[:, None], codes, query[rows].T)  # in this order it is faster on some processors
-        return score, share * self.squared[rows].sqrt() * largest
+        # In this order the product is faster on some processors.
+        return torch.addmm(bias[:, None], codes, query[rows].T)  # (num_codes, num_rows)
 
-    def threshold(self, dtype: torch.dtype, error: torch.Tensor, rows=slice(None)) -> torch.Tensor:
-        """What the score of a code has to reach to be as near as the best so far, `(num_rows,)`."""
-        distance = self.best.distance[rows]
-        score = self.constant[rows] - distance / 2 - error
-        score = score - 1e-12 * (self.size[rows] + distance)
-        limits = torch.finfo(dtype)
-        score = score - score.abs() * limits.eps - self.search.dim * limits.tiny
-        return score.clamp(min=limits.min).to(dtype)  # above that of a code that no search may find
+    def find_half_norm(self, codes: torch.Tensor, place) -> torch.Tensor:
+        """Half the squared norms of codes less the origin, `(num_codes,)`."""
+        if self.half_norm is not None and codes.dtype == torch.float32:
+            return self.half_norm[place]
+        known = self.half_norm is not None
+        centred = codes - self.origin if known and not self.shifted else codes
+        half_norm = torch.linalg.vector_norm(centred, dim=-1).square() / 2
+        return half_norm.where(self.half_norm[place].isfinite(), torch.inf) if known else half_norm
+
+    def threshold(self, distance: torch.Tensor, dtype: torch.dtype, rows=slice(None)) -> torch.Tensor:
+        """What the score of a code must reach for it to be within squared `distance`, `(num_rows,)`, less the
+        rounding errors."""
+        size, dim, limits = self.size[rows], self.query.shape[1], torch.finfo(dtype)
+        score = self.constant[rows] - distance / 2 - find_share(dim, dtype) * size
+        score = score - 1e-12 * (2 * size + distance)
+        score = score - score.abs() * limits.eps - 4 * dim * limits.tiny
+        # A code to ignore has a score of minus infinity, which is below.
+        return score.clamp(min=limits.min).to(dtype)
+
+
+def find_nearest(
+    features, codes, centroids, offsets, num_probes: int | None = None, workspace: int = WORKSPACE
+) -> torch.LongTensor:
+    r"""
+    The nearest code of each feature.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(num_features, codebook_dim)`): finite features, float32.
+        codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes. Rows that are not finite are
+            never found.
+        centroids (`torch.FloatTensor` of shape `(num_cells, codebook_dim)`): the centroids of the cells of the
+            codebook.
+        offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): cell i holds codes `offsets[i]` to `offsets[i + 1]`.
+        num_probes (`int`, *optional*): looks only into the cells with so many nearest centroids. All codes by default.
+        workspace (`int`, *optional*, defaults to 256 MiB): bytes that the search may use at a time.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_features,)`.
+
+    Raises:
+        `ValueError`: when no code is finite.
+    """
+    rows = max(1, min(4096, workspace // (64 * codes.shape[1]), workspace // (64 * len(centroids))))
+    found = []
+    with torch.autocast(features.device.type, enabled=False):
+        for part in features.split(rows):
+            best = Best(part, codes, workspace)
+            if num_probes and len(part):
+                scan_cells(best, find_cells(part, centroids, offsets, num_probes), offsets)
+            best.update(best.missing(), scan_all)
+            found.append(best.found)
+    return torch.cat(found)
+
+
+def scan_all(best: Best) -> None:
+    """Compares all codes. Raises `ValueError` when none is finite."""
+    scan(best)
+    if len(best.missing()):
+        raise ValueError(f"None of the {len(best.codes)} codes is finite.")
+
+
+def scan_cells(best: Best, near: torch.LongTensor, offsets: torch.LongTensor) -> None:
+    """Compares the codes of the cells `near`, `(num_features, num_probes)`, of each feature."""
+    cells, order = near.flatten().sort()
+    found, counts = cells.unique_consecutive(return_counts=True)
+    for cell, pairs in zip(found.tolist(), order.split(counts.tolist())):
+        numbers = torch.arange(offsets[cell].item(), offsets[cell + 1].item(), device=offsets.device)
+        best.update(pairs // near.shape[1], partial(scan, numbers=numbers))
+
+
+def make_scores(features: torch.Tensor, codes: torch.Tensor) -> Scores:
+    """Scores about the mean of the features where that is far from zero, as differences of large numbers are
+    inexact."""
+    mean = features.double().mean(0)
+    spread = (features.double() - mean).square().sum(-1).mean()
+    shifted = bool(mean.square().sum() > 16 * spread)
+    origin = mean.float() if shifted else torch.zeros_like(features[0])
+    return Scores(features, codes, origin, shifted)
+
+
+def scan(best: Best, scores: Scores | None = None, numbers: torch.LongTensor | None = None) -> None:
+    """Improves `best` by the codes with the given numbers, by default by all."""
+    count, dim = best.features.shape
+    scores = scores or make_scores(best.features, best.codes)
+    size = len(best.codes) if numbers is None else len(numbers)
+    step = max(1, min(size, best.workspace // (32 * (count + dim))))
+    if best.features.device.type == "cpu":
+        step = min(step, max(512, BLOCK_SCORES // count // 512 * 512))
+    # Pairs that are measured together.
+    waiting = []
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        if numbers is None:
+            place, codes = slice(start, stop), torch.arange(start, stop, device=best.codes.device)
+        else:
+            place = codes = numbers[start:stop]
+        waiting.append(find_candidates(best, scores, place, codes))
+        if sum(len(row) for row, _ in waiting) > count or stop == size:
+            rows, found = zip(*waiting)
+            best.improve(torch.cat(rows), torch.cat(found))
+            waiting.clear()
+
+
+def find_candidates(best: Best, scores: Scores, place, codes: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of features and of the codes at `place` that may be nearer than the best so far, `(num_pairs,)` each."""
+    score = scores.compute(place, scores.dtype)  # (num_codes, num_features)
+    threshold = scores.threshold(best.distance, score.dtype)
+    # Codes near to any feature are few, and only they are looked at closely.
+    near = ((score - threshold).amax(1) >= 0).nonzero()[:, 0]
+    hits = score[near] >= threshold
+    if hits.sum() > 4 * len(best.features):
+        # Fewer are left after the best of the block.
+        best.improve(torch.arange(len(best.features), device=codes.device), codes[score.argmax(0)])
+        hits = score[near] >= scores.threshold(best.distance, score.dtype)
+        crowded = hits.sum(0) > 32 + len(codes) // 64
+        if score.dtype == torch.float32 and crowded.any():
+            # Float32 is too coarse for these features.
+            finer = scores.compute(place, torch.float64, crowded)[near]
+            hits[:, crowded] = finer >= scores.threshold(best.distance[crowded], torch.float64, crowded)
+    code, row = hits.nonzero(as_tuple=True)
+    return row, codes[near[code]]
+
+
+def find_cells(features, centroids, offsets, num_probes: int) -> torch.LongTensor:
+    """The cells nearest to features, `(num_features, num_probes)`, the nearest first. Those without a code come
+    last."""
+    dtype = torch.float32 if products_are_exact() else torch.float64
+    mean = centroids.float().mean(0)
+    centred, centroids = (x.to(dtype) - mean for x in (features, centroids))
+    bias = (-centroids.square().sum(-1) / 2).masked_fill(offsets.diff() == 0, -torch.inf)
+    score = torch.addmm(bias, centred, centroids.T)  # (num_features, num_cells)
+    return score.topk(min(num_probes, len(centroids)), dim=-1).indices
 
 
 def check_num_probes(num_probes) -> int | None:
-    """A number of cells as Python's own, whichever library it is of. Raises `ValueError` unless it is a whole number from 1 on."""
+    """A number of cells as Python's own, whichever library it is of. Raises `ValueError` unless it is a whole number
+    of at least 1."""
     if num_probes is None:
         return None
     try:
@@ -350,7 +249,8 @@ def check_num_probes(num_probes) -> int | None:
 
 
 def exact_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Squared distances of rows `(num_rows, dim)` in float64, `(num_rows,)`; added in an order that gives the same bits everywhere."""
+    """Squared distances of rows `(num_rows, dim)` in float64, `(num_rows,)`, added in an order that gives the same
+    bits everywhere."""
     square = (a.double() - b.double()).square()
     dim = square.shape[1]
     square = torch.nn.functional.pad(square, (0, (1 << (dim - 1).bit_length()) - dim))
@@ -360,60 +260,18 @@ def exact_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return square[:, 0]
 
 
-def version_of(codes: torch.Tensor) -> int | None:
-    """Grows whenever a tensor is written to; `None` for one that does not count."""
-    return None if codes.is_inference() else codes._version
+def find_share(dim: int, dtype: torch.dtype) -> float:
+    """The relative rounding error of sums of `dim` products, added in any order, at most."""
+    return (dim + 32) * torch.finfo(dtype).eps / 2
 
 
-def sample_sum(codes: torch.Tensor, count: int = 64) -> int:
-    """A number for a few rows: notices quickly when other codes were written around torch's count."""
-    return sum_up(hash_rows(codes[:: max(1, len(codes) // count)]))
-
-
-def state_of(codes: torch.Tensor) -> tuple[int, int | None, int] | None:
-    """What tells later that codes have been written to; `None` where they are not there to be looked at."""
-    return None if codes.is_meta else (codes.data_ptr(), version_of(codes), sample_sum(codes))
-
-
-def have_changed(codes: torch.Tensor, before: tuple[int, int | None, int] | None) -> bool:
-    """Whether codes have been written to since `state_of`; that they moved is no change."""
-    now = state_of(codes)
-    if now is None or before is None:
+def products_are_exact() -> bool:
+    """Whether products of float32 matrices are in float32, as by default, and not in TF32 or bfloat16."""
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1" or any(
+        os.environ.get(name, "STRICT").upper() != "STRICT" for name in FPMATH_MODES
+    ):
         return False
-    return now[2] != before[2] or (now[0] == before[0] and now[1] != before[1])
-
-
-def hash_rows(codes: torch.Tensor) -> torch.LongTensor:
-    """A number for each row, `(len(codes),)`, equal for equal rows."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    factors = torch.randint(-(2**31), 2**31, (codes.shape[1],), generator=generator, device="cpu")
-    factors, hashes, parts = factors.to(codes.device) | 1, [], codes.split(max(1, CHUNK // codes.shape[1]))
-    values, products = (
-        torch.empty(parts[0].shape, dtype=dtype, device=codes.device) for dtype in (torch.float32, torch.long)
-    )
-    for part in parts:  # into the same memory, as to map some anew takes longer than to fill it
-        bits = torch.add(part, 0.0, out=values[: len(part)]).view(torch.int32)  # -0.0 equals 0.0
-        hashes.append(products[: len(part)].copy_(bits).mul_(factors).sum(-1))
-    return torch.cat(hashes)
-
-
-def find_norms(codes: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Norms of rows less a mean, float32 `(len(codes),)`."""
-    parts = codes.split(max(1, CHUNK // codes.shape[1]))
-    values = torch.empty(parts[0].shape, dtype=torch.float32, device=codes.device)
-    return torch.cat([torch.sub(part, mean, out=values[: len(part)]).norm(dim=-1) for part in parts])
-
-
-def sum_up(hashes: torch.LongTensor) -> int:
-    """One number for rows in their order."""
-    return (hashes * torch.arange(1, 2 * len(hashes), 2, device=hashes.device)).sum().item()
-
-
-def find_repeated(codes: torch.Tensor, hashes: torch.LongTensor, rows: int) -> torch.BoolTensor:
-    """Rows that equal an earlier one, `(len(codes),)`."""
-    hashes, order = hashes.sort(stable=True)
-    repeated = torch.zeros_like(order, dtype=torch.bool)
-    places = (hashes[1:] == hashes[:-1]).nonzero()[:, 0] + 1
-    for part in places.split(rows):
-        repeated[order[part]] = (codes[order[part]] == codes[order[part - 1]]).all(-1)
-    return repeated
+    try:
+        return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # set by other means
+        return False

@@ -4,7 +4,63 @@ import importlib
 
 import torch
 
-from .search_unicode2 import check_num_probes, exact_distance
+from ..search_unicode2 import check_num_probes, exact_distance
+
+
+class FaissSearch:
+    r"""
+    Searches a codebook with FAISS on the CPU: `codebook.search = FaissSearch(codebook, "ivf")`. `del codebook.search`
+    ends it.
+
+    The codes stay the same with `"flat"`, and with `"ivf"` when it looks into all lists. The candidates of the index
+    are compared in float64, and ties go to the lowest code. Where the rounding of the index may have left out a
+    nearer code, the codebook is searched.
+
+    Args:
+        codebook (`UniCode2Codebook`): the codes and their cells.
+        index (`str` or `faiss.Index`, *optional*, defaults to `"flat"`): `"flat"`, `"ivf"`, whose lists are the cells
+            of the codebook, or a trained index of metric L2 that holds the codes in their order.
+        num_probes (`int`, *optional*): lists that `"ivf"` looks into; all of them, which is exact, by default.
+
+    Raises:
+        `ImportError`: without FAISS. `ValueError`: on another kind, or on an index of other vectors or another
+            metric, see `check_index`.
+    """
+
+    def __init__(self, codebook, index="flat", num_probes: int | None = None):
+        if isinstance(index, str):
+            index = make_index(codebook, index, num_probes)
+        elif num_probes is not None:
+            raise ValueError(f"`num_probes` is {num_probes}, but the index is yours; set its `nprobe`.")
+        else:
+            check_index(index, codebook)
+        self.codebook, self.index = codebook, index
+
+    def __call__(
+        self, features: torch.Tensor, num_probes: int | None = None, num_candidates: int = 4
+    ) -> torch.LongTensor:
+        """Codes of float32 features `(num_features, codebook_dim)`, `(num_features,)`.
+
+        Raises `ValueError` when `num_probes` is given, or when the index finds no code.
+        """
+        if num_probes is not None:
+            raise ValueError(f"`num_probes` is {num_probes}, but a FAISS index is in use; give it to `FaissSearch`.")
+        num_candidates, codes, query = min(num_candidates, self.index.ntotal), self.codebook.codes, features.cpu()
+        reached, candidates = map(torch.from_numpy, self.index.search(query.numpy(), num_candidates))
+        # -1 stands where too few were found.
+        candidates = candidates.sort(-1).values  # (num_features, num_candidates)
+        if (candidates[:, -1:] < 0).any():
+            raise ValueError("The index found no code for a feature; let it probe more of its lists.")
+        held = codes[candidates.clamp(min=0).to(codes.device)].float().cpu().flatten(0, 1)
+        distance = exact_distance(held, query.repeat_interleave(num_candidates, 0)).view_as(candidates)
+        nearest, place = distance.masked_fill(candidates < 0, torch.inf).min(-1)
+        found = candidates.gather(-1, place[:, None])[:, 0]
+        # Of the norms of the feature and a code as near.
+        largest = 2 * query.double().norm(dim=-1) + nearest.sqrt()
+        unsure = reached.amax(-1) - nearest < query.shape[1] * 2**-23 * largest.square()
+        if unsure.any() and num_candidates < self.index.ntotal:
+            found[unsure] = type(self.codebook).search(self.codebook, query[unsure].to(codes.device)).cpu()
+        return found
 
 
 def make_index(codebook, kind: str = "flat", num_probes: int | None = None):
@@ -12,8 +68,8 @@ def make_index(codebook, kind: str = "flat", num_probes: int | None = None):
 
     Args:
         codebook (`UniCode2Codebook`): the codes and their cells.
-        kind (`str`, *optional*, defaults to `"flat"`): `"flat"` for an `IndexFlatL2`, `"ivf"` for an `IndexIVFFlat` whose lists are
-            the cells.
+        kind (`str`, *optional*, defaults to `"flat"`): `"flat"` for an `IndexFlatL2`, `"ivf"` for an `IndexIVFFlat`
+            whose lists are the cells.
         num_probes (`int`, *optional*): lists that `"ivf"` looks into; all of them, which is exact, by default.
 
     Raises:
@@ -50,9 +106,11 @@ def import_faiss():
 
 
 def check_index(index, codebook) -> None:
-    """Raises `ValueError` unless an index holds the codes of a codebook in their order and compares them by Euclidean distance.
+    """Raises `ValueError` unless an index holds the codes of a codebook in their order and compares them by Euclidean
+    distance.
 
-    Vectors that the index can give back have to be the codes. One that rounds them has to find half of a sample of codes.
+    Vectors that the index can give back have to be the codes. One that rounds them has to find half of a sample of
+    codes.
     """
     faiss, (size, width) = import_faiss(), codebook.codes.shape
     if not isinstance(index, faiss.Index):
@@ -90,13 +148,15 @@ def list_parts(index) -> list:
 
 
 def check_part(index, size: int) -> None:
-    """Raises `ValueError` on an index that is not trained, of another metric, that changes distances or has other ids."""
+    """Raises `ValueError` on an index that is not trained, of another metric, that changes distances or has other
+    ids."""
     faiss, name = import_faiss(), type(index).__name__
     if not index.is_trained:
         raise ValueError(f"The {name} is not trained; train it and add the codes in their order.")
     if index.metric_type != faiss.METRIC_L2:
         raise ValueError(
-            f"The {name} has FAISS's metric {index.metric_type}; codes are nearest by METRIC_L2, which is {faiss.METRIC_L2}."
+            f"The {name} has FAISS's metric {index.metric_type}; codes are nearest by METRIC_L2, which is "
+            f"{faiss.METRIC_L2}."
         )
     if isinstance(index, faiss.IndexIDMap) and (faiss.vector_to_array(index.id_map) != range(size)).any():
         raise ValueError(f"The ids of the {name} are not 0 to {size - 1} in their order; add the codes in their order.")
@@ -110,9 +170,11 @@ def check_part(index, size: int) -> None:
 
 
 def count_same(index, codebook, rows: int = 2**16) -> int:
-    """How many vectors an index gives back that are the codes at their places, but for rounding; 0 if it gives none back."""
+    """How many vectors an index gives back that are the codes at their places, but for rounding; 0 if it gives none
+    back."""
     try:
-        index.reconstruct_n(0, 1)  # by itself: in several threads, what a kind of index cannot do ends the process
+        # By itself: in several threads, what a kind of index cannot do ends the process.
+        index.reconstruct_n(0, 1)
     except RuntimeError:
         return 0
     same = 0
@@ -121,28 +183,6 @@ def count_same(index, codebook, rows: int = 2**16) -> int:
         codes = codebook(ids, task="decode").float().cpu()
         same += ((held - codes).norm(dim=-1) <= 1e-4 * codes.norm(dim=-1)).sum().item()
     return same
-
-
-def search_index(index, codebook, query: torch.Tensor, num_candidates: int = 4) -> torch.LongTensor:
-    """Nearest code of float32 features on the CPU, `(num_queries, codebook_dim)`, among the candidates of an index, `(num_queries,)`.
-
-    Candidates are compared in float64, and ties go to the lowest code. Where the rounding of the index itself may have left out
-    a nearer code, the codebook is searched. Raises `ValueError` when the index finds none.
-    """
-    num_candidates, device = min(num_candidates, index.ntotal), find_device(codebook)
-    reached, candidates = (torch.from_numpy(x) for x in index.search(query.numpy(), num_candidates))
-    candidates = candidates.sort(-1).values  # (num_queries, num_candidates), -1 where too few were found
-    if (candidates[:, -1] < 0).any():
-        raise ValueError("The index found no code for a feature; let it probe more of its lists.")
-    codes = codebook(candidates.clamp(min=0).to(device), task="decode").cpu()
-    distance = exact_distance(codes.flatten(0, 1), query.repeat_interleave(num_candidates, 0)).view_as(candidates)
-    nearest, place = distance.masked_fill(candidates < 0, torch.inf).min(-1)
-    found = candidates.gather(-1, place[:, None])[:, 0]
-    largest = 2 * query.double().norm(dim=-1) + nearest.sqrt()  # of the norms of the feature and a code as near
-    unsure = reached.amax(-1) - nearest < query.shape[1] * 2**-23 * largest.square()
-    if unsure.any() and num_candidates < index.ntotal:
-        found[unsure] = codebook(query[unsure].to(device)).cpu()
-    return found
 
 
 def find_device(codebook) -> torch.device:

@@ -1,54 +1,90 @@
 """Tables that exclude most codes from a nearest-code search by small integer products, and the bounds behind them.
 
-The codes are cut into parts, the cells of the codebook. With x a feature and c a code, both less the centre of the code's part, the
-nearest code has the smallest |x|² - 2 (x·c - |c|²/2). The score x·c - |c|²/2 is bounded from above by two sums, of which the second
-is for codes that pass the first:
+The codes are cut into parts, which are cells of the codebook. Let x be a feature and c a code, both less the centre
+of the code's part. The nearest code has the smallest |x|² - 2 (x·c - |c|²/2). Two sums bound the score x·c - |c|²/2
+from above; the second is for codes that pass the first:
 
 1. The products in the leading principal directions, of codes and features rounded to int8.
 2. The same, and the products in further directions, of codes rounded to four bits.
 
-Each code and each feature is on a grid of its own. What the directions leave out is bounded by Cauchy-Schwarz from its norms, the
-`tail` of a code and the `weight` of a feature, and what the rounding leaves out from the width of the code's grid, its `scale`, times
-the `slack` of the feature. The feature is rounded once for all parts: the products with the centres are constants of the codes.
-Rounding in float32 is covered by enlarging tails, weights and slack.
+Each code and each feature is on a grid of its own. Cauchy-Schwarz bounds what the directions leave out by its norms:
+the `tail` of a code and the `weight` of a feature. The width of the code's grid, its `scale`, times the `slack` of
+the feature bounds what the rounding leaves out. The feature is rounded once for all parts: its products with the
+centres are constants of the codes. Tails, weights and slack are enlarged by what float32 may round off. `kernel.c`
+computes the bounds and compares them.
 """
 
-import os
+from dataclasses import dataclass
 
 import torch
 
-from .kernel_unicode2 import BLOCK
+from ..search_unicode2 import products_are_exact
+from .kernel import BLOCK
 
-AUXILIARY_SHARE = 0.1  # of the memory of the codes in float32, for all tables
-BYTES_BESIDE = 21  # a code: constants, scales, tails and what NearestCodeSearch keeps
-OUTLINE = 16  # leading directions in which the extent of a part is known apart from the others
-LEAST_PART = 128  # codes; smaller cells are put together
-SAMPLE_SIZE = 8192  # codes to find the directions from
-WIDEST = 4  # in medians: codes farther than that have no say in a centre, and little in the directions
-MOST_REST = 352  # directions of the second product: more of them cost more than they exclude
-HALF_STEP = 0.168  # of the four-bit grid, in standard deviations
-TINY = 1e-17  # of a norm: what squares in float32 may not hold, see `moderate` of NearestCodeSearch
+# Of the memory of the codes in float32: what all tables may take.
+AUXILIARY_SHARE = 0.1
+# Of a code: constants, scales, tails and what NearestCodeSearch keeps.
+BYTES_BESIDE = 21
+# Leading directions in which the extent of a part is known apart from the others.
+OUTLINE = 16
+# Codes of a part: smaller cells are put together.
+LEAST_PART = 128
+# Codes to find the directions from.
+SAMPLE_SIZE = 8192
+# In medians: codes farther than that have no say in a centre, and little in the directions.
+WIDEST = 4
+# Directions of the second product: more of them cost more than they exclude.
+MOST_REST = 352
+# Of the four-bit grid, in standard deviations.
+HALF_STEP = 0.168
+# Of a norm: what squares in float32 may not hold.
+TINY = 1e-17
 UNIT = 2**-23
-NORM_MARGIN = 1e-5  # of the squared norm: what float32 may lose, and more than that
-FPMATH_MODES = ("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE")  # environment variables of oneDNN
+# Of the squared norm: what float32 may lose, and more than that.
+NORM_MARGIN = 1e-5
 
 
-class Screen:
+@dataclass
+class Query:
     r"""
-    Tables of a codebook and the bounds in them.
+    Features as the kernel reads them.
+
+    Args:
+        usable (`torch.BoolTensor` of shape `(num_features,)`): false for a feature that is too far from the codes for
+            float32.
+        norms (`torch.FloatTensor` of shape `(num_features,)`): the norms, 0 for those that are not usable.
+        squares (`torch.FloatTensor` of shape `(4, num_parts, num_features)`): squared distances to the centres: in
+            all, in the outline, in the directions of the first product and of the second.
+        prefix, rest (`torch.CharTensor` of shape `(num_features, lead)` and `(num_features, rest_size)`): rounded to
+            whole numbers.
+        scales, lost (`torch.FloatTensor` of shape `(num_features, 2)`): their grids, and the norm of what rounding
+            takes.
+    """
+
+    usable: torch.BoolTensor
+    norms: torch.Tensor
+    squares: torch.Tensor
+    prefix: torch.Tensor
+    rest: torch.Tensor
+    scales: torch.Tensor
+    lost: torch.Tensor
+
+
+class BoundTables:
+    r"""
+    Tables of a codebook on a CPU, as the kernel reads them.
 
     Args:
         codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes, finite.
         mean (`torch.FloatTensor` of shape `(codebook_dim,)`): what to subtract from codes and features.
-        half_norm (`torch.FloatTensor` of shape `(codebook_size,)`): half the squared norm of each code less the mean.
-        unused (`torch.BoolTensor` of shape `(codebook_size,)`): codes that no search may find.
+        half_norm (`torch.FloatTensor` of shape `(codebook_size,)`): half the squared norm of each code less the mean,
+            infinite for codes that no search may find.
         offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): where the cells of the codebook begin and end.
-        kernel (`ctypes.CDLL`, *optional*): what `load_kernel` gave, to lay the tables out for.
     """
 
-    def __init__(self, codes, mean, half_norm, unused, offsets, kernel=None):
+    def __init__(self, codes, mean, half_norm, offsets):
         self.size, self.dim = codes.shape
-        self.mean, self.kernel = mean, kernel
+        self.mean = mean
         self.ends = torch.tensor(cut_into_parts(offsets.tolist(), self.size), device=codes.device)  # (num_parts + 1,)
         self.lead, self.rest_size = choose_sizes(self.size, self.dim, len(self.ends) - 1)
         sample = codes[:: max(1, self.size // SAMPLE_SIZE)].float() - mean
@@ -56,12 +92,13 @@ class Screen:
         self.basis = turn(directions, self.lead).half()
         skew = find_skew(self.basis)
         outline = self.basis[:, : self.lead].double().T @ directions[:, :OUTLINE]
-        self.outline = (outline * (1 - skew)).float()  # lengthens nothing, so that all but the outline has a norm too
+        # Lengthens nothing, so that all but the outline has a norm, too.
+        self.outline = (outline * (1 - skew)).float()
         self.margin = 2 * skew + 4 * (self.dim + 64) * UNIT
-        self.find_centres(codes, half_norm)
+        unused = half_norm.isinf()
+        self.find_centres(codes, half_norm.masked_fill(unused, 0))
         self.measure(codes, unused)
-        if kernel:
-            self.lay_out()
+        self.lay_out()
 
     def find_centres(self, codes: torch.Tensor, half_norm: torch.Tensor) -> None:
         """Of each part: `centres` less the mean, and the same in the directions of the basis."""
@@ -86,8 +123,10 @@ class Screen:
         self.constant = torch.empty(size, dtype=torch.float32, device=device)
         self.units, self.rest_units = (torch.empty(size, 2, dtype=torch.bfloat16, device=device) for _ in range(2))
         self.more = torch.empty(size, 2, dtype=torch.bfloat16, device=device)
-        self.extents = torch.full_like(self.centre_norms, torch.inf).repeat(4, 1)  # see `find_extents`
-        self.largest = torch.zeros_like(self.mean[:4])  # norm of whole numbers and of errors in steps, of both grids
+        # See `find_extents`.
+        self.extents = torch.full_like(self.centre_norms, torch.inf).repeat(4, 1)
+        # The norms of whole numbers and of errors in steps, of both grids.
+        self.largest = torch.zeros_like(self.mean[:4])
         rows = max(1, 2**20 // self.dim)
         for part, (first, last) in enumerate(self.spans().tolist()):
             for start in range(first, last, rows):
@@ -127,14 +166,15 @@ class Screen:
         """First code of each part, and that after the last, `(num_parts, 2)`."""
         return torch.stack([self.ends[:-1], self.ends[1:]], -1)
 
-    def find(self, query: dict, count: int) -> torch.LongTensor:
+    def find(self, query: Query, count: int) -> torch.LongTensor:
         """The parts with the nearest centres, `(num_features, count)`, the nearest first."""
-        distance = query["squares"][0]
+        distance = query.squares[0]
         return distance.topk(min(count, len(distance)), dim=0, largest=False).indices.T
 
     def find_extents(self, outlined: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
-        """Of rows less a centre, `outlined` in the outline, and their squared norms: least norm in the outline and less the largest one,
-        the same outside of it, `(4, num_rows)`. Minima of these over rows hold for all of them."""
+        """Of rows less a centre, `outlined` in the outline, and their squared norms: least norm in the outline and
+        less the largest one, the same outside of it, `(4, num_rows)`. Minima of these over rows hold for all of
+        them."""
         inside, spread = outlined.square().sum(-1), self.margin * squared
         values = [
             part.clamp(min=0).sqrt()
@@ -149,7 +189,8 @@ class Screen:
     def lay_out(self) -> None:
         """The tables in the order in which the kernel reads them."""
         padding = BLOCK - self.size % -BLOCK
-        self.prefix.view(torch.uint8).bitwise_xor_(128)  # unsigned
+        # Unsigned.
+        self.prefix.view(torch.uint8).bitwise_xor_(128)
         for name in ("prefix", "rest"):
             table = getattr(self, name)
             table = torch.cat([table, table.new_zeros(padding, table.shape[1])]).view(torch.int32)
@@ -158,127 +199,47 @@ class Screen:
             table = getattr(self, name)
             setattr(self, name, torch.cat([table, table.new_zeros(padding, *table.shape[1:])]))
 
-    def prepare(self, centred: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features less the mean, float32 `(num_features, dim)`, rounded, and what the bounds need to know of them.
-
-        `usable` is false for a feature that is too far from the codes for float32. `squares`, `(4, num_parts, num_features)`, has the
-        squared distances to the centres: in all, in the outline, in the directions of the first product and of the second. `norm` is
-        that of the features, `lost` `(num_features, 2)` what rounding them for the products takes.
-        """
+    def prepare(self, centred: torch.Tensor) -> Query:
+        """Rounds features less the mean, float32 `(num_features, dim)`, and measures what the bounds need to know of
+        them."""
         norm = centred.norm(dim=-1)
         usable = norm < 1e15
         if not usable.all():
             centred = centred.masked_fill(~usable[:, None], 0)
-        query = {"usable": usable, "norm": norm.masked_fill(~usable, 0)}
         values, centres = (x.split((self.lead, self.rest_size), -1) for x in (self.project(centred), self.projected))
         outlined = (multiply(part[0], self.outline) for part in (centres, values))
         pairs = ((self.centres, centred), outlined, *zip(centres, values))
-        query["squares"] = torch.stack([square_distances(*pair) for pair in pairs])
-        scales, lost = [], []
-        for name, value in zip(("prefix", "rest"), values):
-            scale = torch.maximum(value.amax(-1), -value.amin(-1)).clamp(min=1e-30) / 127
-            rounded = (value / scale[:, None]).round_()
-            query[name] = rounded.to(torch.int8)
-            error = torch.addcmul(value, rounded, scale[:, None], value=-1, out=rounded)
-            lost.append(error.norm(dim=-1) * (1 + NORM_MARGIN))
-            scales.append(scale)
-        return {**query, "scales": torch.stack(scales, -1), "lost": torch.stack(lost, -1)}
-
-    def bound(self, query: dict) -> torch.Tensor:
-        """What depends on feature and part, `(7, num_parts, num_features)`, which the kernel finds by itself: at most the squared
-        distances to all of the part's codes and to its centre; weight and slack of both bounds, the slack of the second in two parts."""
-        distance, inside = query["squares"][:2]
-        size = self.centre_norms[:, None] + query["norm"]
-        error = (self.dim + 64) * UNIT * size  # of a projection
-        spread = error * size  # of a squared distance
-        bounds = [self.find_least(inside, distance, error, spread), distance - spread]
-        weight = (distance + spread).clamp_(min=0) * (1 + self.margin)
-        grids = zip(query["squares"][2:], query["lost"].T, self.largest[::2], self.largest[1::2])
-        for grid, (part, lost, whole, rest) in enumerate(grids):
-            most = (part + spread).clamp_(min=0).sqrt_() + error
-            weight = weight - ((part - spread).clamp_(min=0).sqrt_() - error).clamp_(min=0).square_()
-            slack = lost * whole + error * (2 * (whole + rest))
-            bounds += [weight.clamp(min=0).sqrt_() * (1 + 8 * UNIT) + TINY]
-            bounds += [slack, most * (1 + 8 * UNIT)] if grid else [slack + most * rest]
-        return torch.stack(bounds)
-
-    def find_least(self, inside, distance, error, spread) -> torch.Tensor:
-        """At most the squared distances of features to all codes of parts, from those to their centres, in the outline and in all."""
-        inside = torch.stack([(inside + side * spread).clamp(min=0).sqrt() + side * error for side in (-1, 1)]).clamp_(
-            min=0
+        (prefix, *first), (rest, *second) = map(round_features, values)
+        scales, lost = (torch.stack(pair, -1) for pair in zip(first, second))
+        return Query(
+            usable=usable,
+            norms=norm.masked_fill(~usable, 0),
+            squares=torch.stack([square_distances(*pair) for pair in pairs]),
+            prefix=prefix,
+            rest=rest,
+            scales=scales,
+            lost=lost,
         )
-        outside = torch.stack([distance - spread - inside[1].square(), distance + spread - inside[0].square()])
-        outside = outside.clamp_(min=0).sqrt_()
-        gaps = []
-        for (low, high), least, most in zip((inside, outside), self.extents[::2, :, None], self.extents[1::2, :, None]):
-            gaps.append(torch.maximum(low + most, least - high).clamp_(min=0).square_())
-        return (gaps[0] + gaps[1]) * (1 - NORM_MARGIN)
 
-    def thresholds(self, query: dict, distance: torch.Tensor) -> torch.Tensor:
-        """What a bound of the score must reach for a code to be within squared `distance`, float32 `(num_parts, num_features)`."""
-        low = query["bounds"][1].double()
-        score = (low - distance) / 2 - 1e-6 * (low.abs() + distance) - 1e-33
-        return score.clamp(min=-3e38).float()
-
-    def first_bounds(self, query: dict, row: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of features `(n,)` and their codes `(n, num_codes)`: parts, scores in the leading directions and their bounds."""
-        product = torch.bmm(self.prefix[code].float(), query["prefix"][row].float()[..., None])[
-            ..., 0
-        ]  # whole, below 2**24
-        part, row = self.find_parts(code), row[:, None]
-        return part, *self.bound_first(product, query["scales"][row, 0], query["bounds"][2:4, part, row], code)
-
-    def all_bounds(self, query: dict, step: int):
-        """The same for all features and `step` codes at a time: their places, parts `(num_codes,)`, scores and bounds."""
-        prefix, count = query["prefix"], len(query["prefix"])
-        prefix = torch.cat([prefix, prefix.new_zeros(max(32 - count, -count % 8), prefix.shape[1])])
-        for start in range(0, self.size, step):
-            code = torch.arange(start, min(start + step, self.size), device=prefix.device)
-            part, table = self.find_parts(code), self.prefix[start : start + step]
-            table = torch.cat([table, table.new_zeros(-len(table) % 8, table.shape[1])]) if len(table) % 8 else table
-            product = torch._int_mm(prefix, table.T)[:count, : len(code)]
-            bounds = query["bounds"][2:4, part].transpose(1, 2)  # (2, num_features, num_codes)
-            yield code, part, *self.bound_first(product, query["scales"][:, :1], bounds, code)
-
-    def bound_first(self, product: torch.Tensor, scale: torch.Tensor, bounds: torch.Tensor, code: torch.Tensor):
-        tail, unit = self.units[code].float().unbind(-1)
-        score = torch.addcmul(self.constant[code], torch.addcmul(bounds[1], product, scale), unit)
-        return score, torch.addcmul(score, bounds[0], tail)
-
-    def second_bound(self, query: dict, row: torch.Tensor, code: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
-        """At least the score of pairs of features and codes, from that in the leading directions and the rest, `(num_pairs,)`."""
-        part = self.find_parts(code)
-        product = (unpack(self.rest[code]) * query["rest"][row]).sum(-1)  # whole, below 2**24
-        (tail, unit), (error, more) = (x[code].float().unbind(-1) for x in (self.rest_units, self.more))
-        weight, slack, most = query["bounds"][4:, part, row]
-        return score + (product * query["scales"][row, 1] + slack) * unit + more + weight * tail + most * error
+    def auxiliary_bytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
 
-def products_are_exact() -> bool:
-    """Whether products of float32 matrices are in float32, as by default, and not in TF32 or bfloat16."""
-    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1" or any(
-        os.environ.get(name, "STRICT").upper() != "STRICT" for name in FPMATH_MODES
-    ):
-        return False
-    try:
-        return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # set by other means
-        return False
+def round_features(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows as whole numbers, int8, times scales, float32 `(num_rows,)`, and the norms of what that takes,
+    `(num_rows,)`."""
+    scale = torch.maximum(values.amax(-1), -values.amin(-1)).clamp(min=1e-30) / 127
+    rounded = (values / scale[:, None]).round_()
+    whole = rounded.to(torch.int8)
+    error = torch.addcmul(values, rounded, scale[:, None], value=-1, out=rounded)
+    return whole, scale, error.norm(dim=-1) * (1 + NORM_MARGIN)
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The product of two matrices with the accuracy of float32, whatever is set for faster ones."""
     dtype = torch.float32 if products_are_exact() else torch.float64
     return (a.to(dtype) @ b.to(dtype)).float()
-
-
-def integer_products_work(device: torch.device) -> bool:
-    """Whether a device multiplies int8 matrices, as some GPUs do not."""
-    try:
-        ones = torch.ones(32, 32, dtype=torch.int8, device=device)
-        return torch._int_mm(ones, ones)[0, 0].item() == 32
-    except RuntimeError:
-        return False
 
 
 def square_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -312,16 +273,19 @@ def find_directions(sample: torch.Tensor, count: int) -> torch.Tensor:
     """About the leading principal directions of rows, float64 `(dim, count)`, orthonormal."""
     norm = sample.norm(dim=-1, keepdim=True)
     typical = norm.median() or norm.mean()
-    sample = sample * (WIDEST * typical / norm.clamp(min=1e-30)).clamp(max=1)  # far codes do not decide alone
+    # Far codes do not decide alone.
+    sample = sample * (WIDEST * typical / norm.clamp(min=1e-30)).clamp(max=1)
     covariance = (sample.T @ sample / len(sample)).double()
     directions = draw(len(covariance), count, sample.device)
-    for _ in range(4):  # subspace iteration
+    # Subspace iteration.
+    for _ in range(4):
         directions = torch.linalg.qr(covariance @ directions).Q
     return directions @ torch.linalg.eigh(directions.T @ covariance @ directions).eigenvectors.flip(-1)
 
 
 def turn(directions: torch.Tensor, lead: int) -> torch.Tensor:
-    """The first `lead` directions rotated at random among themselves, and so the others: none needs a finer grid than another."""
+    """The first `lead` directions rotated at random among themselves, and so the others: none needs a finer grid than
+    another."""
     parts = directions.split((lead, directions.shape[1] - lead), -1)
     return torch.cat([part @ torch.linalg.qr(draw(part.shape[1], part.shape[1], part.device)).Q for part in parts], -1)
 
@@ -333,7 +297,8 @@ def draw(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 
 
 def find_skew(basis: torch.Tensor) -> float:
-    """How far the squared length of a combination of the directions may be from that of its coefficients, as a share."""
+    """How far the squared length of a combination of the directions may be from that of its coefficients, as a
+    share."""
     basis = basis.double()
     return (torch.linalg.eigvalsh(basis.T @ basis) - 1).abs().max().item()
 
@@ -359,9 +324,3 @@ def pack(odd: torch.Tensor) -> torch.Tensor:
     """Odd numbers `(num_rows, n)`, n a multiple of 8, two to a byte: of eight the first four in the lower halves."""
     low, high = ((odd + 15) / 2).to(torch.uint8).unflatten(-1, (-1, 2, 4)).unbind(-2)
     return (low | high << 4).flatten(-2)
-
-
-def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """The odd numbers again, int32 `(num_rows, n)`."""
-    parts = packed.int().unflatten(-1, (-1, 4))
-    return torch.stack([parts & 15, parts >> 4], -2).flatten(-3) * 2 - 15
