@@ -450,10 +450,10 @@ assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < PI
 
 
 def tokenize(folder: Path, model: Path, output: Path) -> list[list[int]]:
-    from transformers_unicode2.training import data
+    from transformers_unicode2.training import tokenize as command
 
     words = ["--data", str(folder), "--model", str(model), "--output", str(output)]
-    data.main(data.make_parser().parse_args(words))
+    command.main(command.make_parser().parse_args(words))
     return parquet.read_table(output / "train-0.parquet").to_pydict()["codes"]
 
 

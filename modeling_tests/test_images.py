@@ -170,7 +170,7 @@ def test_tokenize_makes_the_codes_of_the_model(by_path, tiny_checkpoint, tiny_mo
     import pyarrow as pa
     from pyarrow import parquet
 
-    from transformers_unicode2.training import data
+    from transformers_unicode2.training import tokenize
 
     images = [
         {"bytes": None if by_path else content, "path": f"{n:03d}" if by_path else None}
@@ -181,7 +181,7 @@ def test_tokenize_makes_the_codes_of_the_model(by_path, tiny_checkpoint, tiny_mo
     table = folder / "train-0.parquet"
     parquet.write_table(pa.table({"image": pa.array(images, kind), "caption": list(PICTURES)}), table)
     words = ["--data", str(folder), "--model", str(tiny_checkpoint), "--output", str(tmp_path)]
-    data.main(data.make_parser().parse_args([*words, "--batch-size", str(len(images))]))
+    tokenize.main(tokenize.make_parser().parse_args([*words, "--batch-size", str(len(images))]))
     codes = torch.tensor(parquet.read_table(tmp_path / "train-0.parquet")["codes"].to_pylist())
     assert torch.equal(codes, tiny_model.get_quantizer().encode_images(pixels))
     rows = data.load_images(str(folder))

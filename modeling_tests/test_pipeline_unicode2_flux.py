@@ -60,7 +60,7 @@ def test_batches_and_several_images_per_prompt(pipe):
 
 
 def test_score_is_the_log_likelihood_of_the_prompt_as_a_caption(tiny_checkpoint):
-    from transformers_unicode2.training.data import build_examples
+    from transformers_unicode2.training.chats import build_examples
 
     pipe = UniCode2FluxPipeline.from_pretrained(str(tiny_checkpoint))
     model = pipe.vision_language_encoder.float()
@@ -74,7 +74,8 @@ def test_score_is_the_log_likelihood_of_the_prompt_as_a_caption(tiny_checkpoint)
     alone = torch.cat([pipe.score_visual_tokens(text, row[None]) for text, row in zip(prompts, tokens)])
     wrong = pipe.score_visual_tokens(prompts[::-1], tokens)
     expected = []
-    for row in build_examples(rows, {"caption": 1.0}, pipe.processor, offset):
+    tasks = {"caption": {"user": "{image}describe the image.", "assistant": "{caption}"}}
+    for row in build_examples(rows, tasks, pipe.processor, offset):
         labels = torch.tensor([row["labels"]])
         with torch.no_grad():
             loss = model(torch.tensor([row["input_ids"]]), labels=labels).text_loss

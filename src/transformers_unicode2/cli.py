@@ -17,7 +17,7 @@ COMMANDS = {
     "codebook preview": ("codebook.preview", "make_parser", "main", "a thumbnail for each code"),
     "init": ("hub.compose", "make_parser", "main", "language model + encoder + codebook to a checkpoint"),
     "assemble": ("hub.assemble", "make_parser", "main", "checkpoint + mapper + decoder to one repository"),
-    "tokenize": ("training.data", "make_parser", "main", "images of a data set to codes"),
+    "tokenize": ("training.tokenize", "make_parser", "main", "images of a data set to codes"),
     "scenes": ("scenes.write", "make_parser", "main", "write drawn scenes and emoji to parquet"),
 }
 

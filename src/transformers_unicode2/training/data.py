@@ -13,8 +13,10 @@ from .tokens import find_tables
 
 
 def load_images(folder: str, split: str = "train"):
-    """Opens `{split}-*.parquet` of a folder (as `unicode2 scenes` writes it) with the images left as compressed bytes, also those that a
-    table keeps by path. Raises `ValueError`, with file or row, when there is no image."""
+    """Opens `{split}-*.parquet` of a folder with the images as compressed bytes, also those that a table keeps by path.
+
+    Raises `ValueError`, with file or row, when there is no image.
+    """
     from datasets import Features, Image
 
     tables = [ImageTable(file) for file in find_tables(folder, split, "--data")]
@@ -35,7 +37,7 @@ def load_images(folder: str, split: str = "train"):
 
 
 def load_rows(folder: str, split: str):
-    """Opens `{split}-*.parquet` of a folder, whatever characters its name has; the cache of `datasets`, on whatever disk, keeps them."""
+    """Opens `{split}-*.parquet` of a folder, whose name may have any characters."""
     from datasets import config, load_dataset
 
     with explained(config.HF_DATASETS_CACHE):
@@ -53,8 +55,9 @@ def load_images_with_codes(folder: str, tokens: str, split: str = "train"):
 
 
 def pixel_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Batches images of one size, rows of `load_images`, as float32 `pixel_values` `(batch_size, 3, height, width)` in [-1, 1].
+    """Batches images of one size, rows of `load_images`.
 
+    Returns `pixel_values`, float32 `(batch_size, 3, height, width)` in [-1, 1].
     Raises `ValueError` when an image cannot be read, or they are of several sizes.
     """
     images = [decode_image(row["image"]["bytes"]) for row in rows]

@@ -1,10 +1,11 @@
 """Stages 1, 1.5 and 2: understanding (Eq. 7) and generation (Eq. 8) over the unified vocabulary, with TRL.
 
     accelerate launch -m transformers_unicode2.training.sft --config training_recipes/unicode2-tiny/stage1.yaml
-    accelerate launch -m transformers_unicode2.training.sft --config training_recipes/unicode2-tiny/stage1.yaml --max_steps 10
+    accelerate launch -m transformers_unicode2.training.sft --config my_stage.yaml --max_steps 10
 
-The data are pre-tokenized (`unicode2 tokenize`), so neither the encoder nor C1 works during training. The quantizer stays
-frozen; what else is trained is up to `train_modules`. A run that was killed goes on from its newest whole checkpoint.
+The data are pre-tokenized (`unicode2 tokenize`), so neither the encoder nor C1 works during training. The quantizer
+stays frozen; `train_modules` says what else learns. A run that was killed resumes from its newest whole checkpoint. To
+continue from other weights, name them as `model`.
 """
 
 from dataclasses import dataclass, field, fields
@@ -16,7 +17,9 @@ from datasets import Dataset, IterableDataset
 from trl import SFTConfig, SFTTrainer
 
 from ..processes import agree
-from .optimizer import check_muon
+from .chats import build_examples
+from .data import load_rows
+from .optimizer import MuonWithAdamW, check_muon
 from .stage import Stage, WholeCheckpoints, hash_inputs, run, stage
 from .tokens import check_codes, find_tables
 
@@ -40,23 +43,38 @@ OF_TEXTS = {
 
 @dataclass
 class StageArguments:
-    model: str = field(metadata={"help": "checkpoint to start from"})
+    model: str = field(metadata={"help": "checkpoint to continue from"})
     data: str = field(metadata={"help": "folder of pre-tokenized train-*.parquet"})
-    tasks: dict = field(default_factory=dict, metadata={"help": "task: share of the rows that take part in it"})
+    tasks: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "name: {user, assistant, share}, templates of chats over the columns of the data, see `chats.py`"
+        },
+    )
+    unconditional_share: float = field(
+        default=0.0,
+        metadata={"help": "share of the images that are learnt without any text, for classifier-free guidance"},
+    )
+    caption_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "question that captions answer, kept in the config of the checkpoint (default: the one there)"
+        },
+    )
     text_weight: float = field(
         default=1.0,
         metadata={"help": "weight of a text token in the loss; an answer has far fewer tokens than an image"},
     )
-    max_turns: int = field(default=4, metadata={"help": "questions asked about one image"})
+    max_turns: int = field(default=4, metadata={"help": "questions asked about one image at most"})
     max_plan_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "image mode of the checkpoint plans in so many tokens at most, as `planned_text_to_image` teaches; kept in its "
-            "generation config, which LoRA adapters do not have"
+            "help": "longest plan before an image, for tasks whose answer is a text and an image; kept in the "
+            "generation config of the checkpoint, which LoRA adapters do not have"
         },
     )
     learn_all_images: bool = field(
-        default=False, metadata={"help": "the images that texts are about are targets, too, not only those asked for"}
+        default=False, metadata={"help": "images in questions are targets, too, not only those in answers"}
     )
     dtype: str = field(default="float32", metadata={"help": "dtype of the weights; `bf16: true` adds mixed precision"})
     muon: bool = field(
@@ -65,7 +83,7 @@ class StageArguments:
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the language model"})
     lora: dict = field(
         default_factory=dict,
-        metadata={"help": "fields of LoraConfig; if given, the language model learns through adapters"},
+        metadata={"help": "fields of LoraConfig, to train adapters of the language model"},
     )
     train_modules: list[str] = field(
         default_factory=lambda: ["visual_embeddings", "projector", "language_model", "lm_head", "visual_head"],
@@ -76,9 +94,10 @@ class StageArguments:
 class UniCode2SFTTrainer(WholeCheckpoints, SFTTrainer):
     """`SFTTrainer` whose loss is the model's own, over both heads; TRL's fused one knows a single head.
 
-    Logs `text_loss` (Eq. 7) and `visual_loss` (Eq. 8) beside the loss, to which each text token adds `text_weight` times its share.
-    `predict`, and `evaluate` with `compute_metrics`, give scores over the unified vocabulary, `(batch_size, num_tokens,
-    visual_token_offset + codebook_size)`; `preprocess_logits_for_metrics` can make less of them. Takes what `SFTTrainer` takes.
+    Logs `text_loss` (Eq. 7) and `visual_loss` (Eq. 8) beside the loss, to which each text token adds `text_weight`
+    times its share. `predict`, and `evaluate` with `compute_metrics`, give scores over the unified vocabulary,
+    `(batch_size, num_tokens, visual_token_offset + codebook_size)`; `preprocess_logits_for_metrics` can make less of
+    them. Takes what `SFTTrainer` takes.
 
     Raises:
         `ValueError`: on options that this loss or data that are tokenized already would ignore, see `check_options`.
@@ -128,11 +147,14 @@ class UniCode2SFTTrainer(WholeCheckpoints, SFTTrainer):
         return super().predict(test_dataset, *args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
-        """None is written: TRL's knows neither the stage nor its data, and would lie beside weights that are not there yet."""
+        """None is written: TRL's knows neither the stage nor its data, and would lie beside weights that are not there
+        yet.
+        """
 
 
 def check_options(model, args: SFTConfig | None, others: dict) -> None:
-    """Raises `ValueError` on what is handed to a trainer and would be ignored: by the loss, or because data are tokenized already.
+    """Raises `ValueError` on what is handed to a trainer and would be ignored: by the loss, or because data are
+    tokenized already.
 
     Args:
         model: model, or name of one.
@@ -169,7 +191,8 @@ def check_dataset(name: str, dataset, args: SFTConfig, formatting_func) -> None:
     """Raises `ValueError` when `args` ask for what is not done to this data set."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
-            f"The {name} data are a {type(dataset).__name__}; give a `Dataset` or an `IterableDataset` of the library `datasets`."
+            f"The {name} data are a {type(dataset).__name__}; give a `Dataset` or an `IterableDataset` of the library "
+            "`datasets`."
         )
     tokenized = "input_ids" in (dataset.column_names or next(iter(dataset)))
     asked = [option for option, default in OF_TEXTS.items() if getattr(args, option) != default]
@@ -196,8 +219,8 @@ def check_lengths(name: str, dataset, max_length: int) -> None:
     too_long = sum(length > max_length for length in lengths)
     if too_long:
         raise ValueError(
-            f"{too_long} of {len(lengths)} {name} examples are longer than `max_length` {max_length}, the longest has {max(lengths)} ids; "
-            "none is cut, since images would be: raise `max_length` or set it to null."
+            f"{too_long} of {len(lengths)} {name} examples are longer than `max_length` {max_length}, the longest has "
+            f"{max(lengths)} ids; none is cut, since images would be: raise `max_length` or set it to null."
         )
 
 
@@ -218,9 +241,9 @@ def check_modules(model, modules: list[str]) -> None:
 def make_lora_config(lora: dict, train_modules: list[str]):
     """LoRA on the language model's linear layers, the other modules that learn trained and saved whole.
 
-    PEFT saves its adapters and `modules_to_save` and silently nothing else, so no module learns that is in neither. The text head
-    gets an adapter with the language model, whose weights it may share. Raises `ValueError` when `train_modules` leave the language
-    model out, since then there is nothing to adapt.
+    PEFT saves its adapters and `modules_to_save` and silently nothing else, so no module learns that is in neither.
+    The text head gets an adapter with the language model, whose weights it may share. Raises `ValueError` when
+    `train_modules` leave the language model out, since then there is nothing to adapt.
     """
     from peft import LoraConfig
 
@@ -257,17 +280,21 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
 
 
 def check_arguments(args: StageArguments, training_args: SFTConfig) -> None:
-    """Raises `ValueError` on options that cannot be, or that chats which are tokenized by the checkpoint's processor do not follow."""
+    """Raises `ValueError` on options that cannot be, or that chats which are tokenized by the checkpoint's processor
+    do not follow.
+    """
     if args.max_plan_tokens is not None and args.max_plan_tokens < 0:
         raise ValueError(f"`max_plan_tokens` is {args.max_plan_tokens}; it must be at least 0.")
+    if not 0 <= args.unconditional_share <= 1:
+        raise ValueError(f"`unconditional_share` is {args.unconditional_share:g}; it must be in [0, 1].")
     if args.muon:
         check_muon(training_args)
     for name in ("model_init_kwargs", "trust_remote_code", *OF_TEXTS):
         default = next(field.default for field in fields(SFTConfig) if field.name == name)
         if getattr(training_args, name) != default:
             raise ValueError(
-                f"`{name}` is {getattr(training_args, name)}; a stage does not follow it, since the checkpoint says how it is loaded and "
-                "how chats are tokenized."
+                f"`{name}` is {getattr(training_args, name)}; a stage does not follow it: the checkpoint says how "
+                "it is loaded and how chats are tokenized."
             )
 
 
@@ -275,8 +302,6 @@ def train(args: StageArguments, training_args: SFTConfig, files: list[Path], hel
     from transformers import AutoProcessor, set_seed
 
     from transformers_unicode2 import UniCode2ForConditionalGeneration
-    from transformers_unicode2.training.data import build_examples, load_rows
-    from transformers_unicode2.training.optimizer import MuonWithAdamW
 
     set_seed(training_args.seed)
     model = UniCode2ForConditionalGeneration.from_pretrained(
@@ -284,30 +309,52 @@ def train(args: StageArguments, training_args: SFTConfig, files: list[Path], hel
     )
     size, num_tokens = model.config.codebook_config.codebook_size, model.config.num_image_tokens
     agree(lambda: check_codes(files, args.model, size, num_tokens))
+    keep_settings(model, args)
     processor = AutoProcessor.from_pretrained(args.model)
-    if args.max_plan_tokens is not None:
-        defaults = getattr(model.generation_config, "image_generation", None) or {}
-        model.generation_config.image_generation = {**defaults, "max_plan_tokens": args.max_plan_tokens}
-        model.generation_config._from_model_config = (
-            False  # else it would be made anew from the model's config when loaded
-        )
-    if args.lora:
-        from peft import get_peft_model
-
-        check_modules(model, args.train_modules)
-        model = get_peft_model(model, make_lora_config(args.lora, args.train_modules))
-    else:
-        freeze_all_but(model, args.train_modules)
     examples = build_examples(
         load_rows(args.data, "train"),
         args.tasks,
         processor,
         model.config.visual_token_offset,
+        model.config.caption_prompt,
         args.max_turns,
         args.learn_all_images,
+        args.unconditional_share,
     )
     if training_args.max_length is not None:
         check_lengths("train", examples, training_args.max_length)
+    trainer = make_trainer(select_parameters(model, args), args, training_args, examples, processor)
+    held.train(trainer)
+    with held.result() as folder:
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            processor.save_pretrained(folder)
+
+
+def keep_settings(model, args: StageArguments) -> None:
+    """Notes in the configs of a model what it is going to learn."""
+    if args.caption_prompt is not None:
+        model.config.caption_prompt = args.caption_prompt
+    if args.max_plan_tokens is not None:
+        defaults = getattr(model.generation_config, "image_generation", None) or {}
+        model.generation_config.image_generation = {**defaults, "max_plan_tokens": args.max_plan_tokens}
+        # else it would be made anew from the model's config when loaded
+        model.generation_config._from_model_config = False
+
+
+def select_parameters(model, args: StageArguments):
+    """The model with the parameters that learn, or with adapters."""
+    if not args.lora:
+        freeze_all_but(model, args.train_modules)
+        return model
+    from peft import get_peft_model
+
+    check_modules(model, args.train_modules)
+    return get_peft_model(model, make_lora_config(args.lora, args.train_modules))
+
+
+def make_trainer(model, args: StageArguments, training_args: SFTConfig, examples, processor) -> UniCode2SFTTrainer:
+    """The trainer of a stage, with the optimizer and the weight of text that the recipe names."""
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("visual_head",)) if args.muon else None
     trainer = UniCode2SFTTrainer(
         model,
@@ -317,11 +364,7 @@ def train(args: StageArguments, training_args: SFTConfig, files: list[Path], hel
         optimizers=(optimizer, None),
     )
     trainer.text_weight = args.text_weight
-    held.train(trainer)
-    with held.result() as folder:
-        trainer.save_model(str(folder))
-        if trainer.is_world_process_zero():
-            processor.save_pretrained(folder)
+    return trainer
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One stage of training in one folder, by one run at a time: it goes on from its newest whole checkpoint, and its result is whole or absent."""
+"""One stage of training in one folder, by one run at a time.
+
+It resumes from its newest whole checkpoint, and its result is whole or absent.
+"""
 
 import json
 import sys
@@ -17,25 +20,28 @@ from ..processes import agree, expected_peers, follow_launcher
 from ..record import Record, find_changed, hash_file, hash_source, read_record
 from .tokens import find_tables, hash_table
 
-# Of `TrainingArguments`, what does not change what is learnt: where and how it runs, what is logged, evaluated and kept.
+# `TrainingArguments` that do not change what is learnt: where and how it runs, what is logged, evaluated and kept.
 FREE_PREFIXES = tuple("logging_ log_ eval_ hub_ trackio_ save_ ddp_ fsdp activation_ gradient_checkpointing".split())
 FREE = frozenset(
-    """output_dir report_to run_name project disable_tqdm skip_memory_metrics debug do_train do_eval do_predict push_to_hub
-    enable_jit_checkpoint include_num_input_tokens_seen include_for_metrics use_cpu per_device_eval_batch_size prediction_loss_only
-    batch_eval_metrics bf16_full_eval fp16_full_eval dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
-    dataloader_prefetch_factor dataloader_multiprocessing_context local_rank deepspeed parallelism_config torch_empty_cache_steps
-    resume_from_checkpoint restore_callback_states_from_checkpoint ignore_data_skip remove_unused_columns dataset_num_proc
+    """output_dir report_to run_name project disable_tqdm skip_memory_metrics debug do_train do_eval do_predict
+    push_to_hub enable_jit_checkpoint include_num_input_tokens_seen include_for_metrics use_cpu prediction_loss_only
+    per_device_eval_batch_size batch_eval_metrics bf16_full_eval fp16_full_eval dataloader_num_workers
+    dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+    local_rank deepspeed parallelism_config torch_empty_cache_steps resume_from_checkpoint
+    restore_callback_states_from_checkpoint ignore_data_skip remove_unused_columns dataset_num_proc
     trust_remote_code""".split()
 )
-LENGTH = ("max_steps", "num_train_epochs")  # a stage may go on to more of them
+# a stage may be continued to more of them
+LENGTH = ("max_steps", "num_train_epochs")
 RESULT = ("*.safetensors", "*.json", "*.jinja", "*.bin", "*_unicode2.py", "README.md")
 PASSING = ("checkpoint-*",)
 
 
 class WholeCheckpoints:
-    """Mixin of a `Trainer`: a checkpoint is written to a hidden folder and takes its name and place once all of it is there.
+    """Mixin of a `Trainer` whose checkpoints are whole or absent.
 
-    It says in its own `.unicode2/record.json` what it is made of and how large its files are. Only then older ones are removed.
+    A checkpoint is written to a hidden folder, and takes its name and place once all of it is there. Its own
+    `.unicode2/record.json` says what it is made of and how large its files are. Only then older ones are removed.
     """
 
     made_of: dict = {}
@@ -50,7 +56,8 @@ class WholeCheckpoints:
         try:
             with explained(place):
                 if self.args.should_save:
-                    remove(new)  # of a run that was killed
+                    # of a run that was killed
+                    remove(new)
                 self.accelerator.wait_for_everyone()
                 self.hidden = str(new)
                 super()._save_checkpoint(model, trial)
@@ -65,7 +72,8 @@ class WholeCheckpoints:
             self.hidden = None
             if self.args.should_save:
                 remove(new)
-                with suppress(OSError):  # a stage keeps its record there
+                # a stage keeps its record there
+                with suppress(OSError):
                     new.parent.rmdir()
         if self.args.should_save:
             best = self.state.best_model_checkpoint
@@ -104,16 +112,19 @@ class WholeCheckpoints:
             schedule._last_lr = rates
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As of `Trainer`; `resume_from_checkpoint=True` takes the newest whole checkpoint. Raises `ValueError` when there is none."""
+        """As of `Trainer`; `resume_from_checkpoint=True` takes the newest whole checkpoint.
+
+        Raises `ValueError` when there is none.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} has no whole checkpoint to go on from.")
+                raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
 class StageTrainer(WholeCheckpoints, Trainer):
-    """The `Trainer` of stages whose loss is in their model, and whose collator makes its inputs of the columns of the data.
+    """The `Trainer` of stages whose model computes the loss, and whose collator makes its inputs of rows.
 
     Raises:
         `ValueError`: on options that such a loss does not follow.
@@ -131,7 +142,8 @@ class StageTrainer(WholeCheckpoints, Trainer):
                 raise ValueError(
                     f"`{name}` is {getattr(args, name)}; the model of this stage does not follow it, so leave it out."
                 )
-        args.remove_unused_columns = False  # which columns are used the collator knows, not the model
+        # the collator knows which columns are used, the model does not
+        args.remove_unused_columns = False
         super().__init__(model, args, **kwargs)
 
 
@@ -151,13 +163,14 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def find_last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint of a stage that a run can go on from; `None` when there is none, or not even a folder."""
+    """The newest whole checkpoint that a run can resume from; `None` when there is none, or not even a folder."""
     whole = (str(path) for path in list_checkpoints(folder) if is_whole(path) and has_optimizer(path))
     return next(whole, None)
 
 
 def has_optimizer(checkpoint: Path) -> bool:
-    """Whether a checkpoint is more than the weights that `save_only_model` keeps: random states are beside those of the optimizer."""
+    """Whether a checkpoint is more than the weights that `save_only_model` keeps."""
+    # random states are beside those of the optimizer
     return any(checkpoint.glob("rng_state*.pth"))
 
 
@@ -174,7 +187,8 @@ class Stage:
 
     def enter(self, stack: ExitStack, result: tuple[str, ...]) -> bool:
         known, last = read_record(self.folder), find_last_checkpoint(self.folder)
-        if known is None and last is not None:  # a checkpoint that was copied here says what it is made of
+        # a checkpoint that was copied here says what it is made of
+        if known is None and last is not None:
             made_of = read_record(last)["made_of"]
             Record(self.folder, made_of, RESULT + result).write(finished=False)
         record = Record(
@@ -192,33 +206,35 @@ class Stage:
         return finished
 
     def choose_checkpoint(self) -> str | None:
-        """The checkpoint to go on from; those that are not whole are removed.
+        """The checkpoint to resume from; those that are not whole are removed.
 
         Raises `ValueError` when it is of something else, or beyond the end.
         """
         last = find_last_checkpoint(self.folder)
         for checkpoint in list_checkpoints(self.folder):
             if not is_whole(checkpoint):
-                print(f"{checkpoint} is not whole; it is removed, and the stage goes on from {last or 'the start'}.")
+                print(f"{checkpoint} is not whole; it is removed, and the stage resumes from {last or 'the start'}.")
                 remove(checkpoint)
             elif not has_optimizer(checkpoint):
                 print(
-                    f"{checkpoint} has no optimizer (`save_only_model`); the stage goes on from {last or 'the start'}."
+                    f"{checkpoint} has no optimizer (`save_only_model`); the stage resumes from {last or 'the start'}."
                 )
         if last is not None:
             settings = {"option": "output_dir", "free": LENGTH, "defaults": self.defaults}
-            Record(last, self.made_of, **settings).check()  # it may have been copied here from another stage
+            # it may have been copied here from another stage
+            Record(last, self.made_of, **settings).check()
             state = json.loads((Path(last) / "trainer_state.json").read_text())
             steps, epochs = self.args.max_steps, self.args.num_train_epochs
             if state["global_step"] > steps > 0 or steps <= 0 and (state["epoch"] or 0) > epochs:
                 length = f"`max_steps` is {steps}" if steps > 0 else f"`num_train_epochs` is {epochs:g}"
                 raise ValueError(
-                    f"{last} is at step {state['global_step']} and {length}; choose another output_dir, or remove the checkpoint."
+                    f"{last} is at step {state['global_step']} and {length}; choose another output_dir, or remove the "
+                    "checkpoint."
                 )
         return last
 
     def train(self, trainer: WholeCheckpoints) -> None:
-        """Trains, from the newest whole checkpoint on if there is one."""
+        """Trains, and resumes from the newest whole checkpoint if there is one."""
         trainer.made_of = self.made_of
         last = agree(self.choose_checkpoint)
         if last is not None and not Path(last).is_dir():
@@ -227,18 +243,19 @@ class Stage:
 
     @contextmanager
     def result(self) -> Iterator[Path]:
-        """Yields an empty folder for the result to all processes; the first one then moves what lies there to the stage's own."""
+        """Yields an empty folder for the result to all processes; the first one then moves its content to the stage."""
         state = PartialState()
         with whole_folder(self.folder) if state.is_main_process else nullcontext(self.folder / WORK / "new") as new:
             state.wait_for_everyone()
             yield new
             state.wait_for_everyone()
             if state.is_main_process:
-                remove(new / "training_args.bin")  # a pickle with the paths of a machine
+                # a pickle with the paths of a machine
+                remove(new / "training_args.bin")
                 if not any(new.rglob("*.safetensors")):
                     raise ValueError(
-                        f"No weights of {self.folder} were saved; with FSDP set `fsdp_state_dict_type: FULL_STATE_DICT`, with DeepSpeed "
-                        "`zero3_save_16bit_model: true`, and run the stage again."
+                        f"No weights of {self.folder} were saved; with FSDP set `fsdp_state_dict_type: "
+                        "FULL_STATE_DICT`, with DeepSpeed `zero3_save_16bit_model: true`, and run the stage again."
                     )
 
 
@@ -246,11 +263,12 @@ class Stage:
 def stage(
     command: str, args, training_args, hash_inputs: Callable[[], dict], result: tuple[str, ...] = ()
 ) -> Iterator[Stage]:
-    """Holds the output folder of a stage for this run, whose processes count as one; if the body ends well, its result is there.
+    """Holds the output folder of a stage for this run, whose processes count as one. If the body ends well, its result
+    is there.
 
-    A stage may be started again with a larger `max_steps` or `num_train_epochs`; it then goes on from its last checkpoint, with the
-    learning rate that the longer schedule has there. It may also change what `FREE` names. Everything else is compared, checkpoints and
-    data by their content, which is read once for that.
+    A stage may be started again with a larger `max_steps` or `num_train_epochs`. It then resumes from its last
+    checkpoint, with the learning rate that the longer schedule has there. It may also change what `FREE` names.
+    Everything else is compared. Checkpoints and data are compared by their content, which is read once for that.
 
     Args:
         command: name of the stage's module.
@@ -281,7 +299,7 @@ def hash_inputs(
     checkpoints: tuple[str, ...] = (),
     pipelines: tuple[str, ...] = (),
 ) -> dict:
-    """Digests of what the arguments of a stage name, by the names of the arguments; those that are not given are left out.
+    """Digests of what the arguments of a stage name, by the names of the arguments that are given.
 
     Args:
         args: dataclass of arguments.
@@ -333,13 +351,14 @@ def check_training_arguments(training_args) -> None:
 
 
 def run(main: Callable, *classes: type) -> None:
-    """A stage as a command of its own: the recipe and options are read, and what is wrong is one sentence."""
+    """Runs a stage as a command: reads the recipe and options, and says what is wrong in one sentence."""
     from trl import TrlParser
 
     from ..cli import sentences
 
     follow_launcher()
     with sentences(Path(sys.argv[0]).stem):
-        with expected_peers():  # the training arguments look for them
+        # the training arguments look for peers
+        with expected_peers():
             parsed = TrlParser(classes).parse_args_and_config()
         main(*parsed)

@@ -1,4 +1,4 @@
-"""What made the codes of a data set: noted in every parquet file with codes, and compared before anything learns from them."""
+"""What made the codes of a data set: noted in every parquet file with codes, and compared before anything learns."""
 
 import hashlib
 import json
@@ -10,7 +10,8 @@ from ..record import check_finished, hash_file, shorten
 
 logger = logging.getLogger(__name__)
 
-NOTE = b"unicode2"  # key in the metadata of a parquet file, so that it goes wherever the file goes
+# key in the metadata of a parquet file, so that it goes wherever the file goes
+NOTE = b"unicode2"
 # of an image processor: what decides about the pixels
 PIXELS = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
@@ -72,7 +73,7 @@ def hash_table(file: Path) -> str:
 
 
 def read_note(file: Path) -> dict | None:
-    """What made the codes of a parquet file, `None` when it does not say. Raises `ValueError` when it cannot be read."""
+    """What made the codes of a parquet file, `None` when it does not say. Raises `ValueError` when it is damaged."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -84,7 +85,10 @@ def read_note(file: Path) -> dict | None:
 
 
 def find_tables(folder: str, split: str, option: str) -> list[Path]:
-    """`{split}-*.parquet` of a folder, in the order of their names. Raises `ValueError` when there are none, or more to come."""
+    """`{split}-*.parquet` of a folder, in the order of their names.
+
+    Raises `ValueError` when there are none, or the folder is not finished.
+    """
     check_finished(folder, split)
     files = sorted(Path(folder).glob(f"{split}-*.parquet"))
     if not files:
@@ -93,7 +97,7 @@ def find_tables(folder: str, split: str, option: str) -> list[Path]:
 
 
 def check_codes(files: list[Path], model: str, codebook_size: int, num_image_tokens: int) -> None:
-    """Raises `ValueError` on codes of another quantizer or image processor than those of `model`, and on what are no codes of it.
+    """Raises `ValueError` on codes that `model` does not make: by their quantizer, image processor, number or range.
 
     Codes that do not say what made them, as those of other programs, are taken with a warning.
 
@@ -107,8 +111,8 @@ def check_codes(files: list[Path], model: str, codebook_size: int, num_image_tok
     silent = [file for file, note in notes.items() if note is None]
     if silent:
         logger.warning(
-            f"{len(silent)} of {len(files)} files in {files[0].parent} do not say what made their codes; they are taken for those "
-            f"that the quantizer of {model} makes."
+            f"{len(silent)} of {len(files)} files in {files[0].parent} do not say what made their codes; they are "
+            f"taken for those that the quantizer of {model} makes."
         )
     if len(silent) < len(files):
         own = {"quantizer": hash_quantizer(model), "image processor": hash_image_processor(model)}
@@ -124,7 +128,7 @@ def check_codes(files: list[Path], model: str, codebook_size: int, num_image_tok
 
 
 def check_range(file: Path, codebook_size: int, num_image_tokens: int) -> None:
-    """Raises `ValueError` when a row of a parquet file has no `num_image_tokens` codes from 0 to `codebook_size - 1`."""
+    """Raises `ValueError` unless each row of a parquet file has `num_image_tokens` codes below `codebook_size`."""
     import pyarrow.compute as pc
     from pyarrow import parquet, types
 
@@ -151,7 +155,10 @@ def check_range(file: Path, codebook_size: int, num_image_tokens: int) -> None:
 
 
 def check_same_rows(images: list[Path], tokens: list[Path]) -> None:
-    """Raises `ValueError` unless the files with codes were made of the files with images, or at least say the same of each row."""
+    """Raises `ValueError` unless the files with codes were made of those with images.
+
+    Files that do not say what they were made of must at least have the same texts in each row.
+    """
     notes = {file.name: read_note(file) for file in tokens}
     if any(notes.values()):
         made_of = {name: note["data"] if note else None for name, note in notes.items()}
@@ -161,7 +168,8 @@ def check_same_rows(images: list[Path], tokens: list[Path]) -> None:
         other = [] if read_texts(images, tokens) == read_texts(tokens, images) else [tokens[0].name]
     if other:
         raise ValueError(
-            f"{other[0]} of {tokens[0].parent} was not made of {other[0]} of {images[0].parent}; they must be the same rows."
+            f"{other[0]} of {tokens[0].parent} was not made of {other[0]} of {images[0].parent}; they must be the same "
+            "rows."
         )
 
 
