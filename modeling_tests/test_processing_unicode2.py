@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 
-from transformers_unicode2.processing_unicode2 import CHAT_TEMPLATE
+from transformers_unicode2 import UniCode2Processor
 
 ASK = "<|image_pad|>what is this?"
 
@@ -70,8 +70,17 @@ def test_images_come_back_as_pictures(processor):
     assert all(isinstance(image, Image.Image) and image.size == (8, 8) for image in images)
 
 
+def test_package_template_has_the_tokens_of_the_processor(processor):
+    parts = copy.deepcopy(processor.image_processor), processor.tokenizer
+    own = UniCode2Processor(*parts, image_token="<|vision_end|>", eoi_token="<|image_pad|>")
+    assert own.chat_template == processor.chat_template.replace("<|image_pad|>", "<|vision_end|>")
+    assert "$" not in own.chat_template
+    assert UniCode2Processor(*parts, chat_template="{{ messages }}").chat_template == "{{ messages }}"
+
+
 def test_tools_are_written_as_qwen_reads_them(processor):
-    assert processor.chat_template == CHAT_TEMPLATE
+    fresh = UniCode2Processor(copy.deepcopy(processor.image_processor), processor.tokenizer)
+    assert processor.chat_template == fresh.chat_template
     tool = {"type": "function", "function": {"name": "draw", "parameters": {"type": "object", "properties": {}}}}
     chat = [
         {"role": "system", "content": "be brief"},

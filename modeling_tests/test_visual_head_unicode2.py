@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration, modeling_unicode2
+from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration, visual_head_unicode2
 
 HEADS = ("flat", "two_level")
 SIZES = [20, 30, 0, 10, 36]  # of the cells; one is empty
@@ -68,7 +68,7 @@ def test_loss_and_gradients_are_those_of_brute_force(headed, monkeypatch):
     expected_gradients = torch.autograd.grad(expected, parameters)
     targets = codes[None] + headed.config.visual_token_offset
     for limit in (2**26, 96 * 7):  # in one part, and in six
-        monkeypatch.setattr(modeling_unicode2, "MAX_SCORES", limit)
+        monkeypatch.setattr(visual_head_unicode2, "MAX_SCORES", limit)
         loss = headed.compute_loss(hidden[None], targets, num_items_in_batch=1)[0]
         gradients = torch.autograd.grad(loss, parameters)
         assert torch.allclose(loss.double(), expected, rtol=1e-6)
@@ -93,7 +93,7 @@ def test_loss_never_holds_all_scores(headed, monkeypatch):
     hidden = torch.randn(1, 301, 32, requires_grad=True)
     targets = torch.randint(96, (1, 301)) + headed.config.visual_token_offset
     texts = torch.randint(20, 700, (1, 301))
-    monkeypatch.setattr(modeling_unicode2, "MAX_SCORES", 768 * 10)
+    monkeypatch.setattr(visual_head_unicode2, "MAX_SCORES", 768 * 10)
     for labels in (targets, texts):
         with LargestTensor() as largest:
             headed.compute_loss(hidden, labels)[0].backward()

@@ -21,11 +21,11 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.utils import is_torchvision_available
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2Config, UniCode2QuantizerConfig
-from .hooks_unicode2 import when_imported
 from .modeling_unicode2 import UniCode2ForConditionalGeneration, UniCode2Model, UniCode2PreTrainedModel
 from .processing_unicode2 import UniCode2Processor
 from .quantization_unicode2 import UniCode2Codebook, UniCode2Quantizer
 from .search.nearest import search_codebook
+from .visual_head_unicode2 import when_imported
 
 __version__ = "0.1.0"
 

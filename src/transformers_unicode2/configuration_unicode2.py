@@ -16,15 +16,14 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_unicode2.UniCode2ForConditionalGeneration",
     "AutoProcessor": "processing_unicode2.UniCode2Processor",
 }
-
-
 QUANTIZER_AUTO_MAP = {
     "AutoConfig": "configuration_unicode2.UniCode2QuantizerConfig",
     "AutoModel": "quantization_unicode2.UniCode2Quantizer",
 }
 
 VISUAL_HEADS = ("flat", "two_level")
-CODEBOOK_COUNTS = {"codebook_size": 1, "codebook_dim": 1, "num_cells": 1, "preview_size": 0}  # the least of each
+# The least of each.
+CODEBOOK_COUNTS = {"codebook_size": 1, "codebook_dim": 1, "num_cells": 1, "preview_size": 0}
 
 # The parts of the paper's 7B model (section 4.1), as their own checkpoints describe them.
 QWEN2_5_7B = {
@@ -66,15 +65,16 @@ class UniCode2CodebookConfig(PreTrainedConfig):
         preview_size (`int`, *optional*, defaults to 0):
             Side in pixels of the mean thumbnail that each code carries; 0 for none.
         probe_recall (`dict[str, float]`, *optional*):
-            Share of features whose nearest code lies in so many nearest cells, as measured when the codebook was built.
+            For a number of nearest cells, the share of features whose nearest code lies in them, as measured when the
+            codebook was built.
         codes_sha256 (`str`, *optional*):
-            SHA-256 of the codes, see `hash_tensors`. Every save writes that of the codes it saves, and every load compares it.
+            SHA-256 of the codes, see `hash_tensors`. Every save writes it, and every load compares it.
         cells_sha256 (`str`, *optional*):
             The same of the cells: their centroids and offsets.
         vision_sha256 (`str`, *optional*):
             The same of the weights of the encoder that a checkpoint holds.
         encoder_sha256 (`str`, *optional*):
-            SHA-256 of the encoder and image processor that the codebook was built with, as `unicode2 codebook build` noted it.
+            SHA-256 of the encoder and image processor that `unicode2 codebook build` used.
     """
 
     model_type = "unicode2_codebook"
@@ -95,8 +95,32 @@ class UniCode2CodebookConfig(PreTrainedConfig):
         check_codebook_config(vars(self))
 
 
+def save_code(folder: str | Path, beside: str = __file__) -> None:
+    """Copies all code that travels from beside a file into a folder: the files with `_unicode2` in their names."""
+    for file in Path(beside).parent.glob("*_unicode2*.py"):
+        target = Path(folder) / file.name
+        if not (target.exists() and target.samefile(file)):
+            shutil.copyfile(file, target)
+
+
+class UniCode2ConfigMixin:
+    """What the configurations of a quantizer and of a whole model have in common."""
+
+    save_code = staticmethod(save_code)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Stock, with the code that `auto_map` names."""
+        super().save_pretrained(save_directory, **kwargs)
+        save_code(save_directory)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Patches, and so codes, per image, T."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+
 @strict
-class UniCode2QuantizerConfig(PreTrainedConfig):
+class UniCode2QuantizerConfig(UniCode2ConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`UniCode2Quantizer`]: a frozen vision encoder and the codebook over its patch features.
 
@@ -133,18 +157,9 @@ class UniCode2QuantizerConfig(PreTrainedConfig):
             config = {name: config[name] for name in ("vision_config", "codebook_config")}
         return config, rest
 
-    def save_pretrained(self, save_directory, **kwargs):
-        super().save_pretrained(save_directory, **kwargs)
-        save_code(save_directory)
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Patches, and so codes, per image, T."""
-        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
-
 
 @strict
-class UniCode2Config(PreTrainedConfig):
+class UniCode2Config(UniCode2ConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a UniCode² model. Text ids are `[0, visual_token_offset)`, the visual token id of a code is
     `visual_token_offset + code`; the offset is the number of rows of the text embedding.
@@ -165,8 +180,8 @@ class UniCode2Config(PreTrainedConfig):
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation between the two linear layers of the projector (section 3.3).
         visual_head (`str`, *optional*, defaults to `"flat"`):
-            How the next code is scored: `"flat"` over all codes at once, or `"two_level"`, the cell first and then the codes
-            within it, which needs about `num_cells + codebook_size / num_cells` scores to draw a code.
+            How the next code is scored: `"flat"` over all codes at once, or `"two_level"`, the cell first and then the
+            codes within it, which needs about `num_cells + codebook_size / num_cells` scores to draw a code.
         caption_prompt (`str`, *optional*):
             The question that the model learnt to answer with a caption. Pipelines read drawings back with it.
 
@@ -219,29 +234,18 @@ class UniCode2Config(PreTrainedConfig):
         check_widths(self.vision_config, self.codebook_config)
         if self.visual_head not in VISUAL_HEADS:
             raise ValueError(f"`visual_head` is {self.visual_head!r}; it must be one of {', '.join(VISUAL_HEADS)}.")
-        names = ("image_token_id", "boi_token_id", "eoi_token_id")
-        if len({getattr(self, name) for name in names}) < 3:
-            shown = ", ".join(f"`{name}` {getattr(self, name)}" for name in names)
-            raise ValueError(f"The three ids must differ: {shown}.")
-        for name in names:
-            if not 0 <= getattr(self, name) < self.text_config.vocab_size:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}, outside the text vocabulary of {self.text_config.vocab_size} ids."
-                )
-
-    def save_pretrained(self, save_directory, **kwargs):
-        super().save_pretrained(save_directory, **kwargs)
-        save_code(save_directory)
+        ids = {name: getattr(self, name) for name in ("image_token_id", "boi_token_id", "eoi_token_id")}
+        if len(set(ids.values())) < 3:
+            raise ValueError(f"The three ids must differ: {', '.join(f'`{name}` {id_}' for name, id_ in ids.items())}.")
+        size = self.text_config.vocab_size
+        for name, id_ in ids.items():
+            if not 0 <= id_ < size:
+                raise ValueError(f"`{name}` is {id_}, outside the text vocabulary of {size} ids.")
 
     @property
     def visual_token_offset(self) -> int:
         """First visual token id; the visual token id of a code is this plus the code."""
         return self.text_config.vocab_size
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Patches, and so visual tokens, per image, T."""
-        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
     def get_quantizer_config(self) -> UniCode2QuantizerConfig:
         """The part of the configuration that turns images into codes."""
@@ -252,16 +256,8 @@ class UniCode2Config(PreTrainedConfig):
         )
 
 
-def save_code(folder: str | Path) -> None:
-    """Copies the code that `auto_map` names beside a saved configuration: all files that travel, as far as they are here."""
-    for file in Path(__file__).parent.glob("*_unicode2.py"):
-        target = Path(folder) / file.name
-        if not (target.exists() and target.samefile(file)):
-            shutil.copyfile(file, target)
-
-
 def check_codebook_config(settings: dict) -> None:
-    """Raises `ValueError` on settings of a codebook that are no whole numbers, too small, no shares of features or no SHA-256."""
+    """Raises `ValueError` on settings of a codebook that are not the numbers, shares or digests that they should be."""
     for name, least in CODEBOOK_COUNTS.items():
         value = settings.get(name, least)
         if type(value) is not int or not least <= value < 2**31:
@@ -274,7 +270,8 @@ def check_codebook_config(settings: dict) -> None:
     for count, share in recall.items():
         if not (str(count).isdecimal() and int(count) and type(share) in (int, float) and 0 <= share <= 1):
             raise ValueError(
-                f"`probe_recall` of the codebook has {share!r} for {count!r} cells; it must map numbers of cells to shares in [0, 1]."
+                f"`probe_recall` of the codebook has {share!r} for {count!r} cells; it must map numbers of cells to "
+                "shares in [0, 1]."
             )
     for name in ("codes_sha256", "cells_sha256", "vision_sha256", "encoder_sha256"):
         value = settings.get(name)

@@ -70,8 +70,8 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from transformers_unicode2 import UniCode2FluxPipeline
-    from transformers_unicode2.evaluation.drawing import answer
     from transformers_unicode2.checkpoints import check_checkpoint
+    from transformers_unicode2.evaluation.drawing import answer
 
     check_checkpoint(root)
     start = time.perf_counter()

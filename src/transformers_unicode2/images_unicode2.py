@@ -1,4 +1,4 @@
-"""Any picture as RGB: the one reader of images. Whatever a picture lies in, it has the same pixels, and so the same codes."""
+"""Any picture as RGB: the one reader of images. However a picture is stored, it has the same pixels, and so codes."""
 
 import base64
 import io
@@ -15,19 +15,23 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-# Raster formats that Pillow decodes by itself, in the order in which they are tried. Not EPS, which starts Ghostscript, nor formats
-# that Pillow knows by name only (WMF, PDF, MPEG, GRIB, HDF5). TGA has no mark at its beginning, so it comes last.
+# Raster formats that Pillow decodes by itself, in the order in which they are tried. Not EPS, which starts Ghostscript,
+# nor formats that Pillow knows by name only (WMF, PDF, MPEG, GRIB, HDF5). TGA comes last: it begins with no mark.
 FORMATS = (
     *("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "QOI"),
     *("ICO", "CUR", "ICNS", "DDS", "PSD", "SGI", "SUN", "PCX", "XBM", "XPM", "TGA"),
 )
-MAX_PIXELS = 89_478_485  # of one image, width x height, as Pillow has it
-TIMEOUT = 60.0  # seconds that a server may take
+# Largest width x height of an image, as Pillow has it.
+MAX_PIXELS = 89_478_485
+# Seconds that a server may take.
+TIMEOUT = 60.0
 URLS = ("http://", "https://")
-CHANNELS = (1, 2, 3, 4)  # of an array: grey, grey and alpha, RGB, RGB and alpha
+# Of an array: grey, grey and alpha, RGB, RGB and alpha.
+CHANNELS = (1, 2, 3, 4)
 # Entries of `Image.info` that may tell of the orientation.
 ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+# Tags of TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 
 
 def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -36,11 +40,11 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Grey of more than 8 bits is scaled, never clipped:
 
-    - 16 bits (`I;16` of either byte order): 65535 is white, so a picture of 8 bits that is stored in 16 keeps its pixels; in a TIFF of
-      12 bits 4095 is white.
+    - 16 bits (`I;16` of either byte order): 65535 is white, so 8 bits that are stored in 16 stay as they are; in a TIFF
+      of 12 bits 4095 is white.
     - 32-bit integers (`I`): up to 65535 as 16 bits; up to 255 as 8 bits, unless the file has 16 bits (PNG, PPM).
     - Floats (`F`): up to 1, 1 is white; from 2 up to 255, 255 is.
-    - Other integers and floats, and any with negative values: from the least value, or 0, in black to the largest in white.
+    - Other integers and floats, and any with negative values: the least value, or 0, is black and the largest white.
 
     Args:
         image (`PIL.Image.Image`): any mode; of several frames the one that it stands at. It stays as it is.
@@ -63,19 +67,21 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         rgb = flatten(image, key)
     except ValueError:
         raise
-    except Exception as error:  # what a decoder raises on damaged files is not documented
+    except Exception as error:
+        # What a decoder raises on damaged files is not documented.
         raise ValueError(str(error) or type(error).__name__) from error
     rgb.info = {name: image.info[name] for name in ORIENTATION if name in image.info}
     try:
         ImageOps.exif_transpose(rgb, in_place=True)
     except Exception:
-        pass  # damaged EXIF data turn nothing, as in viewers
+        # Damaged EXIF data turn nothing, as in viewers.
+        pass
     rgb.info = {}
     return rgb
 
 
 def transparent_color(image: Image.Image):
-    """The color that a PNG declares transparent, as it is among the pixels once they are loaded; Pillow leaves it as it is in the file."""
+    """The color that a PNG declares transparent, as loaded pixels have it; Pillow leaves it as it is in the file."""
     key = image.info.get("transparency")
     tile = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
     if key is None or tile not in ("1", "L;2", "L;4", "RGB;16B"):
@@ -107,7 +113,8 @@ def scale(image: Image.Image, key: int | None) -> Image.Image:
     values = np.asarray(image)
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     if image.mode == "I" and tags.get(SAMPLE_FORMAT, (2,))[0] == 1:
-        values = values.view(np.uint32)  # which Pillow has no mode for
+        # Pillow has no mode for these.
+        values = values.view(np.uint32)
     low, high = min(0, values.min().item()), max(0, values.max().item())
     if not np.isfinite([low, high]).all():
         raise ValueError("its values are not finite")
@@ -122,7 +129,8 @@ def scale(image: Image.Image, key: int | None) -> Image.Image:
     grey -= np.float32(low)
     grey *= np.float32(255 / white)
     grey = np.rint(grey, out=grey).astype(np.uint8)
-    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
+    if tags.get(PHOTOMETRIC) == 0:
+        # 0 is white.
         grey = 255 - grey
     if isinstance(key, int):
         grey[values == key] = 255
@@ -143,18 +151,20 @@ def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, name: str = "The 
 
 
 def open_content(content: bytes) -> Image.Image:
-    """`Image.open`, of `FORMATS` alone, and whatever limits and filters of warnings there are in the process. Raises `ValueError`."""
+    """`Image.open` of `FORMATS` alone, whatever limits and warning filters a process has. Raises `ValueError`."""
     Image.init()
     file = io.BytesIO(content)
     for name in FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
         try:
             accepted = factory is not None and (accept is None or accept(content[:16]))
-            if accepted and not isinstance(accepted, str):  # which tells of a decoder that is not there
+            # A string tells of a decoder that is not there.
+            if accepted and not isinstance(accepted, str):
                 with whole_files_only():
                     return factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):
-            pass  # it is of another format
+            # It is of another format.
+            pass
         except Exception as error:
             raise ValueError(str(error) or type(error).__name__) from error
         file.seek(0)
@@ -162,7 +172,7 @@ def open_content(content: bytes) -> Image.Image:
 
 
 class WholeFiles:
-    """Files that are cut short are refused, also where a library told Pillow to fill them up: half a picture is another picture."""
+    """Refuses files that are cut short, also where a library told Pillow to fill them up: that is another picture."""
 
     def __init__(self):
         self.lock, self.depth, self.lenient = threading.Lock(), 0, False
@@ -199,8 +209,8 @@ def read_images(image, layout: str | None = None, timeout: float | None = None) 
     A picture, or those of a batch in one array, as RGB.
 
     Args:
-        image: a `PIL.Image`; a path; an address; base64, plain or as a data URI; the content of a file as bytes; a binary file that is
-            open; an array or tensor, see `split_array`.
+        image: a `PIL.Image`; a path; an address; base64, plain or as a data URI; the content of a file as bytes; an
+            open binary file; an array or tensor, see `split_array`.
         layout (`str`, *optional*): `"channels_first"` or `"channels_last"`, of an array.
         timeout (`float`, *optional*, defaults to `TIMEOUT`): seconds that a server may take.
 
@@ -221,7 +231,8 @@ def read_images(image, layout: str | None = None, timeout: float | None = None) 
     if isinstance(image, str):
         content, name = fetch(image, timeout or TIMEOUT)
         return [decode_image(content, name=name)]
-    if hasattr(image, "read"):  # not `io.IOBase`, which files of `tempfile` are not
+    # Files of `tempfile` are not `io.IOBase`.
+    if hasattr(image, "read"):
         if image.seekable():
             image.seek(0)
         content = image.read()
@@ -247,7 +258,7 @@ def read_file(path: str | bytes) -> Image.Image:
 
 
 def fetch(text: str, timeout: float = TIMEOUT) -> tuple[bytes, str]:
-    """Content and name of what an address, a data URI or base64 stands for. Raises `ValueError` when it is none of them."""
+    """Content and name of what an address, a data URI or base64 stands for. Raises `ValueError` on anything else."""
     if text.lower().startswith(URLS):
         return download(text, timeout), text
     name = one_line(text) if len(text) <= 60 else f"{one_line(text[:60])}..."
@@ -282,9 +293,9 @@ def split_array(array: np.ndarray | torch.Tensor, layout: str | None = None) -> 
     The images of an array or tensor, in grey, grey and alpha, RGB, or RGB and alpha.
 
     Args:
-        array: `(height, width)`; `(height, width, channels)` or `(channels, height, width)` with 1 to 4 channels; or a batch of either.
-            Where both axes could be the channels, they are the last of a NumPy array and the first of a tensor. uint8; bool; uint16,
-            where 65535 is white; other integers from 0 to 255; floats from 0 to 1, where 1 is white.
+        array: `(height, width)`; `(height, width, channels)` or `(channels, height, width)` with 1 to 4 channels; or a
+            batch of either. Where both axes could be the channels, they are the last of a NumPy array and the first of
+            a tensor. uint8; bool; uint16, where 65535 is white; other integers from 0 to 255; floats from 0 to 1.
         layout (`str`, *optional*): `"channels_first"` or `"channels_last"`.
 
     Raises:
@@ -302,8 +313,8 @@ def split_array(array: np.ndarray | torch.Tensor, layout: str | None = None) -> 
         possible = [name for name, size in places.items() if size in CHANNELS and layout in (None, name)]
         if not possible:
             raise ValueError(
-                f"An array of shape {shape} is no image{f' that is {layout}' if layout else ''}: one has 1 to 4 channels, as its "
-                "first or last axis."
+                f"An array of shape {shape} is no image{f' that is {layout}' if layout else ''}: one has 1 to 4 "
+                "channels, as its first or last axis."
             )
         if possible[-1 if last else 0] == "channels_first":
             array = np.moveaxis(array, -3, -1)
@@ -324,7 +335,8 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
         raise ValueError(f"An array of {array.dtype} is no image; give uint8 or floats in [0, 1].")
     low, high = array.min().item(), array.max().item()
     white = 1 if array.dtype.kind == "f" else 255
-    if not (low >= 0 and high <= white):  # nor where they are not numbers
+    # This also holds where they are not numbers.
+    if not (low >= 0 and high <= white):
         raise ValueError(
             f"The values of the {array.dtype} image run from {low:g} to {high:g}; they have to be in [0, {white}]. "
             "Bring them there, or give uint8."
@@ -333,12 +345,12 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def one_line(text: str) -> str:
-    """A name as it can be shown in a line and written to any file: what is not printable, as line breaks, escaped."""
+    """A name as one line can show it: what is not printable, such as a line break, is escaped."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def open_images(images, layout: str | None = None, timeout: float | None = None) -> list:
-    """Images as RGB, a list, nested as `images` are; those of a batch in one array take its place. See `read_images`."""
+    """Images as RGB, a list, nested as `images` are; the images of a batch take its place. See `read_images`."""
     if not isinstance(images, Sequence) or isinstance(images, (str, bytes, bytearray, memoryview)):
         return read_images(images, layout, timeout)
     output = []

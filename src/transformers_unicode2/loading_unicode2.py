@@ -1,4 +1,4 @@
-"""What every loader checks: that nothing which defines the codes of an image is missing, damaged, rounded or of another codebook."""
+"""What every loader checks: nothing that defines the codes of an image is missing, damaged, rounded or exchanged."""
 
 import hashlib
 import re
@@ -8,8 +8,6 @@ import torch
 from torch import nn
 
 AGAIN = "Copy or build it again."
-
-
 # What each digest in a codebook's configuration is of: names of weights, as they end.
 DIGESTS = {
     "codes_sha256": r"codebook\.codes",
@@ -19,7 +17,7 @@ DIGESTS = {
 
 
 def find_digests(tensors: dict[str, torch.Tensor], wanted: Iterable[str] = tuple(DIGESTS)) -> dict[str, str]:
-    """The digests of the codes, the cells and the encoder among the weights of a quantizer or a model, as far as they are there."""
+    """The digests of codes, cells and encoder, as far as they are among the weights of a quantizer or a model."""
     digests = {}
     for digest in wanted:
         matches = {name: re.search(rf"(?:^|\.)({DIGESTS[digest]})$", name) for name in tensors}
@@ -44,20 +42,23 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def check_digests(tensors: dict[str, torch.Tensor], config, source: str) -> None:
-    """Raises `ValueError` when the weights of a quantizer are not those that a codebook's configuration has the digests of."""
+    """Raises `ValueError` when the weights of a quantizer have other digests than its codebook's configuration."""
     wanted = {name: getattr(config, name) for name in DIGESTS if getattr(config, name)}
     for digest, found in find_digests(tensors, wanted).items():
         if found != wanted[digest]:
             part = {"codes_sha256": "codes", "cells_sha256": "cells", "vision_sha256": "weights of the encoder"}[digest]
             raise ValueError(
                 f"The {part} in {source} are not those that its configuration names (SHA-256 {found[:12]}, there "
-                f"{wanted[digest][:12]}): they are damaged, rounded or others. If that is on purpose, set `{digest}` to null there."
+                f"{wanted[digest][:12]}): they are damaged, rounded or others. If that is on purpose, set `{digest}` "
+                "to null there."
             )
 
 
 def check_codebook(codebook: nn.Module, source: str) -> None:
-    """Raises `ValueError` on cells that do not hold the codes exactly, and on codes or centroids that are not finite. What is on the meta
-    device cannot be looked at."""
+    """Raises `ValueError` on cells that do not hold the codes exactly, and on codes or centroids that are not finite.
+
+    What is on the meta device cannot be looked at.
+    """
     if codebook.codes.is_meta:
         return
     check_cells(codebook.cell_offsets, len(codebook.codes), source)
@@ -75,13 +76,15 @@ def check_cells(offsets: torch.LongTensor, size: int, source: str) -> None:
     back = (offsets.diff() < 0).nonzero()[:, 0].tolist()
     if back:
         raise ValueError(
-            f"{len(back)} of {len(offsets) - 1} cells of {source} end before they begin, the first is {back[0]}. {AGAIN}"
+            f"{len(back)} of {len(offsets) - 1} cells of {source} end before they begin, the first is {back[0]}. "
+            f"{AGAIN}"
         )
 
 
 def check_finite(name: str, rows: torch.Tensor, source: str) -> None:
     """Raises `ValueError` when some of the rows `(num_rows, dim)` are not finite."""
-    if rows.sum().isfinite():  # nothing in them is not finite, in one pass
+    # A finite sum has finite terms, and takes one pass.
+    if rows.sum().isfinite():
         return
     bad = (~rows.isfinite().all(-1)).nonzero()[:, 0].tolist()
     if bad:
@@ -91,16 +94,18 @@ def check_finite(name: str, rows: torch.Tensor, source: str) -> None:
 
 
 def check_loaded(model, info: dict, source: str | None, want_info: bool) -> None:
-    """Raises `ValueError` when what `from_pretrained` made of a checkpoint would give images other codes than it says, or is random.
+    """Raises `ValueError` when a model that was loaded gives images other codes than its checkpoint, or is random.
 
     Args:
-        model: has `get_quantizer()` and a configuration with a `codebook_config`.
-        info (`dict`): what loading reports. With `want_info` the caller reads it himself, so that weights may be missing.
+        model (`PreTrainedModel`): has `get_quantizer()` and a configuration with a `codebook_config`.
+        info (`dict`): what loading reports.
         source (`str`, *optional*): folder or Hub name of the weights; `None` for a state dict.
+        want_info (`bool`): whether the caller reads the report, so that weights may be missing.
     """
     source = "the state dict" if source is None else str(source)
     quantizer, config = model.get_quantizer(), model.config.codebook_config
-    part = "" if model is quantizer else "quantizer."  # of the names of its weights
+    # What the names of its weights hold.
+    part = "" if model is quantizer else "quantizer."
     if not want_info:
         check_keys(info, source, part)
     if getattr(model, "is_quantized", False):
@@ -114,30 +119,33 @@ def check_loaded(model, info: dict, source: str | None, want_info: bool) -> None
 
 
 def check_keys(info: dict, source: str, part: str) -> None:
-    """Raises `ValueError` on weights that loading did not find, and on those of the quantizer, whose names hold `part`, that the model
-    has no place for or that have another size."""
+    """Raises `ValueError` on weights that loading did not find, and on those of the quantizer that have no place.
+
+    The names of the quantizer's weights hold `part`. A weight of another size has no place either.
+    """
     missing, surplus = sorted(info["missing_keys"]), sorted(key for key in info["unexpected_keys"] if part in key)
     others = sorted(row for row in info["mismatched_keys"] if part in row[0])
     codebook = [key for key in missing if "codebook." in key]
     if any(key.endswith("codebook.codes") for key in codebook):
         raise ValueError(
-            f"The checkpoint has no codebook: {', '.join(codebook)} not found in {source}. Build one with `unicode2 codebook build`."
+            f"The checkpoint has no codebook: {', '.join(codebook)} not found in {source}. Build one with "
+            "`unicode2 codebook build`."
         )
     if missing:
         raise ValueError(
-            f"In {source} {len(missing)} weights are missing, which would be random; the first is {missing[0]}. {AGAIN} "
-            "`output_loading_info=True` loads it all the same."
+            f"In {source} {len(missing)} weights are missing, which would be random; the first is {missing[0]}. "
+            f"{AGAIN} `output_loading_info=True` loads it all the same."
         )
     if surplus:
         raise ValueError(
-            f"In {source} are {len(surplus)} weights of the frozen quantizer that its configuration has no place for; the first is "
-            f"{surplus[0]}. Give it the configuration that it was saved with."
+            f"In {source} are {len(surplus)} weights of the frozen quantizer that its configuration has no place for; "
+            f"the first is {surplus[0]}. Give it the configuration that it was saved with."
         )
     if others:
         name, stored, expected = others[0]
         raise ValueError(
-            f"{len(others)} weights of the frozen quantizer in {source} have another size, which no option may ignore; the first is "
-            f"{name}, {tuple(stored)} there and {tuple(expected)} in the configuration."
+            f"{len(others)} weights of the frozen quantizer in {source} have another size, which no option may ignore; "
+            f"the first is {name}, {tuple(stored)} there and {tuple(expected)} in the configuration."
         )
 
 
@@ -159,6 +167,7 @@ def check_full_precision(quantizer: nn.Module, method: str) -> None:
     changed = [name for name, w in weights.items() if type(w) is not nn.Parameter or not w.is_floating_point()]
     if changed:
         raise ValueError(
-            f"{len(changed)} of {len(weights)} weights of the frozen encoder would be quantized by {method}, which changes the codes; the "
-            f"first is {changed[0]}. Name `vision_model` among the modules that it leaves alone, or quantize another way."
+            f"{len(changed)} of {len(weights)} weights of the frozen encoder would be quantized by {method}, which "
+            f"changes the codes; the first is {changed[0]}. Name `vision_model` among the modules that it leaves alone, "
+            "or quantize another way."
         )

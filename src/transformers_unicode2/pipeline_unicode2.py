@@ -3,24 +3,24 @@
 from transformers.pipelines import AnyToAnyPipeline, Pipeline
 from transformers.pipelines.any_to_any import Chat
 
-from .settings_unicode2 import check_mode, find_option, first_given
+from .planning_unicode2 import check_mode, find_option, first_given
 
 
 class UniCode2AnyToAnyPipeline(AnyToAnyPipeline):
     r"""
-    The stock any-to-any pipeline demands torchvision of every model that reads images; this one does not, and saves the whole
-    processor. Use it as `pipeline("any-to-any", model=..., pipeline_class=UniCode2AnyToAnyPipeline)`.
+    The stock any-to-any pipeline demands torchvision of every model that reads images. This one does not, and it saves
+    the whole processor. Use it as `pipeline("any-to-any", model=..., pipeline_class=UniCode2AnyToAnyPipeline)`.
 
-    With `generation_mode="image"` each result holds a `PIL.Image` under `generated_image`. With `"interleaved"`, which the stock
-    pipeline does not know, it holds under `generated_interleaved` a list of chat parts, `{"type": "text", "text": ...}` and
-    `{"type": "image", "image": ...}` in the order in which they were written.
+    With `generation_mode="image"` each result holds a `PIL.Image` under `generated_image`. The stock pipeline does not
+    know `"interleaved"`: there `generated_interleaved` is a list of chat parts, `{"type": "text", "text": ...}` and
+    `{"type": "image", "image": ...}`, in the order in which they were written.
     """
 
     def __init__(self, *args, **kwargs):
         Pipeline.__init__(self, *args, **kwargs)
 
     def _sanitize_parameters(self, generation_mode=None, generate_kwargs=None, **kwargs):
-        """Stock, with the mode found wherever `generate` finds it: what is made of the ids must be what they were written as."""
+        """Stock, with the mode found wherever `generate` finds it, so that ids are shown as they were written."""
         generate_kwargs = dict(generate_kwargs or {})
         configs = (generate_kwargs.get("generation_config"), self._generate_kwargs.get("generation_config"))
         earlier = self.__dict__.get("_postprocess_params", {}).get("generation_mode")

@@ -4,6 +4,8 @@ import copy
 import operator
 from collections.abc import Mapping
 from functools import wraps
+from pathlib import Path
+from string import Template
 
 import numpy as np
 import torch
@@ -13,59 +15,14 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .images_unicode2 import load_image, open_images, to_rgb
 
-# ChatML with images; tools and their calls are written as Qwen2.5 was trained to read them.
-CHAT_TEMPLATE = """\
-{%- macro show(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- elif content -%}{%- for part in content -%}
-{%- if part['type'] == 'image' -%}{{- '<|image_pad|>' -}}
-{%- elif part['type'] == 'text' -%}{{- part['text'] -}}
-{%- else -%}{{- raise_exception('A message holds a part of type ' + part['type'] + '; image and text can be read.') -}}{%- endif -%}
-{%- endfor -%}{%- endif -%}
-{%- endmacro -%}
-{%- if tools -%}
-{{- '<|im_start|>system\\n' -}}
-{%- if messages[0]['role'] == 'system' -%}{{- show(messages[0]['content']) + '\\n\\n' -}}{%- endif -%}
-{{- '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' -}}
-{{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' -}}
-{%- for tool in tools -%}{{- '\\n' + (tool | tojson) -}}{%- endfor -%}
-{{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments ' -}}
-{{- 'within <tool_call></tool_call> XML tags:\\n<tool_call>\\n' -}}
-{{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- generation -%}
-{{- show(message['content']) -}}
-{%- for call in message['tool_calls'] or [] -%}
-{%- set call = call['function'] or call -%}
-{%- if message['content'] or not loop.first -%}{{- '\\n' -}}{%- endif -%}
-{{- '<tool_call>\\n{"name": "' + call['name'] + '", "arguments": ' + (call['arguments'] | tojson) + '}\\n</tool_call>' -}}
-{%- endfor -%}
-{{- '<|im_end|>' -}}
-{%- endgeneration -%}
-{{- '\\n' -}}
-{%- elif message['role'] == 'tool' -%}
-{%- if loop.first or loop.previtem['role'] != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}
-{{- '\\n<tool_response>\\n' + show(message['content']) + '\\n</tool_response>' -}}
-{%- if loop.last or loop.nextitem['role'] != 'tool' -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
-{%- elif not (tools and loop.first and message['role'] == 'system') -%}
-{{- '<|im_start|>' + message['role'] + '\\n' + show(message['content']) + '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
-
-
-AUTO_MAP = {"AutoProcessor": "processing_unicode2.UniCode2Processor"}  # where a repository has the code of this class
-
-
-CAPTION_PROMPT = "describe the image."  # asks for a short caption, in training and when drawings are read back
+# ChatML with images, whose tokens stand as `${name}`. The package has this file; a repository has its own template.
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+# Where a repository has the code of this class.
+AUTO_MAP = {"AutoProcessor": "processing_unicode2.UniCode2Processor"}
 
 
 class UniCode2BatchFeature(BatchFeature):
-    """A batch whose `pixel_values` stay in float32, which the codes are defined by, whatever `to` converts the rest to."""
+    """A batch whose `pixel_values`, which define the codes, stay in float32 whatever `to` converts the rest to."""
 
     def to(self, *args, **kwargs) -> "UniCode2BatchFeature":
         pixel_values = self.get("pixel_values")
@@ -82,21 +39,19 @@ class UniCode2BatchFeature(BatchFeature):
 
 class UniCode2Processor(ProcessorMixin):
     r"""
-    Image processor and tokenizer in one. An image's place in a prompt is `image_token`; it becomes the begin-of-image token,
-    `num_image_tokens` placeholders and the end-of-image token.
+    Image processor and tokenizer in one. An image's place in a prompt is `image_token`. It becomes the begin-of-image
+    token, `num_image_tokens` placeholders and the end-of-image token.
 
     With a [`UniCode2Quantizer`] attached, images become visual token ids at once and no `pixel_values` are returned.
 
     Args:
         image_processor (`SiglipImageProcessor`): resizes and normalises images.
         tokenizer (`Qwen2Tokenizer`): knows `image_token`, `boi_token` and `eoi_token`, none of the visual ids.
-        patch_size (`int`, *optional*): side of a patch of the vision encoder, in pixels; by default the image processor's, which has it
-            from an earlier processor, or else 14.
-        chat_template (`str`, *optional*): ChatML with images by default.
+        patch_size (`int`, *optional*): side of a patch of the vision encoder, in pixels; by default the image
+            processor's, which has it from an earlier processor, or else 14.
+        chat_template (`str`, *optional*): by default the package's, ChatML with images.
         image_token, boi_token, eoi_token (`str`): the three tokens; Qwen2.5's own by default.
     """
-
-    caption_prompt = CAPTION_PROMPT
 
     def __init__(
         self,
@@ -110,13 +65,16 @@ class UniCode2Processor(ProcessorMixin):
         **kwargs,
     ):
         self.patch_size = patch_size or getattr(image_processor, "patch_size", None) or 14
-        image_processor.patch_size = self.patch_size  # so that it is saved by pipelines, which save no processor
+        # Stock pipelines save an image processor and a tokenizer alone, so the former carries a copy.
+        image_processor.patch_size = self.patch_size
         self.image_token, self.boi_token, self.eoi_token = image_token, boi_token, eoi_token
         self.image_token_id, self.boi_token_id, self.eoi_token_id = tokenizer.convert_tokens_to_ids(
             [image_token, boi_token, eoi_token]
         )
         self.quantizer, self.visual_token_offset = None, None
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+        if not chat_template and CHAT_TEMPLATE.is_file():
+            chat_template = read_chat_template(image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @property
     def num_image_tokens(self) -> int:
@@ -129,8 +87,8 @@ class UniCode2Processor(ProcessorMixin):
 
         Args:
             quantizer (`UniCode2Quantizer`): encoder and codebook; `FaissSearch` searches the codebook with FAISS.
-            visual_token_offset (`int`): first visual token id, `UniCode2Config.visual_token_offset`. Call this again after
-                `resize_token_embeddings`, which moves it.
+            visual_token_offset (`int`): first visual token id, `UniCode2Config.visual_token_offset`. Call this again
+                after `resize_token_embeddings`, which moves it.
 
         Raises:
             `ValueError`: when the offset is no integer, or among the ids of the tokenizer.
@@ -147,8 +105,8 @@ class UniCode2Processor(ProcessorMixin):
         """Raises `ValueError` when visual token ids from `offset` on would be taken for others."""
         if offset < len(self.tokenizer):
             raise ValueError(
-                f"Visual token ids from {offset} on are among the {len(self.tokenizer)} ids of the tokenizer; resize the model to "
-                "the tokenizer and attach its quantizer with its `config.visual_token_offset`."
+                f"Visual token ids from {offset} on are among the {len(self.tokenizer)} ids of the tokenizer; resize "
+                "the model to the tokenizer and attach its quantizer with its `config.visual_token_offset`."
             )
         of_model = getattr(quantizer, "model_config", None)  # which the code of an older checkpoint does not tell
         if of_model is not None and of_model.visual_token_offset != offset:
@@ -160,17 +118,18 @@ class UniCode2Processor(ProcessorMixin):
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            images (image or list of images, *optional*): in the order of their `image_token`s in the texts, or one list for each
-                text. A `PIL.Image`, a path, an address, base64, bytes, an open file, an array or a tensor, as `read_images` has them; all
-                become RGB as `to_rgb` has it.
+            images (image or list of images, *optional*): in the order of their `image_token`s in the texts, or one list
+                for each text. An image is what `read_images` takes, and becomes RGB as `to_rgb` says.
             text (`str` or `list[str]`, *optional*): prompts.
 
         Returns:
-            `input_ids` and `attention_mask`; `pixel_values` `(num_images, 3, height, width)`, which stay in float32 under `to`. With a
-            quantizer attached no pixels, and of images alone `visual_token_ids` `(num_images, num_image_tokens)`.
+            `input_ids` and `attention_mask`; `pixel_values` `(num_images, 3, height, width)`, which stay in float32
+            under `to`. With a quantizer attached there are no pixels; images without text become `visual_token_ids`
+            `(num_images, num_image_tokens)`.
 
         Raises:
-            `ValueError`: on an empty prompt, on an image that cannot be read, or when images and `image_token`s differ in number.
+            `ValueError`: on an empty prompt, on an image that cannot be read, or when images and `image_token`s differ
+            in number.
         """
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
@@ -185,9 +144,9 @@ class UniCode2Processor(ProcessorMixin):
         return batch
 
     def open_images(self, images, texts: list[str] | None, options: dict) -> list | None:
-        """All images as RGB, in one list, `None` if there are none; takes from the options what says how arrays lie.
+        """All images as RGB, in one list, `None` if there are none; takes the layout of arrays out of the options.
 
-        Raises `ValueError` when texts and lists of images do not fit, or on options that images which were read make wrong.
+        Raises `ValueError` when texts and lists of images do not fit, or on options that do not fit images in RGB.
         """
         options["images_kwargs"] = nested = dict(options.get("images_kwargs") or {})
         layout = nested.pop("input_data_format", options.pop("input_data_format", None))
@@ -204,7 +163,8 @@ class UniCode2Processor(ProcessorMixin):
             places = places if is_nested else sum(places)
             if places != given:
                 raise ValueError(
-                    f"The prompts have places for {places} images, and {given} are given; {self.image_token} is a place."
+                    f"The prompts have places for {places} images, and {given} are given; {self.image_token} is a "
+                    "place."
                 )
         return ([image for group in opened for image in group] if is_nested else opened) or None
 
@@ -214,8 +174,8 @@ class UniCode2Processor(ProcessorMixin):
         num_patches = (height // self.patch_size) * (width // self.patch_size)
         if num_patches != self.num_image_tokens:
             raise ValueError(
-                f"Images of {height} x {width} pixels have {num_patches} patches; the prompt holds {self.num_image_tokens} "
-                "placeholders for each. Leave `size` as it is."
+                f"Images of {height} x {width} pixels have {num_patches} patches; the prompt holds "
+                f"{self.num_image_tokens} placeholders for each. Leave `size` as it is."
             )
 
     def write_codes(self, batch: BatchFeature) -> None:
@@ -302,7 +262,7 @@ class UniCode2Processor(ProcessorMixin):
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode=None, **kwargs
     ):
-        """Texts; or, for `generation_mode="image"`, one `PIL.Image` for each image `(batch_size, 3, height, width)` in [0, 1]."""
+        """Texts; for `generation_mode="image"` `PIL.Image`s of images `(batch_size, 3, height, width)` in [0, 1]."""
         if generation_mode != "image":
             return self.post_process_image_text_to_text(
                 generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
@@ -343,6 +303,12 @@ class UniCode2Processor(ProcessorMixin):
         return {**output, "auto_map": AUTO_MAP}
 
 
+def read_chat_template(image_token: str, start_token: str = "<|im_start|>", end_token: str = "<|im_end|>") -> str:
+    """The package's chat template with these tokens; a turn begins and ends with the last two."""
+    template = Template(CHAT_TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(image_token=image_token, start_token=start_token, end_token=end_token)
+
+
 def get_entry(part, name: str):
     """An entry of a message or of a part of one, which are dictionaries or, since Transformers 5.24, objects."""
     return part.get(name) if isinstance(part, dict) else getattr(part, name, None)
@@ -358,8 +324,8 @@ def convert_like(like, rows: list[list[int]]):
 def read_images_of(pipeline_class: type[ImageTextToTextPipeline]) -> None:
     """Has a pipeline hand its images to a processor of ours as they are.
 
-    The stock one opens them by itself, any format of Pillow's, even EPS, and loses transparency and all beyond 8 bits. It can be told
-    so neither by the model nor by the processor.
+    The stock one opens them by itself, any format of Pillow's, even EPS, and loses transparency and all beyond 8 bits.
+    Neither the model nor the processor can tell it not to.
     """
     preprocess = pipeline_class.preprocess
 

@@ -2,30 +2,10 @@
 
 import math
 import numbers
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 MAX_SCORES = 2**26  # of text ids, held at a time when prompts are read back: 256 MiB in float32
-
-
-@contextmanager
-def onloaded(model: nn.Module) -> Iterator[None]:
-    """Brings an offloaded model to where it is computed. Offloading acts on a model's `forward`, and here its parts are called alone."""
-    if hasattr(model, "_hf_hook"):  # of accelerate, which takes it away again when the next model is called
-        model._hf_hook.pre_forward(model)
-    registry = getattr(model, "_diffusers_hook", None)
-    hook = registry.get_hook("group_offloading") if registry is not None else None
-    if hook is None:
-        yield
-        return
-    hook.pre_forward(model)
-    try:
-        yield
-    finally:
-        hook.post_forward(model, None)
 
 
 def to_number(name: str, value, kind: type, low: float) -> float | int:
@@ -132,7 +112,13 @@ class UniCode2PriorMixin:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(visual_token_ids):
             raise ValueError(f"{len(prompts)} prompts do not fit {len(visual_token_ids)} images of visual tokens.")
-        question = self.processor.image_token + self.processor.caption_prompt
+        caption_prompt = self.vision_language_encoder.config.caption_prompt
+        if caption_prompt is None:
+            raise ValueError(
+                "The checkpoint names no question for a caption; set `caption_prompt` in its configuration, or "
+                "`num_candidates` to 1."
+            )
+        question = self.processor.image_token + caption_prompt
         rows = []
         for text, ids in zip(prompts, visual_token_ids.tolist()):
             chat = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
@@ -170,8 +156,7 @@ class UniCode2PriorMixin:
         encoded = self.processor(images=image, return_tensors="pt").to(self._execution_device)
         if "visual_token_ids" in encoded:  # by a quantizer that is attached to the processor
             return encoded["visual_token_ids"]
-        with onloaded(self.vision_language_encoder):
-            return self.vision_language_encoder.get_image_tokens(encoded["pixel_values"])
+        return self.vision_language_encoder(pixel_values=encoded["pixel_values"], task="get_image_tokens")
 
     @torch.no_grad()
     def encode_visual_tokens(self, visual_token_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,8 +168,7 @@ class UniCode2PriorMixin:
         """
         self.check_visual_tokens(visual_token_ids)
         codes = visual_token_ids.to(self._execution_device) - self.vision_language_encoder.config.visual_token_offset
-        with onloaded(self.vision_language_encoder):
-            embeds = self.vision_language_encoder.use_c2()(codes)  # (batch_size, num_image_tokens, visual_dim)
+        embeds = self.vision_language_encoder(codes, task="embed_codes")  # (batch_size, num_image_tokens, visual_dim)
         condition = self.condition_mapper(embeds, return_dict=False)
         return tuple(value.to(self.transformer.dtype) for value in condition)
 

@@ -1,12 +1,11 @@
-"""One repository for a pipeline and its language model: how it is written, and how diffusers loads it, with this package or without.
+"""One repository for a pipeline and its language model: how it is written, and how Diffusers loads it.
 
-Its root is a checkpoint of Transformers, code and all. `model_index.json` names the code of the pipeline, so that diffusers can run it on
-trust; where this package is imported, its own classes take that place. The components that are ours stand there under the library of their
-base classes, for diffusers refuses others; what loads them is below.
+Its root is a checkpoint of Transformers, code and all. `model_index.json` names the code of the pipeline, so that
+Diffusers can run it on trust; where this package is imported, its own classes take that place. The components that are
+ours stand there under the library of their base classes, since Diffusers refuses others; what loads them is below.
 """
 
 import copy
-import inspect
 import json
 import os
 import shutil
@@ -21,7 +20,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
 
 if TYPE_CHECKING:
-    # Never run: diffusers downloads the files that a file imports from beside it, and those of the language model have to come along.
+    # Never run, and there is no such file in this folder. Diffusers reads the imports of a file and downloads what they
+    # name from beside it, so this line brings the code of the language model along.
     from .modeling_unicode2 import UniCode2ForConditionalGeneration  # noqa: F401
 
 # Remote code was run on trust, and so may be the code beside it.
@@ -78,7 +78,7 @@ class UniCode2RepositoryMixin:
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        """Stock; the components that are ours come from the loaders of this module, whatever library the index names for them."""
+        """Stock; our components come from the loaders of this module, whatever library the index names for them."""
         init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         for name, loader in LOADERS.items():
             entry = init_dict.get(name)
@@ -89,19 +89,18 @@ class UniCode2RepositoryMixin:
     def to_json_string(self) -> str:
         """The index, in the form that every way of loading understands."""
         index = json.loads(super().to_json_string())
-        index.pop("_name_or_path", None)  # of this machine
+        # A path of this machine.
+        index.pop("_name_or_path", None)
         index |= {"_class_name": [type(self).__module__.split(".")[-1], type(self).__name__], **ENTRIES}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Writes the index, and the code of the pipeline and of its language model: every file beside their own that travels."""
+        """Writes the index, and the code that travels of the pipeline and of its language model."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for part in (type(self), type(self.vision_language_encoder.config)):
-            for file in Path(inspect.getfile(part)).parent.glob("*_unicode2*.py"):
-                target = folder / file.name
-                if not (target.exists() and target.samefile(file)):
-                    shutil.copyfile(file, target)
+        config = self.vision_language_encoder.config
+        config.save_code(folder)
+        config.save_code(folder, beside=__file__)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def save_pretrained(
@@ -113,7 +112,7 @@ class UniCode2RepositoryMixin:
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Stock, but language model and processor are saved to the root, where Transformers and diffusers find all that is theirs.
+        """Stock, but language model and processor are saved to the root, where Transformers looks for them.
 
         `variant` names the files of the decoder and the mapper; those in the root have none.
 
@@ -124,13 +123,15 @@ class UniCode2RepositoryMixin:
         encoder = encoder._orig_mod if is_compiled_module(encoder) else encoder
         if not isinstance(encoder, PreTrainedModel):
             raise ValueError(
-                f"`vision_language_encoder` is a {type(encoder).__name__}; merge its adapter (`merge_and_unload`) to save the pipeline."
+                f"`vision_language_encoder` is a {type(encoder).__name__}; merge its adapter (`merge_and_unload`) to "
+                "save the pipeline."
             )
         encoder.save_pretrained(
             save_directory, **({} if max_shard_size is None else {"max_shard_size": max_shard_size})
         )
         self.processor.save_pretrained(save_directory)
-        for name in IN_ROOT:  # as other versions saved them; diffusers would prefer them to the root
+        for name in IN_ROOT:
+            # As other versions saved them; Diffusers would prefer them to the root.
             shutil.rmtree(Path(save_directory, name), ignore_errors=True)
         rest = copy.copy(self)
         rest._internal_dict = FrozenDict({name: value for name, value in self.config.items() if name not in IN_ROOT})

@@ -1,0 +1,335 @@
+"""C2 and the visual heads: how codes are embedded (Eq. 6) and scored (Eq. 8), and what PEFT may adapt of them.
+
+Offloading, ZeRO-3 and FSDP bring a weight to its module only while the `forward` of that module runs. So whoever needs
+the weights of a codebook, of C2, of a head or of a whole model calls that module and names the method as its `task`,
+for example `codebook(codes, task="decode")`, and never calls the method itself.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from .configuration_unicode2 import UniCode2Config
+from .quantization_unicode2 import UniCode2Quantizer, equal_cells
+
+# Scores that the loss holds at a time: 256 MiB in float32.
+MAX_SCORES = 2**26
+
+
+class UniCode2VisualEmbeddings(nn.Embedding):
+    """C2: the trainable vectors of the codes, which only embed (Eq. 6) and score (Eq. 8)."""
+
+    def forward(self, inputs: torch.Tensor, task: str = "embed", **options) -> torch.Tensor:
+        """Runs `embed`, `score` or `compute_nll_in_cells`, see the top of this file."""
+        return getattr(self, task)(inputs, **options)
+
+    def embed(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Codes `(...)` to their vectors `(..., codebook_dim)`."""
+        return super().forward(codes)
+
+    def score(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries `(..., codebook_dim)` to their products with all codes, `(..., codebook_size)`, in their dtype."""
+        return query @ self.weight.T.to(query.dtype)
+
+    def compute_nll_in_cells(
+        self, query: torch.Tensor, codes: torch.LongTensor, cell_offsets: torch.LongTensor
+    ) -> torch.Tensor:
+        """Summed negative log-likelihood, float32, of each code among the codes of its own cell.
+
+        Args:
+            query (`torch.Tensor` of shape `(num_targets, codebook_dim)`): what the codes are scored by.
+            codes (`torch.LongTensor` of shape `(num_targets,)`): targets.
+            cell_offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): first code of each cell.
+        """
+        cells = find_cells(cell_offsets, codes)
+        inside = codes - cell_offsets[cells]
+        # Both get a gradient even where there are no targets.
+        total = query.sum() * 0.0 + self.weight[:1].sum() * 0.0
+        # Split at once: the gradient of a slice would be as large as C2, for every cell.
+        blocks = self.weight.split(cell_offsets.diff().tolist())
+        for cell in cells.unique().tolist():
+            mine = cells == cell
+            scores = query[mine] @ blocks[cell].T.to(query.dtype)  # (targets of this cell, its codes)
+            total = total + cross_entropy(scores.float(), inside[mine], reduction="sum")
+        return total
+
+
+class UniCode2VisualHead(nn.Module):
+    """Scores of the next code: hidden state, linear to the width of a code, inner product with C2 (Eq. 8)."""
+
+    def __init__(self, config: UniCode2Config, num_cells: int = 0):
+        super().__init__()
+        self.linear = nn.Linear(config.text_config.hidden_size, config.codebook_config.codebook_dim + num_cells)
+
+    def forward(
+        self, hidden_states: torch.Tensor, visual_embeddings: Callable, task: str = "score", **options
+    ) -> torch.Tensor:
+        """Runs `score` or `compute_nll`, see the top of this file. `visual_embeddings` is the call of C2."""
+        return getattr(self, task)(hidden_states, visual_embeddings, **options)
+
+    def score(
+        self,
+        hidden_states: torch.Tensor,
+        visual_embeddings: Callable,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+    ) -> torch.Tensor:
+        """Hidden states `(batch_size, num_tokens, hidden_size)` to scores `(batch_size, num_tokens, codebook_size)`.
+
+        With `guidance_scale`, see `guide`, the batch is halved. Only the two-level head uses `temperature`.
+        """
+        return visual_embeddings(guide(self.linear(hidden_states), guidance_scale), task="score")
+
+    def compute_nll(
+        self, hidden_states: torch.Tensor, visual_embeddings: Callable, codes: torch.LongTensor
+    ) -> torch.Tensor:
+        """Summed negative log-likelihood, float32, of `codes` `(num_targets,)`.
+
+        `hidden_states` is `(num_targets, hidden_size)`.
+        """
+        return cross_entropy(self.score(hidden_states, visual_embeddings).float(), codes, reduction="sum")
+
+
+class UniCode2TwoLevelVisualHead(UniCode2VisualHead):
+    """Scores of the next code in two steps, P(code) = P(cell) P(code | cell): the cells, then the codes of one cell.
+
+    The cells are the codebook's. To draw a code takes `num_cells` scores and those of one cell, not `codebook_size`.
+    """
+
+    def __init__(self, config: UniCode2Config):
+        codebook = config.codebook_config
+        super().__init__(config, codebook.num_cells)
+        self.codebook_dim, self.codebook_size = codebook.codebook_dim, codebook.codebook_size
+        self.cell_offsets = nn.Buffer(equal_cells(codebook.codebook_size, codebook.num_cells))
+        self.largest_cell = None
+
+    def measure_cells(self) -> None:
+        """Notes how many codes the largest cell has, once, so that drawing a code need not wait for the answer."""
+        self.largest_cell = int(self.cell_offsets.diff().max())
+
+    def project(
+        self, hidden_states: torch.Tensor, guidance_scale: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries `(..., codebook_dim)` and float32 scores of the cells `(..., num_cells)`, empty ones at -infinity."""
+        output = guide(self.linear(hidden_states), guidance_scale)
+        cell_scores = output[..., self.codebook_dim :].float().masked_fill(self.cell_offsets.diff() == 0, -torch.inf)
+        return output[..., : self.codebook_dim], cell_scores
+
+    def score(
+        self,
+        hidden_states: torch.Tensor,
+        visual_embeddings: Callable,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+    ) -> torch.Tensor:
+        """Hidden states `(batch_size, num_tokens, hidden_size)` to float32 log-probabilities of all codes.
+
+        They are `(batch_size, num_tokens, codebook_size)`. With `guidance_scale`, see `guide`, the batch is halved.
+        With `temperature` a cell is drawn for each row. The log-probabilities are then those of its codes given the
+        cell, minus infinity elsewhere: a draw from them at the same temperature is a draw from the product.
+        """
+        query, cell_scores = self.project(hidden_states, guidance_scale)
+        if temperature is not None:
+            return self.score_drawn_cell(query, cell_scores / temperature, visual_embeddings)
+        scores = visual_embeddings(query, task="score").float()
+        cells = torch.repeat_interleave(self.cell_offsets.diff(), output_size=scores.shape[-1]).expand_as(scores)
+        # The largest score of each cell, for a stable log-sum-exp over it.
+        top = torch.full_like(cell_scores, -torch.inf).scatter_reduce(-1, cells, scores, "amax")
+        mass = torch.zeros_like(cell_scores).scatter_add(-1, cells, (scores - top.gather(-1, cells)).exp())
+        shift = cell_scores.log_softmax(-1) - mass.log() - top  # (..., num_cells)
+        return scores + shift.gather(-1, cells)
+
+    def score_drawn_cell(
+        self, query: torch.Tensor, cell_scores: torch.Tensor, visual_embeddings: Callable
+    ) -> torch.Tensor:
+        """Log-probabilities `(..., codebook_size)` given a drawn cell.
+
+        `query` is `(..., codebook_dim)`; `cell_scores`, `(..., num_cells)`, are those to draw from.
+        """
+        cells = torch.multinomial(cell_scores.flatten(0, -2).softmax(-1), 1)[:, 0]  # (num_rows,)
+        start, end = self.cell_offsets[cells], self.cell_offsets[cells + 1]
+        if self.largest_cell is None:
+            self.measure_cells()
+        codes = start[:, None] + torch.arange(self.largest_cell, device=start.device)
+        inside = codes < end[:, None]  # (num_rows, largest cell)
+        codes = codes.clamp(max=self.codebook_size - 1)
+        rows = query.flatten(0, -2)[:, :, None]  # (num_rows, codebook_dim, 1)
+        scores = (visual_embeddings(codes).to(rows.dtype) @ rows)[..., 0].float().masked_fill(~inside, -torch.inf)
+        output = scores.new_full((len(cells), self.codebook_size), -torch.inf)
+        output.scatter_reduce_(-1, codes, scores.log_softmax(-1), "amax")
+        return output.unflatten(0, query.shape[:-1])
+
+    def compute_nll(
+        self, hidden_states: torch.Tensor, visual_embeddings: Callable, codes: torch.LongTensor
+    ) -> torch.Tensor:
+        query, cell_scores = self.project(hidden_states)
+        of_cells = cross_entropy(cell_scores, find_cells(self.cell_offsets, codes), reduction="sum")
+        options = {"codes": codes, "cell_offsets": self.cell_offsets}
+        return of_cells + visual_embeddings(query, task="compute_nll_in_cells", **options)
+
+
+VISUAL_HEAD_CLASSES = {"flat": UniCode2VisualHead, "two_level": UniCode2TwoLevelVisualHead}
+
+
+def find_cells(cell_offsets: torch.LongTensor, codes: torch.LongTensor) -> torch.LongTensor:
+    """The cell of each code, `(...)` to `(...)`."""
+    return torch.searchsorted(cell_offsets, codes, right=True) - 1
+
+
+def guide(output: torch.Tensor, guidance_scale: float | None) -> torch.Tensor:
+    """Classifier-free guidance before the scores, which are linear in what a head projects to: one product is enough.
+
+    The first half of `output` `(2 * batch_size, ...)` saw the prompt, the second did not. The first is moved away from
+    the second by `guidance_scale`. Without a scale, `output` comes back.
+    """
+    if guidance_scale is None:
+        return output
+    conditional, unconditional = output.chunk(2)
+    return torch.lerp(unconditional.float(), conditional.float(), guidance_scale).to(output.dtype)
+
+
+def sum_in_chunks(
+    function: Callable, hidden_states: torch.Tensor, target: torch.LongTensor, num_scores: int
+) -> torch.Tensor:
+    """Sum of `function(hidden_states, target)` over parts of at most `MAX_SCORES` scores.
+
+    Each part is recomputed in the backward pass, so a loss over `num_scores` classes never holds the scores of all
+    targets. A single part is not recomputed.
+    """
+    size = max(MAX_SCORES // num_scores, 1)
+    if len(target) <= size:
+        return function(hidden_states, target)
+    parts = zip(hidden_states.split(size), target.split(size))
+    return sum(checkpoint(function, *part, use_reentrant=False) for part in parts)
+
+
+class ImportHook(MetaPathFinder):
+    """Finds the module `name` as Python would, and calls `function` with it once it has run."""
+
+    def __init__(self, name: str, function: Callable[[ModuleType], None]):
+        self.name, self.function = name, function
+
+    def find_spec(self, fullname: str, path=None, target=None):
+        if fullname != self.name:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.function(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def when_imported(name: str, function: Callable[[ModuleType], None]) -> None:
+    """Calls `function` with the module `name`: now if it is imported already, else when it is."""
+    if name in sys.modules:
+        function(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, ImportHook(name, function))
+
+
+@contextmanager
+def quantizers_hidden(model: nn.Module) -> Iterator[None]:
+    """Takes the quantizers out of a model for a while, so that no name, type or size puts an adapter on them."""
+    held = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, UniCode2Quantizer)
+    ]
+    for parent, name, _ in held:
+        del parent._modules[name]
+    try:
+        yield
+    finally:
+        for parent, name, child in held:
+            parent._modules[name] = child
+
+
+def check_adapter(tuner, model: nn.Module, config) -> None:
+    """Raises `ValueError` on an adapter of C2, which the scores would not see, or of the frozen quantizer alone.
+
+    Args:
+        tuner (`BaseTuner`): knows which modules it adapts.
+        model (`torch.nn.Module`): holds the modules by their names.
+        config (`PeftConfig`): of the adapter.
+    """
+    modules = dict(model.named_modules())
+    frozen = {part for module in modules.values() if isinstance(module, UniCode2Quantizer) for part in module.modules()}
+    for key in getattr(config, "modules_to_save", None) or ():
+        named = [module in frozen for name, module in modules.items() if name.endswith(key)]
+        if named and all(named):
+            raise ValueError(f"`modules_to_save` names {key}, which is in the frozen quantizer alone; leave it out.")
+    tokens = getattr(config, "trainable_token_indices", None)
+    keys = tuple(tokens) if isinstance(tokens, dict) else ()
+    for name in (name for name, module in modules.items() if isinstance(module, UniCode2VisualEmbeddings)):
+        by_name = config.target_modules is not None and tuner._check_target_module_exists(config, name)
+        if by_name or name.endswith(keys):
+            raise ValueError(
+                f"`{name}` embeds codes and scores them, and an adapter would change the first alone; name it in "
+                "`modules_to_save`, or leave it out of the adapter."
+            )
+
+
+def teach_peft(module: ModuleType) -> None:
+    """Lets PEFT put adapters into models as if they had no quantizer, see `quantizers_hidden`."""
+
+    def wrap(function: Callable) -> Callable:
+        parameters = inspect.signature(function)
+
+        @wraps(function)
+        def inject(tuner, model, *args, **kwargs):
+            given = parameters.bind(tuner, model, *args, **kwargs).arguments
+            configs = given["peft_config"] if "peft_config" in given else tuner.peft_config
+            check_adapter(tuner, model, configs[given["adapter_name"]] if isinstance(configs, dict) else configs)
+            with quantizers_hidden(model):
+                return function(tuner, model, *args, **kwargs)
+
+        return inject
+
+    tuner = module.BaseTuner
+    tuner.__init__, tuner.inject_adapter = wrap(tuner.__init__), wrap(tuner.inject_adapter)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raises `ValueError` when the quantizer of a model with adapters learns, or something that PEFT would not save."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    frozen = [name for name, p in model.get_quantizer().named_parameters() if p.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"{len(frozen)} parameters in the frozen quantizer are set to learn, the first is {frozen[0]}; "
+            "call its `freeze`."
+        )
+    for config in configs.values():
+        if getattr(config, "bias", "none") != "none":
+            continue
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, f"{config.peft_type.value.lower()}_")
+        saved = ("modules_to_save.", "lora_", "trainable_tokens_", prefix)
+        for part in ("model.visual_embeddings", "model.projector", "visual_head"):
+            names = [name for name, p in model.get_submodule(part).named_parameters() if p.requires_grad]
+            if any(not any(mark in name for mark in saved) for name in names):
+                raise ValueError(
+                    f"`{part.split('.')[-1]}` is set to learn, but PEFT would not save it; name it in "
+                    "`modules_to_save`."
+                )
+
+
+when_imported("peft.tuners.tuners_utils", teach_peft)
