@@ -74,7 +74,7 @@ class NearestCodeSearch:
 
     def make_tables(self, codes: torch.Tensor, offsets: torch.LongTensor, half_norm: torch.Tensor) -> None:
         """For finite codes whose half squared norms float32 can hold, `(codebook_size,)`."""
-        unused = find_repeated(codes)
+        unused = find_repeated(codes, offsets)
         spread = 2 * half_norm.masked_fill(unused, 0).double().mean().item()
         # Differences of large numbers are inexact.
         self.shifted = self.mean.double().square().sum().item() > 16 * spread
@@ -233,11 +233,13 @@ def hash_rows(codes: torch.Tensor) -> torch.LongTensor:
     return torch.cat(hashes)
 
 
-def find_repeated(codes: torch.Tensor) -> torch.BoolTensor:
-    """Rows that equal an earlier one, `(len(codes),)`."""
+def find_repeated(codes: torch.Tensor, offsets: torch.LongTensor) -> torch.BoolTensor:
+    """Rows that equal an earlier one of the same cell, `(len(codes),)`."""
     hashes, order = hash_rows(codes).sort(stable=True)
     repeated = torch.zeros_like(order, dtype=torch.bool)
     places = (hashes[1:] == hashes[:-1]).nonzero()[:, 0] + 1
     for part in places.split(max(1, CHUNK // codes.shape[1])):
-        repeated[order[part]] = (codes[order[part]] == codes[order[part - 1]]).all(-1)
+        later, earlier = order[part], order[part - 1]
+        same_cell = torch.searchsorted(offsets, later, right=True) == torch.searchsorted(offsets, earlier, right=True)
+        repeated[later] = (codes[later] == codes[earlier]).all(-1) & same_cell
     return repeated
