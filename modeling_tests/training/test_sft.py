@@ -1,4 +1,4 @@
-"""`UniCode2SFTTrainer`: every option of `SFTConfig` is followed or refused; scores, metrics and checkpoints are those of the model."""
+"""Every option of `SFTConfig` is followed or refused; scores, metrics and checkpoints are those of the model."""
 
 import json
 import shutil
@@ -9,7 +9,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig
 
-from transformers_unicode2.training.sft import UniCode2SFTTrainer
+from transformers_unicode2.training.sft import (
+    StageArguments,
+    UniCode2SFTTrainer,
+    freeze_all_but,
+    keep_settings,
+    main,
+)
 from transformers_unicode2.training.stage import find_last_checkpoint
 
 
@@ -176,7 +182,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_in_the_end(make, rows):
 
 def test_resuming_takes_the_newest_whole_checkpoint(make, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    with pytest.raises(ValueError, match="has no whole checkpoint to go on from"):
+    with pytest.raises(ValueError, match="has no whole checkpoint to resume from"):
         make(**options).train(resume_from_checkpoint=True)
     make(**options).train()
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -188,3 +194,41 @@ def test_resuming_takes_the_newest_whole_checkpoint(make, tmp_path):
     trainer.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
     assert find_last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_text_tokens_weigh_as_the_recipe_says(tiny_run, tmp_path):
+    logs = []
+    for weight in (1.0, 3.0):
+        output = tmp_path / str(weight)
+        tasks = {"ask": {"user": "{image}{questions}", "assistant": "{answers}"}}
+        tasks |= {"draw": {"user": "{caption}", "assistant": "{image}"}}
+        stage = StageArguments(str(tiny_run / "model"), str(tiny_run / "tokens"), tasks, text_weight=weight)
+        options = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}
+        options |= {
+            "remove_unused_columns": False,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_length": None,
+        }
+        main(stage, SFTConfig(str(output), per_device_train_batch_size=16, save_steps=1, **options))
+        logs.append(json.loads((output / "checkpoint-1" / "trainer_state.json").read_text())["log_history"][0])
+    even, heavy = logs
+    assert even["text_loss"] == heavy["text_loss"]
+    # of the targets that are text
+    share = (even["loss"] - even["visual_loss"]) / (even["text_loss"] - even["visual_loss"])
+    assert 0 < share < 0.5
+    assert heavy["loss"] == pytest.approx(even["loss"] + 2 * share * even["text_loss"], rel=1e-3)
+
+
+def test_modules_that_are_not_there_are_refused(model):
+    with pytest.raises(ValueError, match="lies in `encoder2`"):
+        freeze_all_but(model, ["encoder2"])
+
+
+def test_what_a_stage_teaches_is_kept_in_the_configs_of_the_model(model):
+    args = StageArguments("model", "data", caption_prompt="what is it?", max_plan_tokens=9)
+    model.generation_config.image_generation = {"temperature": 0.5}
+    keep_settings(model, args)
+    assert model.config.caption_prompt == "what is it?"
+    assert model.generation_config.image_generation == {"temperature": 0.5, "max_plan_tokens": 9}
+    keep_settings(model, StageArguments("model", "data"))
+    assert model.config.caption_prompt == "what is it?"
