@@ -47,10 +47,9 @@ def place(tmp_path_factory, tiny_checkpoint, processor):
     processor.tokenizer.save_pretrained(folder / "llm")
     tiny = UniCode2ConditionMapper.from_pretrained(tiny_checkpoint, subfolder="condition_mapper").config
     names = ("visual_dim", "output_dim", "pooled_dim", "num_visual_tokens")
-    mapper = UniCode2ConditionMapper(
-        **{name: tiny[name] for name in names}, hidden_dim=32, num_layers=1, num_attention_heads=3
-    )
-    mapper.save_pretrained(folder / "start")
+    sizes_of_mapper = {**{name: tiny[name] for name in names}, "hidden_dim": 32, "num_attention_heads": 3}
+    UniCode2ConditionMapper(**sizes_of_mapper).save_pretrained(folder / "image_prompts")
+    (folder / "mapper.yaml").write_text(json.dumps({"mapper": {**sizes_of_mapper, "num_layers": 1}}))
     config = UniCode2Config.from_pretrained(tiny_checkpoint).to_dict()
     config["text_config"] |= {**sizes, "num_key_value_heads": 2, "layer_types": None, "head_dim": 16}
     model = UniCode2ForConditionalGeneration(UniCode2Config(**config))
@@ -72,7 +71,8 @@ def place(tmp_path_factory, tiny_checkpoint, processor):
         "--image-size 64 --output {}",
         "sft": f"--config {RECIPES}/unicode2-tiny/stage2.yaml --model {folder}/model --data {folder}/tokenize "
         f"--per_device_train_batch_size 2 --warmup_steps 1 {training}",
-        "mapper": f"--data {folder}/scenes --tokens {folder}/tokenize --model {folder}/model --start {folder}/start "
+        "mapper": f"--config {folder}/mapper.yaml --data {folder}/scenes --tokens {folder}/tokenize "
+        f"--model {folder}/model --image_prompts {folder}/image_prompts "
         f"--contrastive_weight 0 --flow_matching_weight 0 --regression_weight 1 --per_device_train_batch_size 2 {training}",
     }
     change_codes(folder / "model", folder / "other_codes")
@@ -477,7 +477,7 @@ def test_a_stage_goes_on_from_its_newest_whole_checkpoint(damage, stage_runs, tm
     DAMAGES["no trainer_state.json"](output / "checkpoint-2")
     kept = (output / "checkpoint-1" / "model.safetensors").stat().st_mtime_ns
     assert execute("sft", words, output) == (0, "")
-    assert "checkpoint-3 is not whole; it is removed, and the stage goes on from" in capsys.readouterr().out
+    assert "checkpoint-3 is not whole; it is removed, and the stage resumes from" in capsys.readouterr().out
     assert read(output) == read(whole)
     assert (output / "checkpoint-1" / "model.safetensors").stat().st_mtime_ns == kept
 
