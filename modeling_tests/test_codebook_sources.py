@@ -59,6 +59,54 @@ def test_a_folder_without_links_keeps_its_order(tmp_path):
     assert found.files == sorted(file for file in tmp_path.rglob("*") if file.is_file())
 
 
+@pytest.mark.parametrize("asked", ["{}", "{}/**/*.png", "{}/*.png"])
+def test_visible_links_to_hidden_files_are_images(tmp_path, asked):
+    """As git-annex, DataLad and the cache of the Hub keep them."""
+    fill(tmp_path / ".git" / "annex", "a.png", "b.png")
+    (tmp_path / "b").touch()
+    fill(tmp_path, "2.png", start=2)
+    Image.open(io.BytesIO(picture(3))).save(tmp_path / "blob.dat", format="PNG")
+    for name, target in {"0.png": ".git/annex/a.png", "1.png": ".git/annex/b.png", "3.png": "blob.dat"}.items():
+        (tmp_path / name).symlink_to(target)
+    source = ImageSource(asked.format(tmp_path))
+    assert numbers(source) == [0, 1, 2, 3]
+
+
+def test_a_folder_with_a_hidden_and_a_visible_name_is_visible(tmp_path):
+    fill(tmp_path / "elsewhere", "0.png")
+    fill(tmp_path / "s", "1.png", start=1)
+    for name in (".a", "images"):
+        (tmp_path / "s" / name).symlink_to(tmp_path / "elsewhere")
+    assert sorted(numbers(ImageSource(str(tmp_path / "s")))) == [0, 1]
+
+
+def test_what_is_compressed_is_counted_beside_images_and_refused_beside_tars(tmp_path):
+    fill(tmp_path / "images", "0.png", "x.tar.png")
+    (tmp_path / "images" / "backup.tar.gz").touch()
+    source = ImageSource(str(tmp_path / "images"))
+    assert numbers(source) == [0, 1] and source.left_out.sentence() == "left out: 1 .gz"
+    (tmp_path / "tars").mkdir()
+    make_tar(tmp_path / "tars" / "0.tar")
+    (tmp_path / "tars" / "1.tar.gz").touch()
+    with pytest.raises(ValueError, match="1.tar.gz is compressed"):
+        ImageSource(str(tmp_path / "tars"))
+
+
+def test_a_table_in_a_snapshot_of_the_hub_names_images_that_are_links(tmp_path):
+    snapshot = tmp_path / "datasets--org--name" / "snapshots" / "0123"
+    fill(snapshot.parent.parent / "blobs", "h0", "h1")
+    snapshot.mkdir(parents=True)
+    for number in (0, 1):
+        (snapshot / f"{number}.png").symlink_to(f"../../blobs/h{number}")
+    parquet.write_table(pa.table({"image": ["0.png", "1.png"]}), snapshot / "t.parquet")
+    assert numbers(ImageSource(str(snapshot / "t.parquet"))) == [0, 1]
+    (snapshot / "0.png").unlink()
+    (snapshot / "0.png").symlink_to(tmp_path / "secret.png")
+    fill(tmp_path, "secret.png")
+    (name, content), _ = ImageSource(str(snapshot / "t.parquet")).read(0, 2)
+    assert isinstance(content, ValueError) and "outside of the table's folder" in str(content)
+
+
 def test_what_is_left_out_is_counted(tmp_path):
     fill(tmp_path, "0.png", "1.JFIF", "2.jpe", "3.avif", ".4.png", "._0.png")
     fill(tmp_path / ".cache", "5.png")
@@ -135,11 +183,37 @@ def offsets(path: Path) -> list[int]:
         return [member.offset for member in tar]
 
 
-@pytest.mark.parametrize("between", [b"", b"\0" * 512 * 40])
-def test_joined_tars_are_read_whole(tmp_path, between):
+@pytest.mark.parametrize("record", [None, 1024])
+def test_joined_tars_are_read_whole(tmp_path, record):
+    """As written, and with the shortest end that a tar may have."""
     make_tar(tmp_path / "a.tar")
-    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes() + between + (tmp_path / "a.tar").read_bytes())
+    content = (tmp_path / "a.tar").read_bytes()
+    if record:
+        content = content.rstrip(b"\0")
+        content += b"\0" * (-len(content) % 512 + 1024)
+    (tmp_path / "b.tar").write_bytes(content + content)
     assert numbers(ImageSource(str(tmp_path / "b.tar"))) == [*range(6), *range(6)]
+
+
+@pytest.mark.parametrize("hole", [(8192, 16384), (16384, None), (0, 16384)])
+def test_zeros_where_images_may_have_been_are_refused(tmp_path, hole):
+    """As a download leaves them that broke off in a file of its full length."""
+    make_tar(tmp_path / "a.tar", 30)
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[slice(*hole)] = bytes(len(content[slice(*hole)]))
+    (tmp_path / "b.tar").write_bytes(content)
+    with pytest.raises(ValueError, match="bytes of zeros from byte .* where images may have been"):
+        ImageSource(str(tmp_path / "b.tar"))
+
+
+def test_a_stream_refuses_a_damaged_tar_among_whole_ones(tmp_path):
+    for name in "ab":
+        make_tar(tmp_path / f"{name}.tar", 20)
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[offsets(tmp_path / "a.tar")[7] + 3] ^= 1
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match="a.tar is no whole, uncompressed tar"):
+        ImageSource(str(tmp_path), limit=25, streaming=True)
 
 
 def test_zeros_in_the_middle_of_a_tar_end_nothing(tmp_path):

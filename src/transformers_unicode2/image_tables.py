@@ -226,9 +226,16 @@ def find_file(value: str, folder: Path | None, absolute: bool = False) -> str | 
     path, root = os.path.realpath(os.path.join(folder, value)), os.path.realpath(folder)
     if not os.path.isfile(path):
         return None
-    if os.path.commonpath([path, root]) != root and not (absolute and os.path.isabs(value)):
+    is_inside = any(os.path.commonpath([path, place]) == place for place in [root, *find_blobs(root)])
+    if not is_inside and not (absolute and os.path.isabs(value)):
         raise ValueError(f"{one_line(value)} is outside of the table's folder, and only images inside are opened")
     return path
+
+
+def find_blobs(folder: str) -> list[str]:
+    """Where the Hub's cache keeps the contents of a snapshot, whose files are links, if the folder is in one."""
+    places = [parent.parent / "blobs" for parent in Path(folder).parents if parent.name == "snapshots"]
+    return [str(place) for place in places if place.is_dir()]
 
 
 def find_inside(value: str, folder: Path, absolute: bool = False) -> str | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -11,9 +12,11 @@ from PIL import Image
 from ..image_tables import ImageTable, read_cell
 from ..images_unicode2 import MAX_PIXELS, decode_image, one_line
 from .names import IMAGE_SUFFIXES, LeftOut, expand, is_hidden, once, walk
-from .tars import index_tar
+from .tars import check_tar, index_tar
 
-PIXEL_BYTES = 28  # resident memory of one pixel, at most, while an image is decoded and resized
+# Resident memory of one pixel, at most, while an image is decoded and resized: a JPEG 2000 with transparency takes 29.3.
+PIXEL_BYTES = 30
+COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|z|lzma))$")
 
 
 class ImageSource:
@@ -42,6 +45,7 @@ class ImageSource:
                 raise ValueError(f"The length of the stream {path} is unknown; say --num-images.")
             self.files, self.kind, self.items, self.left_out = [], "stream", range(limit), LeftOut()
             self.stream = Stream(path)
+            self.check_stream()
         else:
             self.files, self.kind, self.left_out = find_files(path)
             self.items = self.index()
@@ -51,6 +55,12 @@ class ImageSource:
                 f"No images in {one_line(path)}: its {len(self.files)} {self.kind} files hold none."
                 + (f" ({self.left_out.sentence()})" if self.left_out else "")
             )
+
+    def check_stream(self) -> None:
+        """Raises `ValueError` on a local tar that is damaged, where `datasets` ends without a word."""
+        for file in map(Path, self.stream.list_files()):
+            if file.suffix.lower() == ".tar" and file.is_file():
+                check_tar(file)
 
     def index(self) -> "list | Rows":
         """Where each image is."""
@@ -70,10 +80,7 @@ class ImageSource:
         Of a stream its name, and its files with what tells their versions: a commit of the Hub, an ETag or a time of change.
         """
         if self.streaming:
-            from datasets import load_dataset_builder
-
-            files = load_dataset_builder(self.path).config.data_files
-            files = files[choose_split(self.path, files)]
+            files = self.stream.list_files()
             versions = ["\t".join(map(str, version)) for version in files.origin_metadata]
             return [self.path, *map(str, files), *versions, str(len(self))]
         tables = self.items.tables if isinstance(self.items, Rows) else []
@@ -112,20 +119,23 @@ def fitting_pixels(memory: int) -> int:
 def find_files(path: str) -> tuple[list[Path], str, LeftOut]:
     """The files behind a folder, a file or a glob, sorted, their kind: images, parquet, arrow or tar, and what is left out."""
     found, left_out = {"parquet": [], "arrow": [], "tar": [], "image": []}, LeftOut()
+    compressed = []
     for file, name in list_files(path):
         suffix = file.suffix.lower()
-        is_compressed = suffix == ".tgz" or ".tar." in file.name.lower()
         if not file.is_file():
             left_out["broken link" if file.is_symlink() else "special file"] += 1
-        elif is_compressed and not is_hidden(name):
-            raise ValueError(
-                f"{one_line(str(file))} is compressed; images are read from any position, so unpack it to a plain .tar."
-            )
         elif suffix[1:] in found and not is_hidden(name):
             found[suffix[1:]].append(file)
         elif left_out.keeps(name):
             found["image"].append(file)
+        elif COMPRESSED_TAR.search(file.name.lower()) and not is_hidden(name):
+            compressed.append(file)
     kinds = [kind for kind, files in found.items() if files]
+    # Beside images it is something else, beside tars it is a part of the data.
+    if compressed and kinds in ([], ["tar"]):
+        raise ValueError(
+            f"{one_line(str(compressed[0]))} is compressed; images are read from any position, so unpack it to a plain .tar."
+        )
     if not kinds:
         raise FileNotFoundError(
             f"No images in {one_line(path)}: it holds neither parquet, arrow or tar files nor {', '.join(sorted(IMAGE_SUFFIXES))} "
@@ -143,11 +153,11 @@ def list_files(path: str) -> list[tuple[Path, str]]:
     """All files behind a folder, a file or a glob, with the name that tells whether one is hidden: not where it was asked for."""
     place = Path(path)
     if place.is_dir():
-        return [(file, str(file.relative_to(place))) for file in walk(place)]
+        return once([(file, str(file.relative_to(place))) for file in walk(place)])
     files = [place] if place.exists() else expand(path)
     if not files:
         raise FileNotFoundError(f"There is no folder or file {one_line(path)}.")
-    return [(file, file.name.lstrip(".")) for file in once(files) if not file.is_dir()]
+    return once([(file, file.name.lstrip(".")) for file in files if not file.is_dir()])
 
 
 class Rows:
@@ -202,6 +212,13 @@ class Stream:
 
     def __init__(self, name: str):
         self.name, self.rows, self.position = name, None, 0
+
+    def list_files(self):
+        """Paths or addresses of the files of the split that is read, as `datasets` has them, with their versions."""
+        from datasets import load_dataset_builder
+
+        files = load_dataset_builder(self.name).config.data_files
+        return files[choose_split(self.name, files)]
 
     def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | ValueError]]:
         if self.rows is None or start < self.position:

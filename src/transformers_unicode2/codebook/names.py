@@ -8,26 +8,10 @@ from pathlib import Path, PurePosixPath
 
 from ..images_unicode2 import one_line
 
-IMAGE_SUFFIXES = {
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".dib"),
-    *(
-        ".avif",
-        ".avifs",
-        ".jp2",
-        ".j2k",
-        ".j2c",
-        ".jpc",
-        ".jpf",
-        ".jpx",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".pfm",
-        ".qoi",
-    ),
-    *(".ico", ".cur", ".icns", ".dds", ".psd", ".sgi", ".ras", ".pcx", ".xbm", ".xpm", ".tga"),
-}
+COMMON = ".png .apng .jpg .jpeg .jpe .jif .jfif .webp .gif .tif .tiff .bmp .dib .avif .avifs .ppm .pgm .pbm .pnm .pfm"
+RARE = ".jp2 .j2k .j2c .jpc .jpf .jpx .qoi .ico .cur .icns .dds .psd .sgi .ras .pcx .xbm .xpm .tga"
+IMAGE_SUFFIXES = {*COMMON.split(), *RARE.split()}
+READ_SUFFIXES = IMAGE_SUFFIXES | {".parquet", ".arrow", ".tar"}
 
 
 class LeftOut(Counter):
@@ -58,28 +42,36 @@ def is_hidden(name: str) -> bool:
 
 
 def walk(folder: Path) -> list[Path]:
-    """All files in a folder and in those that links in it lead to, each file and folder once, sorted.
+    """All files in a folder and in those that links in it lead to, each folder once, sorted.
 
-    Raises `OSError` when a folder cannot be read.
+    Of several names of a folder a visible one counts, and one without links before others. Raises `OSError` when a folder
+    cannot be read.
     """
 
     def fail(error: OSError):
         raise error
 
-    folders, seen, files = [folder], set(), []
-    for start in folders:  # grows by the links, so that what is there without any is found first
+    def rank(place: Path) -> tuple:
+        return is_hidden(str(place.relative_to(folder))), place.is_symlink(), place
+
+    waiting, seen, files = [folder], set(), []
+    while waiting:
+        start = min(waiting, key=rank)
+        waiting.remove(start)
         for place, names, found in os.walk(start, onerror=fail):
             if os.path.realpath(place) in seen:
                 names.clear()
                 continue
             seen.add(os.path.realpath(place))
             files += [Path(place, name) for name in found]
-            folders += [Path(place, name) for name in sorted(names) if os.path.islink(os.path.join(place, name))]
-    return once(files)
+            later = [name for name in names if os.path.islink(os.path.join(place, name)) or name.startswith(".")]
+            waiting += [Path(place, name) for name in later]
+            names[:] = [name for name in names if name not in set(later)]
+    return sorted(files)
 
 
 def expand(pattern: str) -> list[Path]:
-    """Files that a glob finds, those behind `**` once, as `walk` has them: `glob` goes around in links until a name is too long."""
+    """Files that a glob finds. Behind `**` folders are visited by `walk`, as `glob` follows links in a circle."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return [Path(name) for name in glob.glob(pattern)]
@@ -103,9 +95,18 @@ def matches(names: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
     return fnmatch.fnmatchcase(names[0], patterns[0]) and matches(names[1:], patterns[1:])
 
 
-def once(files: list[Path]) -> list[Path]:
-    """Files without those that are another by a link, sorted; of several names the one with the fewest links stays."""
+def once(files: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """Files and their names for `LeftOut`, sorted, without those that are another by a link.
+
+    Of several names of a file one that is read counts, and one without links before others.
+    """
+
+    def rank(pair: tuple[Path, str]) -> tuple:
+        file, name = pair
+        is_read = file.suffix.lower() in READ_SUFFIXES and not is_hidden(name)
+        return not is_read, file.is_symlink(), file
+
     by_target = {}
-    for file in sorted(files, key=lambda file: (file.is_symlink(), file)):
-        by_target.setdefault(os.path.realpath(file), file)
+    for file, name in sorted(files, key=rank):
+        by_target.setdefault(os.path.realpath(file), (file, name))
     return sorted(by_target.values())

@@ -4,6 +4,7 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..images_unicode2 import one_line
@@ -26,31 +27,50 @@ def index_tar(file: Path, left_out: LeftOut) -> list[tuple[Path, str, int, int]]
     Raises:
         `ValueError`: when it is compressed, damaged, cut short, or holds images in a form that is not read.
     """
-    entries, places, items = [], {}, []
-    try:
+    entries, places = [], {}
+    with named(file):
         for member in read_members(file):
             name = posixpath.normpath(member.name)
             places[name] = find_place(member, places)
             if member.type not in WITHOUT_CONTENT:
                 entries.append((name, places[name], member.type))
-        for name, place, kind in entries:
-            if left_out.keeps(name):
-                target, place = follow(name, place, places)
-                if place is None and kind != tarfile.SYMTYPE:
-                    raise ValueError(
-                        f"{one_line(name)} is stored as type {kind!r}, which is not read; pack it as a plain file"
-                    )
-                if place is None:
-                    left_out["broken link"] += 1
-                elif target != name and left_out.is_image(target):
-                    left_out["repeated link"] += 1
-                else:
-                    items.append((file, name, *place))
+        items = [find_image(*entry, places, left_out) for entry in entries if left_out.keeps(entry[0])]
+    return [(file, *item) for item in items if item]
+
+
+def check_tar(file: Path) -> None:
+    """Raises `ValueError` when a tar is compressed, damaged or cut short."""
+    with named(file):
+        for _ in read_members(file):
+            pass
+
+
+@contextmanager
+def named(file: Path) -> Iterator[None]:
+    """Turns what is raised on a damaged tar into a `ValueError` with its name."""
+    try:
+        yield
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(
             f"{one_line(str(file))} is no whole, uncompressed tar ({error}); repair or remove it."
         ) from error
-    return items
+
+
+def find_image(name: str, place, kind: bytes, places: dict, left_out: LeftOut) -> tuple[str, int, int] | None:
+    """Name, offset and size of an image; `None` for a link that leads nowhere or to an image that is there under its own name.
+
+    Raises `ValueError` when it is stored in a form that is not read.
+    """
+    target, place = follow(name, place, places)
+    if place is None and kind != tarfile.SYMTYPE:
+        raise ValueError(f"{one_line(name)} is stored as type {kind!r}, which is not read; pack it as a plain file")
+    if place is None:
+        left_out["broken link"] += 1
+        return None
+    if target != name and left_out.is_image(target):
+        left_out["repeated link"] += 1
+        return None
+    return name, *place
 
 
 def find_place(member: tarfile.TarInfo, places: dict) -> tuple[int, int] | str | None:
@@ -87,6 +107,7 @@ def read_members(file: Path) -> Iterator[tarfile.TarInfo]:
         if not length:
             raise ValueError("it is empty")
         while (start := skip_zeros(content, position)) < length:
+            check_padding(position, start, length)
             content.seek(start)
             with tarfile.TarFile(fileobj=content) as tar:
                 for member in tar:
@@ -101,6 +122,18 @@ def read_members(file: Path) -> Iterator[tarfile.TarInfo]:
                 position = tar.offset
         if position >= length:
             raise ValueError(f"it was cut at byte {length}, where no end is marked")
+        check_padding(position, length, length)
+
+
+def check_padding(position: int, start: int, length: int) -> None:
+    """Raises `ValueError` when zeros from one byte to another are no end of a tar: two blocks, or up to a whole record.
+
+    A download that broke off in a file of its full length, or a hole in one, looks like more.
+    """
+    zeros = start - position
+    is_end = start % tarfile.RECORDSIZE == 0 or start == length
+    if zeros > tarfile.RECORDSIZE or position and zeros > 2 * BLOCK and not is_end:
+        raise ValueError(f"there are {zeros} bytes of zeros from byte {position} on, where images may have been")
 
 
 def skip_zeros(content, position: int) -> int:
