@@ -42,7 +42,7 @@ class UniCode2MapperAttnProcessor:
 
 
 class UniCode2MapperAttention(nn.Module, AttentionModuleMixin):
-    """[`~torch.nn.MultiheadAttention`] whose weights are each used by the module that holds them, as offloading and casting need it."""
+    """[`~torch.nn.MultiheadAttention`] whose weights are used by the modules that hold them, which offloading needs."""
 
     _default_processor_cls = UniCode2MapperAttnProcessor
     _available_processors = [UniCode2MapperAttnProcessor]
@@ -88,8 +88,8 @@ def normalise(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
     r"""
-    Two linear layers per token, as in FLUX Redux, behind a learnt 2-D position embedding and, optionally, a few transformer
-    layers.
+    Two linear layers per token, as in FLUX Redux, behind a learnt 2-D position embedding and, optionally, a few
+    transformer layers.
 
     FLUX and SDXL ignore the order of their conditioning tokens, so the position must be inside the token. They do not
     normalise it either, so the output is brought to a learnt scale per channel that starts at `output_scale`.
@@ -102,7 +102,7 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
         num_visual_tokens (`int`, defaults to 729): tokens per image, a square number.
         num_layers (`int`, defaults to 0): transformer layers over the tokens in front of the two linear layers.
         num_attention_heads (`int`, defaults to 16): their heads.
-        output_scale (`float`, defaults to 1.0): starting root mean square of `prompt_embeds`; the text encoder's is right.
+        output_scale (`float`, defaults to 1.0): starting root mean square of `prompt_embeds`; take the text encoder's.
         pooled_scale (`float`, defaults to 1.0): the same for `pooled_prompt_embeds`.
     """
 
@@ -141,14 +141,16 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
     def forward(self, visual_embeds: torch.Tensor, return_dict: bool = True) -> UniCode2ConditionOutput | tuple:
         r"""
         Args:
-            visual_embeds (`torch.Tensor` of shape `(batch_size, num_visual_tokens, visual_dim)`): rows of C2, in raster order.
+            visual_embeds (`torch.Tensor` of shape `(batch_size, num_visual_tokens, visual_dim)`):
+                Rows of C2, in raster order.
 
         Raises:
             `ValueError`: on another number of tokens.
         """
         if visual_embeds.shape[1] != self.config.num_visual_tokens:
             raise ValueError(
-                f"The mapper takes {self.config.num_visual_tokens} visual tokens an image and got {visual_embeds.shape[1]}."
+                f"The mapper takes {self.config.num_visual_tokens} visual tokens an image and got "
+                f"{visual_embeds.shape[1]}."
             )
         position = (self.row_embedding + self.column_embedding).flatten(0, 1)  # (num_visual_tokens, visual_dim)
         hidden = visual_embeds.to(self.dtype) + position.to(self.dtype)

@@ -38,20 +38,21 @@ class UniCode2PipelineOutput(BaseOutput):
 
 class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipeline):
     r"""
-    FLUX conditioned on visual tokens (sections 3.4 and 3.5). The language model writes the tokens of an image, the condition
-    mapper turns them into what the text encoders would give, FLUX paints. Without the text encoders, which are not needed, a
-    FLUX repository loads with `text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None`.
+    FLUX conditioned on visual tokens (sections 3.4 and 3.5). The language model writes the tokens of an image, the
+    condition mapper turns them into what the text encoders would give, and FLUX paints. The text encoders are not
+    needed: a FLUX repository loads with `text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None`.
 
     Args:
         vision_language_encoder (`UniCode2ForConditionalGeneration`): writes visual tokens, and reads them off images.
         processor (`UniCode2Processor`): prompts and images to its inputs.
         condition_mapper (`UniCode2ConditionMapper`): visual tokens to conditioning.
-        image_size (`int`, *optional*, defaults to 512): side of the images in pixels when a call names none.
-        num_candidates (`int`, *optional*, defaults to 1): images that the language model writes for a prompt when a call names no
-            number; the one from which it reads the prompt back best is painted.
-        true_cfg_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance of FLUX when a call names none; 1 is without.
-        scheduler, vae, transformer, text_encoder, tokenizer, text_encoder_2, tokenizer_2, image_encoder, feature_extractor:
-            as in [`FluxPipeline`].
+        image_size (`int`, *optional*, defaults to 512): side of the images in pixels, unless a call names another.
+        num_candidates (`int`, *optional*, defaults to 1): images that the language model writes for a prompt, unless
+            a call names another number. The one from which it reads the prompt back best is painted.
+        true_cfg_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance of FLUX, unless a call names
+            another; 1 is none.
+        scheduler, vae, transformer, text_encoder, tokenizer, text_encoder_2, tokenizer_2, image_encoder,
+            feature_extractor: as in [`FluxPipeline`].
     """
 
     model_cpu_offload_seq = "vision_language_encoder->condition_mapper->text_encoder->text_encoder_2->transformer->vae"
@@ -82,16 +83,9 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         num_candidates: int = 1,
         true_cfg_scale: float = 1.0,
     ):
+        adapter_parts = {"image_encoder": image_encoder, "feature_extractor": feature_extractor}
         super().__init__(
-            scheduler,
-            vae,
-            text_encoder,
-            tokenizer,
-            text_encoder_2,
-            tokenizer_2,
-            transformer,
-            image_encoder,
-            feature_extractor,
+            scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer, **adapter_parts
         )
         self.register_modules(
             vision_language_encoder=vision_language_encoder, processor=processor, condition_mapper=condition_mapper
@@ -113,7 +107,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             )
 
     def check_arguments(self, prompt, image, kwargs: dict) -> None:
-        """Raises `ValueError` before any work on what would fail after it; [`FluxPipeline`] has a `check_inputs` of its own."""
+        """Raises `ValueError` before any work on what would fail after it; `check_inputs` is [`FluxPipeline`]'s own."""
         if prompt is not None and not isinstance(prompt, str):
             wrong = (
                 prompt
@@ -133,7 +127,8 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         texts = [name for name in ("negative_prompt", "negative_prompt_2") if kwargs.get(name) is not None]
         if texts and (self.text_encoder is None or self.text_encoder_2 is None):
             raise ValueError(
-                f"`{texts[0]}` needs FLUX's own text encoders, which this pipeline was loaded without; load them or leave it out."
+                f"`{texts[0]}` needs FLUX's own text encoders, which this pipeline was loaded without; load them or "
+                "leave it out."
             )
 
     @torch.no_grad()
@@ -160,20 +155,21 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         Args:
             prompt (`str` or `list[str]`, *optional*): what to draw.
             image (`PIL.Image.Image` or a list, *optional*): images to redraw from their own codes.
-            visual_token_ids (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*): tokens to paint.
-                Exactly one of these three.
+            visual_token_ids (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
+                Tokens to paint. Exactly one of these three.
             height, width (`int`, *optional*, default to `image_size`): pixels.
-            num_inference_steps (`int`, defaults to 50) and guidance_scale (`float`, defaults to 3.5): of FLUX, as in the paper.
+            num_inference_steps (`int`, defaults to 50), guidance_scale (`float`, defaults to 3.5): of FLUX, as in the
+                paper.
             num_images_per_prompt (`int`, defaults to 1): each with tokens of its own for a prompt.
-            generator (`torch.Generator` or a list of them, *optional*): makes a call repeatable. Of a list, one for each image in their
-                order, an image depends on its own generator alone.
+            generator (`torch.Generator` or a list of them, *optional*): makes a call repeatable. A list holds one for
+                each image in their order, and an image depends on its own generator alone.
             prior_guidance_scale (`float`, *optional*): classifier-free guidance of the language model.
             prior_generation_kwargs (`dict`, *optional*): passed on to its `generate`.
-            num_candidates (`int`, *optional*): images written for each, of which the one is painted from which the prompt is read back
-                best; by default the pipeline's own number.
-            true_cfg_scale (`float`, *optional*): classifier-free guidance of FLUX, twice the work above 1; by default the pipeline's own
-                number. What FLUX is guided away from is a prompt of zeros, on which it must have learnt, unless `negative_prompt_embeds` or
-                `negative_prompt` say something else. The paper has none.
+            num_candidates (`int`, *optional*): images written for each. The one from which the prompt is read back best
+                is painted. By default the pipeline's own number.
+            true_cfg_scale (`float`, *optional*): classifier-free guidance of FLUX, twice the work above 1; by default
+                the pipeline's own number. Needs a FLUX trained with prompt dropout: it is guided away from a prompt of
+                zeros, unless `negative_prompt_embeds` or `negative_prompt` say something else. The paper has none.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             **kwargs: everything else that [`FluxPipeline`] takes.
         """

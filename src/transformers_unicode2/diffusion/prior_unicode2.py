@@ -1,11 +1,12 @@
-"""Everything up to the conditioning: prompts and images to visual tokens, visual tokens to what a diffusion decoder reads."""
+"""Everything up to the conditioning: prompts and images to visual tokens, and those to what a decoder reads."""
 
 import math
 import numbers
 
 import torch
 
-MAX_SCORES = 2**26  # of text ids, held at a time when prompts are read back: 256 MiB in float32
+# Scores of text ids held at a time when prompts are read back: 256 MiB in float32.
+MAX_SCORES = 2**26
 
 
 def to_number(name: str, value, kind: type, low: float) -> float | int:
@@ -32,7 +33,10 @@ def check_generator(generator, num_images: int) -> None:
 
 
 class UniCode2PriorMixin:
-    """The part of a pipeline that knows the language model; its components are `vision_language_encoder`, `processor` and `condition_mapper`."""
+    """The part of a pipeline that knows the language model.
+
+    Its components are `vision_language_encoder`, `processor` and `condition_mapper`.
+    """
 
     @torch.no_grad()
     def generate_visual_tokens(
@@ -46,12 +50,13 @@ class UniCode2PriorMixin:
         r"""
         Lets the language model write an image for each prompt: visual token ids `(batch_size, num_image_tokens)`.
 
-        Of `num_candidates` images (the pipeline's number by default) it keeps the one that scores best, see `score_visual_tokens`. The
-        random numbers come from `generator`; the global generator is left as it was. With a list, each image is written alone: in a
-        batch, its tokens would depend on the others by rounding.
+        Of `num_candidates` images (the pipeline's number by default) it keeps the one that scores best, see
+        `score_visual_tokens`. The random numbers come from `generator`; the global generator is left as it was. With a
+        list, each image is written alone: in a batch, its tokens would depend on the others by rounding.
 
         Raises:
-            `ValueError`: on an empty prompt, on less than one candidate, and on a list of another length than that of the prompts.
+            `ValueError`: on an empty prompt, on less than one candidate, and when there are not as many generators as
+                prompts.
         """
         num_candidates = self.config.num_candidates if num_candidates is None else num_candidates
         num_candidates = to_number("num_candidates", num_candidates, int, 1)
@@ -103,11 +108,13 @@ class UniCode2PriorMixin:
     @torch.no_grad()
     def score_visual_tokens(self, prompt: str | list[str], visual_token_ids: torch.LongTensor) -> torch.Tensor:
         r"""
-        How well the language model reads each prompt back from its image: the log-likelihood of the prompt, in nats, as the answer to
-        the question for a caption, float32 `(batch_size,)`. `visual_token_ids` is `(batch_size, num_image_tokens)`.
+        How well the language model reads each prompt back from its image, float32 `(batch_size,)`: the log-likelihood
+        of the prompt, in nats, as the answer to `caption_prompt`. `visual_token_ids` is `(batch_size,
+        num_image_tokens)`.
 
         Raises:
-            `ValueError`: when there are not as many prompts as images, or an image has another number of ids.
+            `ValueError`: when there are not as many prompts as images, an image has another number of ids, or the
+            checkpoint has no `caption_prompt`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if len(prompts) != len(visual_token_ids):
@@ -152,9 +159,10 @@ class UniCode2PriorMixin:
 
     @torch.no_grad()
     def read_visual_tokens(self, image) -> torch.LongTensor:
-        """Images, as the processor takes them, to the visual token ids that they are read as, `(num_images, num_image_tokens)`."""
+        """Images, as the processor takes them, to their visual token ids, `(num_images, num_image_tokens)`."""
         encoded = self.processor(images=image, return_tensors="pt").to(self._execution_device)
-        if "visual_token_ids" in encoded:  # by a quantizer that is attached to the processor
+        if "visual_token_ids" in encoded:
+            # By a quantizer that is attached to the processor.
             return encoded["visual_token_ids"]
         return self.vision_language_encoder(pixel_values=encoded["pixel_values"], task="get_image_tokens")
 
@@ -180,7 +188,8 @@ class UniCode2PriorMixin:
             raise ValueError(f"`visual_token_ids` is {kind}; it must be a tensor of int64.")
         if visual_token_ids.ndim != 2 or visual_token_ids.shape[1] != length or not len(visual_token_ids):
             raise ValueError(
-                f"`visual_token_ids` has shape {tuple(visual_token_ids.shape)}; it must be (batch_size, {length}), {length} ids an image."
+                f"`visual_token_ids` has shape {tuple(visual_token_ids.shape)}; it must be (batch_size, {length}), "
+                f"{length} ids an image."
             )
         low, high = config.visual_token_offset, config.visual_token_offset + config.codebook_config.codebook_size - 1
         if visual_token_ids.min() < low or visual_token_ids.max() > high:

@@ -1,4 +1,4 @@
-"""Makes diffusers find the pipelines and components of this package under their names, from a folder or from the Hub, without remote code."""
+"""Makes Diffusers find the pipelines and components of this package by their names, without remote code."""
 
 import diffusers
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
@@ -11,12 +11,12 @@ LOADABLE = {name: METHODS for name in ("UniCode2PreTrainedModel", "UniCode2Proce
 
 
 def register() -> None:
-    """Enters the package among diffusers' libraries, and its pipelines among diffusers' names and those of its Auto classes."""
+    """Enters the package among Diffusers' libraries, and its pipelines among the names that Diffusers knows."""
     pipeline_loading_utils.LOADABLE_CLASSES["transformers_unicode2"] = LOADABLE
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(LOADABLE)
     diffusers.UniCode2ConditionMapper = UniCode2ConditionMapper
     diffusers.UniCode2FluxPipeline = UniCode2FluxPipeline
-    # the same call draws a prompt and redraws an image
+    # The same call draws a prompt and redraws an image.
     for mapping in (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING):
         mapping["unicode2-flux"] = UniCode2FluxPipeline
 
