@@ -68,7 +68,7 @@ class UniCode2GenerationMixin(GenerationMixin):
             untouched: its sequences begin with the prompt, and the plan if there is one, left-padded anew.
 
         Raises:
-            `ValueError`: on another mode; on guidance or a plan outside image mode, or that is not a number from 0 on;
+            `ValueError`: on another mode; on guidance or a plan outside image mode, or below 0;
             on a prompt without ids, or with image placeholders but no images; on a strategy that cannot work with two
             vocabularies; and in image mode on options of the call that are about text, see `TEXT_ONLY`.
         """
@@ -258,8 +258,9 @@ class InterleavedLogitsProcessor(LogitsProcessor):
             return input_ids.new_full(input_ids.shape[:1], -1)
         tail = input_ids[:, -self.num_image_tokens - 1 :]  # (batch_size, at most num_image_tokens + 1)
         is_patch = (tail >= self.visual_token_offset) | (tail == self.image_token_id)
-        run = is_patch.flip(-1).long().cumprod(-1).sum(-1, keepdim=True)  # patches at the end of each row
-        begin = tail.gather(-1, (tail.shape[1] - 1 - run).clamp(min=0))  # what stands in front of them
+        # Patches at the end of each row, and what stands in front of them.
+        run = is_patch.flip(-1).long().cumprod(-1).sum(-1, keepdim=True)  # (batch_size, 1)
+        begin = tail.gather(-1, (tail.shape[1] - 1 - run).clamp(min=0))  # (batch_size, 1)
         return torch.where(begin == self.boi_token_id, run, -1)[:, 0]
 
     def check_room(self, input_ids: torch.LongTensor, written: torch.LongTensor) -> None:

@@ -168,6 +168,6 @@ def check_full_precision(quantizer: nn.Module, method: str) -> None:
     if changed:
         raise ValueError(
             f"{len(changed)} of {len(weights)} weights of the frozen encoder would be quantized by {method}, which "
-            f"changes the codes; the first is {changed[0]}. Name `vision_model` among the modules that it leaves alone, "
-            "or quantize another way."
+            f"changes the codes; the first is {changed[0]}. Name `vision_model` among the modules that it leaves "
+            "alone, or quantize another way."
         )

@@ -460,7 +460,8 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             **kwargs,
         )
         if shift_labels is None and labels is not None:
-            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # position t predicts token t + 1
+            # Position t predicts token t + 1.
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         hidden_states, loss, text_loss, visual_loss, logits = outputs.last_hidden_state, None, None, None, None
         if shift_labels is not None:
             targets = self.name_patches(shift_labels.to(hidden_states.device), input_ids, outputs.image_tokens)

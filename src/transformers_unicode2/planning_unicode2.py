@@ -70,11 +70,11 @@ class GenerationRequest:
         """Raises `ValueError` on what does not fit the mode, or a model of this `UniCode2Config`."""
         guidance, plan = self.guidance_scale, self.max_plan_tokens
         if guidance is not None and not (isinstance(guidance, numbers.Real) and 0 <= guidance < float("inf")):
-            raise ValueError(f"`guidance_scale` is {guidance!r}; it must be a number from 0 on.")
+            raise ValueError(f"`guidance_scale` is {guidance!r}; it must be a number of at least 0.")
         if self.mode != "image" and guidance not in (None, 1):
             raise ValueError(f"`guidance_scale` is {guidance} in {self.mode} mode; guidance works in image mode only.")
         if plan is not None and not (isinstance(plan, numbers.Integral) and plan >= 0):
-            raise ValueError(f"`max_plan_tokens` is {plan!r}; it must be a whole number from 0 on.")
+            raise ValueError(f"`max_plan_tokens` is {plan!r}; it must be a whole number of at least 0.")
         if self.mode != "image" and plan:
             raise ValueError(f"`max_plan_tokens` is {plan} in {self.mode} mode; it works in image mode only.")
         for name in TWO_VOCABULARIES:

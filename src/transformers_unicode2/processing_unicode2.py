@@ -108,7 +108,8 @@ class UniCode2Processor(ProcessorMixin):
                 f"Visual token ids from {offset} on are among the {len(self.tokenizer)} ids of the tokenizer; resize "
                 "the model to the tokenizer and attach its quantizer with its `config.visual_token_offset`."
             )
-        of_model = getattr(quantizer, "model_config", None)  # which the code of an older checkpoint does not tell
+        # The code of an older checkpoint does not tell.
+        of_model = getattr(quantizer, "model_config", None)
         if of_model is not None and of_model.visual_token_offset != offset:
             raise ValueError(
                 f"Visual token ids from {offset} on are not those of the quantizer's model, which begin at "
@@ -296,7 +297,8 @@ class UniCode2Processor(ProcessorMixin):
 
     def to_dict(self) -> dict:
         slim = copy.copy(self)
-        slim.quantizer = slim.visual_token_offset = None  # a codebook is never copied, nor saved with the processor
+        # A codebook is never copied, nor saved with the processor.
+        slim.quantizer = slim.visual_token_offset = None
         output = ProcessorMixin.to_dict(slim)
         for name in ("quantizer", "visual_token_offset", "image_token_id", "boi_token_id", "eoi_token_id"):
             output.pop(name, None)

@@ -147,7 +147,8 @@ class UniCode2PriorMixin:
 
         input_ids, answer = (pad_left(values) for values in zip(*rows))
         attention_mask = pad_left([[1] * len(ids) for ids, _ in rows])
-        length = answer.shape[1] - answer.any(0).nonzero()[0].item()  # from the first answer to the end
+        # From the first answer to the end.
+        length = answer.shape[1] - answer.any(0).nonzero()[0].item()
         logits = self.vision_language_encoder(
             input_ids, attention_mask=attention_mask, output_modality="text", logits_to_keep=length + 1, use_cache=False
         ).logits[:, :-1]
