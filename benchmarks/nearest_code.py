@@ -3,15 +3,19 @@
     python benchmarks/nearest_code.py --features outputs/features --images images --encoder clip-vit-b16
     python benchmarks/nearest_code.py --quick  # synthetic data only, small
 
-Peers in the same run, with the same threads: `faiss.IndexFlatL2`, and `faiss.IndexIVFFlat` over the same cells with as many probes as the
-approximate search. Real codes come from k-means of the features that `real_features.py` keeps (`real_codebook.py`, kept beside them);
-more than 125,000 are a seeded sample of the features instead, and the table says so. All are rounded to bfloat16; the queries are
-features of other images. Synthetic codes are clusters whose spectrum falls as that of real features does. Cells come from k-means.
-The approximate search looks into as few cells as hold the nearest code of 99.9 % of other queries than those that are timed. Ids are
-compared with brute force in float64; a tie counts as equal. The limit is the time of the flat search's products alone at the rate of
-a large float32 matrix product, measured in the same run. On a GPU the peer is the flat product in bfloat16.
+Peers in the same run, with the same threads: `faiss.IndexFlatL2`, and `faiss.IndexIVFFlat` over the same cells with as
+many probes as the approximate search. For the smallest batch, the plain search that travels with a checkpoint is timed,
+too.
 
-Finished codebooks are kept in a JSON file beside the features, so that a killed run goes on.
+Real codes come from k-means of the features that `real_features.py` keeps (`real_codebook.py`, kept beside them). More
+than 125,000 are a seeded sample of the features instead, and the table says so. All are rounded to bfloat16. The
+queries are features of other images. Synthetic codes are clusters whose spectrum falls as that of real features does.
+Cells come from k-means. The approximate search looks into as few cells as hold the nearest code of 99.9 % of other
+queries than those that are timed. Ids are compared with brute force in float64; a tie counts as equal. The limit is
+the time of the flat search's products alone at the rate of a large float32 matrix product, measured in the same run.
+On a GPU the peer is the flat product in bfloat16.
+
+Finished codebooks are kept in a JSON file beside the features: after a kill, the same command resumes.
 """
 
 import argparse
@@ -29,11 +33,15 @@ from transformers_unicode2 import UniCode2Codebook
 from transformers_unicode2.codebook.clustering import FaissBackend
 from transformers_unicode2.codebook.statistics import compute_probe_recall
 from transformers_unicode2.codebook.storage import codebook_from_arrays
-from transformers_unicode2.faiss_unicode2 import make_index
+from transformers_unicode2.search.faiss_index import make_index
+from transformers_unicode2.search_unicode2 import find_nearest
 
-NUM_CHECKED = 196  # queries whose ids are compared with brute force
-NUM_CALIBRATED = 4096  # queries that tell the number of probes
-MOST_KMEANS = 125_000  # real codes that k-means makes in minutes
+# Queries whose ids are compared with brute force.
+NUM_CHECKED = 196
+# Queries that tell the number of probes.
+NUM_CALIBRATED = 4096
+# Real codes that k-means makes in minutes.
+MOST_KMEANS = 125_000
 
 
 def draw_synthetic(size: int, num_queries: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +60,8 @@ def draw_synthetic(size: int, num_queries: int, dim: int, seed: int = 0) -> tupl
 
 
 def draw_adversarial(name: str, size: int, num_queries: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points without structure (`sphere`), all the same (`equal rows`), or each eight times (`duplicates`), and queries on a sphere."""
+    """Points without structure (`sphere`), all the same (`equal rows`), or each eight times (`duplicates`), and
+    queries on a sphere."""
     points = torch.randn(size + num_queries, dim, generator=torch.Generator().manual_seed(0))
     points = torch.nn.functional.normalize(points, dim=-1)
     codes, queries = points[:size], points[size:]
@@ -139,7 +148,7 @@ def compare(
     codes, (size, dim) = codebook.codes, codebook.codes.shape
     start = time.perf_counter()
     codebook.encode(torch.from_numpy(queries[:1]))
-    built, tables = time.perf_counter() - start, codebook.search.auxiliary_bytes() / codes.nbytes
+    built, tables = time.perf_counter() - start, codebook.tables.auxiliary_bytes() / codes.nbytes
     searches = {}
     if approximate:
         codebook.probe_recall = compute_probe_recall(codebook, queries[-NUM_CALIBRATED:])
@@ -155,7 +164,8 @@ def compare(
     }
     for count in sizes:
         batch, baseline = torch.from_numpy(queries[:count]), None
-        for method, search in searches.items():
+        plain = {"plain, exact": lambda x: find_nearest(x, *codebook.buffers_to_search())} if count == sizes[0] else {}
+        for method, search in (searches | plain).items():
             with Memory() as memory:
                 start = time.perf_counter()
                 found = search(batch)
@@ -177,12 +187,12 @@ def print_table(rows: list[tuple]) -> None:
         print(f"| {name} | {size:,} | {count} | {method} | {figures} |")
     print()
     for name in dict.fromkeys(row[0] for row in rows):
-        mine = {(row[1], row[3].startswith("FAISS")): row for row in rows if row[0] == name and "probes" not in row[3]}
+        chosen = [row for row in rows if row[0] == name and row[3] in ("ours, exact", "FAISS flat")]
+        mine = {(row[1], row[3] == "FAISS flat"): row for row in chosen}
         sizes = sorted({size for size, _ in mine})
         for size in sizes:
-            print(
-                f"- {name}, {size:,} codes: tables {100 * mine[size, False][10]:.1f} % of the codes, made in {mine[size, False][9]:.1f} s"
-            )
+            *_, built, tables = mine[size, False]
+            print(f"- {name}, {size:,} codes: tables {100 * tables:.1f} % of the codes, made in {built:.1f} s")
         if len(sizes) > 1:
             slopes = [
                 np.polyfit(np.log(sizes), [np.log(mine[size, peer][4] / mine[size, peer][2]) for size in sizes], 1)[0]
@@ -292,6 +302,7 @@ def main() -> None:
     parser.add_argument("--encoder", help="CLIP or SigLIP vision encoder, for the same")
     parser.add_argument("--features", help="folder that real_features.py wrote; synthetic features alone without it")
     parser.add_argument("--sizes", type=int, nargs="+", default=[31_000, 125_000, 500_000], help="numbers of codes")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images of a batch (default: 1 and 16)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", help="file of finished rows; by default beside the features")
     parser.add_argument("--quick", action="store_true", help="small sizes, to check the script")
@@ -300,12 +311,12 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
-    images = (1, 2) if args.quick else (1, 16)
+    images = (1, 2) if args.quick else args.batches
     sizes, adversarial_size = ([9_000, 18_000], 9_000) if args.quick else (args.sizes, 31_000)
     dim, num_patches = (256, 196) if args.quick else (1152, 729)
     kept = Rows(
         args.results or f"{args.features or 'outputs'}/nearest_code.json",
-        {"threads": args.threads, "quick": args.quick},
+        {"threads": args.threads, "quick": args.quick, "batches": args.batches},
     )
     rate = kept.measure("rate", lambda: {"rate": measure_rate(torch.float32, "cpu", 512 if args.quick else 2048)})[
         "rate"
@@ -333,9 +344,8 @@ def main() -> None:
     print_table(rows)
     if torch.cuda.is_available():
         encoder_seconds = time_encoder()
-        print(
-            "| data | codes | queries | on the GPU | ms | times the product | of so400m-384, % | equal ids, % | memory, MiB |"
-        )
+        columns = "data | codes | queries | on the GPU | ms | times the product | of so400m-384, % | equal ids, %"
+        print(f"| {columns} | memory, MiB |")
         print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
         for name, size in [(name, size) for size in sizes for name in names]:
             compare_on_gpu(*draw(name, size, 1), num_queries[name][0], encoder_seconds)

@@ -215,10 +215,14 @@ def find_candidates(best: Best, scores: Scores, place, codes: torch.LongTensor) 
         best.improve(torch.arange(len(best.features), device=codes.device), codes[score.argmax(0)])
         hits = score[near] >= scores.threshold(best.distance, score.dtype)
         crowded = hits.sum(0) > 32 + len(codes) // 64
+        if crowded.any():
+            # Codes that are all the same, as in a codebook without weights, are looked at once.
+            rows = best.codes[place]
+            hits &= torch.cat([hits.new_ones(1), (rows[1:] != rows[:-1]).any(-1)])[near, None]
         if score.dtype == torch.float32 and crowded.any():
             # Float32 is too coarse for these features.
             finer = scores.compute(place, torch.float64, crowded)[near]
-            hits[:, crowded] = finer >= scores.threshold(best.distance[crowded], torch.float64, crowded)
+            hits[:, crowded] &= finer >= scores.threshold(best.distance[crowded], torch.float64, crowded)
     code, row = hits.nonzero(as_tuple=True)
     return row, codes[near[code]]
 
