@@ -76,6 +76,16 @@ def test_few_codes_of_which_some_are_not_finite(size, way):
     assert torch.equal(found, brute_force(features, codes.nan_to_num(3e38)))
 
 
+@pytest.mark.parametrize("way", ["scan", "plain"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_codebook_without_finite_codes_is_refused(value, way):
+    codes, features = draw_clusters(5, 40, 6)
+    cells = equal_cells(codes, 2)
+    codes[:, 3] = value
+    with pytest.raises(ValueError, match="None of the 40 codes is finite"):
+        make_search(codes, cells, way)(features, codes, *cells)
+
+
 def test_the_bounds_leave_nothing_to_a_scan(monkeypatch):
     """A few codes far from all others are no obstacle."""
     codes, features = draw_clusters(0, 3000, 60, 512)

@@ -93,7 +93,7 @@ class Scores:
             return self.compute(place, torch.float64, rows)
         if self.half_norm is None and not half_norm.isfinite().all():
             codes = codes.masked_fill(~half_norm.isfinite()[:, None], 0)
-            half_norm = half_norm.nan_to_num(torch.inf)
+            half_norm = half_norm.nan_to_num(nan=torch.inf, posinf=torch.inf)
         # Too large by more than the rounding errors that grow with the code.
         bias = -half_norm * (1 - 3 * find_share(codes.shape[1], dtype))
         query = self.narrow if dtype == torch.float32 else self.query
