@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,16 @@ def test_stage_learns_what_its_data_say(run_stage, tmp_path):
     plan, image = processor.split_images(output[0, inputs["input_ids"].shape[1] :])[:2]
     assert plan["text"] == "a small red circle at c4, on a white ground"
     assert image["type"] == "image"
+
+
+def test_tasks_of_recipes_and_of_their_readme_are_read():
+    from transformers_unicode2.training.chats import read_tasks
+
+    text = (RECIPES / "README.md").read_text()
+    recipes = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    recipes += [yaml.safe_load(path.read_text()) for path in STAGES]
+    names = ["caption", "dense_caption", "questions", "answers", "image", "caption_prompt"]
+    assert len(recipes) == 7 and all(read_tasks(recipe["tasks"], names) for recipe in recipes)
 
 
 def test_paper_settings_are_those_of_table_6():
