@@ -49,7 +49,8 @@ def test_load_image_turns_as_exif_says(tmp_path):
 
 
 def test_import_is_light():
-    script = "import sys, transformers_unicode2; print([m for m in ('diffusers', 'trl', 'faiss', 'datasets', 'peft', 'skimage') if m in sys.modules])"
+    names = ("diffusers", "trl", "faiss", "datasets", "peft", "skimage")
+    script = f"import sys, transformers_unicode2; print([name for name in {names} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
 
 

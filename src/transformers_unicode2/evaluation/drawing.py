@@ -43,7 +43,7 @@ class Painter:
 
     Args:
         pipe (`UniCode2FluxPipeline`): language model, mapper and decoder.
-        seed (`int`): of all that a call draws. The batches of a call go on with one generator.
+        seed (`int`): of the generator of a call, which all its batches share.
         batch_size (`int`): images that are written or painted at a time.
         num_inference_steps (`int`): diffusion steps.
         true_cfg_scale (`float`, *optional*): guidance of the decoder; by default that of the pipeline.

@@ -136,7 +136,7 @@ def evaluate_answers(
 
 
 def evaluate_drawings(painter: Painter, part: str, rng: np.random.Generator, report: dict) -> list[Image.Image]:
-    """Draws prompts of all categories, and for the new scenes what chance gives. Returns the drawings of the prompts."""
+    """Draws prompts of all categories; for the new scenes, also what chance gives. Returns the drawn prompts."""
     categories = CATEGORIES if part == "new scenes" else COLOR_CATEGORIES
     count, figures = report["num_scenes"], report["drawing"]
     prompts = [sample_prompt(categories[i % len(categories)], rng, PARTS[part]) for i in range(count)]

@@ -18,8 +18,7 @@ def flow_matching_loss(
     pooled_prompt_embeds: torch.Tensor,
     shift: float = 1.0,
 ) -> torch.Tensor:
-    """
-    The flow-matching loss of a FLUX transformer, a scalar.
+    """The flow-matching loss of a FLUX transformer, a scalar.
 
     `x_t = (1 - t) x_0 + t noise` with `t` logit-normal in (0, 1), as FLUX was trained; the target is `noise - x_0`.
 

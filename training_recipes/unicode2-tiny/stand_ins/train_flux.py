@@ -74,7 +74,7 @@ def drop_prompts(share: float, *prompts: torch.Tensor) -> list[torch.Tensor]:
 
 
 class CoarseFeatures:
-    """Rounds patch features to the nearest of a random half of a table of patch features; which half is drawn anew each time.
+    """Rounds patch features to the nearest ones of a random half of a table, another half at each call.
 
     Args:
         encode: images `(1, 3, height, width)` to patch features `(1, num_patches, dim)`.
