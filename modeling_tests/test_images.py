@@ -170,7 +170,7 @@ def test_tokenize_makes_the_codes_of_the_model(by_path, tiny_checkpoint, tiny_mo
     import pyarrow as pa
     from pyarrow import parquet
 
-    from transformers_unicode2.training import tokenize
+    from transformers_unicode2.training import data, tokenize
 
     images = [
         {"bytes": None if by_path else content, "path": f"{n:03d}" if by_path else None}
@@ -275,7 +275,7 @@ def test_where_either_axis_may_be_the_channels_numpy_has_the_last_and_torch_the_
     [
         (np.zeros((8, 8, 3), np.float32) - 1, r"run from -1 to -1; they have to be in \[0, 1\]"),
         (colors().astype(np.float32), r"float32 image run from 0 to 255; they have to be in \[0, 1\]"),
-        (np.full((8, 8, 3), np.nan), "run from nan to nan"),
+        (np.full((8, 8, 3), np.nan), "float64 image cannot be read: 192 of its 192 values are not finite"),
         (np.full((8, 8, 3), 300), r"int64 image run from 300 to 300; they have to be in \[0, 255\]"),
         (np.zeros((8, 8, 5)), r"shape \(8, 8, 5\) is no image"),
         (np.zeros(8), r"shape \(8,\) is no image"),
@@ -291,7 +291,7 @@ def test_where_either_axis_may_be_the_channels_numpy_has_the_last_and_torch_the_
         ("data:image/png;base64,aGVsbG8=", "is no data URI of an image"),
         ("/tmp", "/tmp is a folder; give an image file"),
         ("a\nb", r"There is no image file a\\nb"),
-        (Image.fromarray(np.full((4, 4), np.inf, np.float32)), "PIL image cannot be read: its values are not finite"),
+        (Image.fromarray(np.full((4, 4), np.inf, np.float32)), "PIL image cannot be read: 16 of its 16 values are not finite"),
     ],
 )
 def test_what_is_no_image_is_refused_in_a_sentence(image, message):

@@ -1,19 +1,21 @@
 """Any picture as RGB: the one reader of images. However a picture is stored, it has the same pixels, and so codes."""
 
+import asyncio
 import base64
 import io
 import os
 import re
 import struct
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from urllib.parse import unquote_to_bytes
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image, TiffImagePlugin
+
+from .pixels_unicode2 import MAX_PIXELS, check_finite, to_rgb, whole_files_only
 
 # Raster formats that Pillow decodes by itself, in the order in which they are tried. Not EPS, which starts Ghostscript,
 # nor formats that Pillow knows by name only (WMF, PDF, MPEG, GRIB, HDF5). TGA comes last: it begins with no mark.
@@ -21,120 +23,14 @@ FORMATS = (
     *("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "QOI"),
     *("ICO", "CUR", "ICNS", "DDS", "PSD", "SGI", "SUN", "PCX", "XBM", "XPM", "TGA"),
 )
-# Largest width x height of an image, as Pillow has it.
-MAX_PIXELS = 89_478_485
 # Seconds that a server may take.
 TIMEOUT = 60.0
 URLS = ("http://", "https://")
+DATA_URI = re.compile(r"data:(.*?;base64,(?P<base64>.*)|[^,]*,(?P<plain>.*))", re.IGNORECASE | re.DOTALL)
 # Of an array: grey, grey and alpha, RGB, RGB and alpha.
 CHANNELS = (1, 2, 3, 4)
-# Entries of `Image.info` that may tell of the orientation.
-ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-# Tags of TIFF.
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
-
-
-def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """
-    A `PIL.Image` as RGB, as a viewer shows it: turned as its EXIF data say, what is transparent on white.
-
-    Grey of more than 8 bits is scaled, never clipped:
-
-    - 16 bits (`I;16` of either byte order): 65535 is white, so 8 bits that are stored in 16 stay as they are; in a TIFF
-      of 12 bits 4095 is white.
-    - 32-bit integers (`I`): up to 65535 as 16 bits; up to 255 as 8 bits, unless the file has 16 bits (PNG, PPM).
-    - Floats (`F`): up to 1, 1 is white; from 2 up to 255, 255 is.
-    - Other integers and floats, and any with negative values: the least value, or 0, is black and the largest white.
-
-    Args:
-        image (`PIL.Image.Image`): any mode; of several frames the one that it stands at. It stays as it is.
-        max_pixels (`int`, *optional*, defaults to `MAX_PIXELS`): largest width x height.
-
-    Raises:
-        `ValueError`: when it is too large, damaged, cut short, an EPS, or holds values that are not finite.
-    """
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels are more than the limit of {max_pixels}")
-    if width * height == 0:
-        raise ValueError(f"{width} x {height} pixels are none")
-    if image.format == "EPS" or isinstance(image, ImageFile.StubImageFile):
-        raise ValueError(f"{image.format} is no raster format; convert it to PNG")
-    key = transparent_color(image)
-    try:
-        with whole_files_only():
-            image.load()
-        rgb = flatten(image, key)
-    except ValueError:
-        raise
-    except Exception as error:
-        # What a decoder raises on damaged files is not documented.
-        raise ValueError(str(error) or type(error).__name__) from error
-    rgb.info = {name: image.info[name] for name in ORIENTATION if name in image.info}
-    try:
-        ImageOps.exif_transpose(rgb, in_place=True)
-    except Exception:
-        # Damaged EXIF data turn nothing, as in viewers.
-        pass
-    rgb.info = {}
-    return rgb
-
-
-def transparent_color(image: Image.Image):
-    """The color that a PNG declares transparent, as loaded pixels have it; Pillow leaves it as it is in the file."""
-    key = image.info.get("transparency")
-    tile = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
-    if key is None or tile not in ("1", "L;2", "L;4", "RGB;16B"):
-        return key
-    if tile == "RGB;16B":
-        return tuple(value >> 8 for value in key)
-    return min(255, key * {"1": 255, "L;2": 85, "L;4": 17}[tile])
-
-
-def flatten(image: Image.Image, key) -> Image.Image:
-    """A loaded image as a new one in RGB, on white, not turned yet; `key` is its transparent color."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return scale(image, key).convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    if key != image.info.get("transparency"):
-        image = image.copy()
-        image.info["transparency"] = key
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image if image.mode == "RGBA" else image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image.getchannel("A"))
-    return white
-
-
-def scale(image: Image.Image, key: int | None) -> Image.Image:
-    """Grey of 16 or 32 bits or of floats as grey of 8 bits, see `to_rgb`; the transparent value `key` in white."""
-    values = np.asarray(image)
-    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-    if image.mode == "I" and tags.get(SAMPLE_FORMAT, (2,))[0] == 1:
-        # Pillow has no mode for these.
-        values = values.view(np.uint32)
-    low, high = min(0, values.min().item()), max(0, values.max().item())
-    if not np.isfinite([low, high]).all():
-        raise ValueError("its values are not finite")
-    white = high - low or 1
-    if image.mode.startswith("I;16"):
-        white = 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
-    elif image.mode == "I" and low == 0 and high <= 65535:
-        white = 65535 if high > 255 or image.format in ("PNG", "PPM") else 255
-    elif image.mode == "F" and low == 0 and (high <= 1 or 2 <= high <= 255):
-        white = 1 if high <= 1 else 255
-    grey = values.astype(np.float32)
-    grey -= np.float32(low)
-    grey *= np.float32(255 / white)
-    grey = np.rint(grey, out=grey).astype(np.uint8)
-    if tags.get(PHOTOMETRIC) == 0:
-        # 0 is white.
-        grey = 255 - grey
-    if isinstance(key, int):
-        grey[values == key] = 255
-    return Image.fromarray(grey)
+# How far floats may be out of [0, 1]: half a level, which is rounded away.
+SLACK = 1 / 510
 
 
 def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, name: str = "The file") -> Image.Image:
@@ -153,7 +49,7 @@ def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, name: str = "The 
 def open_content(content: bytes) -> Image.Image:
     """`Image.open` of `FORMATS` alone, whatever limits and warning filters a process has. Raises `ValueError`."""
     Image.init()
-    file = io.BytesIO(content)
+    file, reason = io.BytesIO(content), None
     for name in FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))
         try:
@@ -162,40 +58,32 @@ def open_content(content: bytes) -> Image.Image:
             if accepted and not isinstance(accepted, str):
                 with whole_files_only():
                     return factory(file, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):
-            # It is of another format.
-            pass
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:
+            # It is of another format, or of a kind of this one that Pillow does not know.
+            if accept is not None and reason is None:
+                kind = describe_tiff(content) if name == "TIFF" else str(error) or type(error).__name__
+                reason = f"it begins as {name} does, but this one cannot be decoded ({kind})"
         except Exception as error:
             raise ValueError(str(error) or type(error).__name__) from error
         file.seek(0)
-    raise ValueError(f"it is in none of the formats {', '.join(name for name in FORMATS if name in Image.OPEN)}")
+    known = ", ".join(name for name in FORMATS if name in Image.OPEN)
+    raise ValueError(reason or f"it is in none of the formats {known}")
 
 
-class WholeFiles:
-    """Refuses files that are cut short, also where a library told Pillow to fill them up: that is another picture."""
-
-    def __init__(self):
-        self.lock, self.depth, self.lenient = threading.Lock(), 0, False
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        if self.depth == 0 and not ImageFile.LOAD_TRUNCATED_IMAGES:
-            yield
-            return
-        with self.lock:
-            self.lenient = self.lenient or ImageFile.LOAD_TRUNCATED_IMAGES
-            self.depth += 1
-            ImageFile.LOAD_TRUNCATED_IMAGES = False
-        try:
-            yield
-        finally:
-            with self.lock:
-                if self.depth == 1:
-                    ImageFile.LOAD_TRUNCATED_IMAGES, self.lenient = self.lenient, False
-                self.depth -= 1
-
-
-whole_files_only = WholeFiles()
+def describe_tiff(content: bytes) -> str:
+    """Kind of samples of a TIFF that Pillow does not know."""
+    try:
+        file = io.BytesIO(content)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if content[2:4] in (b"+\0", b"\0+") else 8))
+        file.seek(tags.next)
+        tags.load(file)
+        bits = " + ".join(str(count) for count in tags[TiffImagePlugin.BITSPERSAMPLE])
+        kinds = {1: "unsigned integers", 2: "integers", 3: "floats", 5: "complex integers", 6: "complex floats"}
+        kind = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0]
+        return f"{bits} bits, {kinds.get(kind, f'sample format {kind}')}, byte order {tags.prefix.decode()}"
+    except Exception as error:
+        # What is raised on damaged tags is not documented.
+        return f"damaged: {error}"
 
 
 def load_image(image) -> Image.Image:
@@ -209,8 +97,8 @@ def read_images(image, layout: str | None = None, timeout: float | None = None) 
     A picture, or those of a batch in one array, as RGB.
 
     Args:
-        image: a `PIL.Image`; a path; an address; base64, plain or as a data URI; the content of a file as bytes; an
-            open binary file; an array or tensor, see `split_array`.
+        image: a `PIL.Image`; a path; an address, of `file://` too; base64, plain or as a data URI; the content of a
+            file as bytes; an open binary file; an array or tensor, see `split_array`.
         layout (`str`, *optional*): `"channels_first"` or `"channels_last"`, of an array.
         timeout (`float`, *optional*, defaults to `TIMEOUT`): seconds that a server may take.
 
@@ -228,6 +116,8 @@ def read_images(image, layout: str | None = None, timeout: float | None = None) 
         return [decode_image(bytes(image))]
     if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.exists(image)):
         return [read_file(os.fspath(image))]
+    if isinstance(image, str) and image[:5].lower() == "file:":
+        return [read_file(url2pathname(urlsplit(image).path))]
     if isinstance(image, str):
         content, name = fetch(image, timeout or TIMEOUT)
         return [decode_image(content, name=name)]
@@ -262,10 +152,12 @@ def fetch(text: str, timeout: float = TIMEOUT) -> tuple[bytes, str]:
     if text.lower().startswith(URLS):
         return download(text, timeout), text
     name = one_line(text) if len(text) <= 60 else f"{one_line(text[:60])}..."
-    header, comma, body = text.partition(",") if text[:5].lower() == "data:" else ("", "", text)
-    if comma:
+    # A name among its parameters may hold a comma.
+    uri = DATA_URI.match(text)
+    body = uri["base64"] or uri["plain"] if uri else text
+    if uri:
         content = unquote_to_bytes(body)
-        if not header.endswith(";base64"):
+        if not uri["base64"]:
             return content, name
         body = content.decode(errors="replace")
     body = re.sub(r"\s+", "", body).rstrip("=").translate(str.maketrans("-_", "+/"))
@@ -273,17 +165,27 @@ def fetch(text: str, timeout: float = TIMEOUT) -> tuple[bytes, str]:
         content = base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
         open_content(content)
     except ValueError as error:
-        if comma:
+        if uri:
             raise ValueError(f"{name} is no data URI of an image: {error}.") from error
         raise ValueError(f"There is no image file {name}, and it is no base64 of an image either.") from error
     return content, name
 
 
 def download(url: str, timeout: float) -> bytes:
+    """What is at an address, in `timeout` seconds altogether. Raises `ValueError` when it is not to be had."""
     from huggingface_hub.utils import httpx
 
+    async def get() -> bytes:
+        # `httpx` limits each read, so a server could go on for ever.
+        async with asyncio.timeout(timeout), httpx.AsyncClient(timeout=timeout, follow_redirects=True) as client:
+            return (await client.get(url)).raise_for_status().content
+
     try:
-        return httpx.get(url, timeout=timeout, follow_redirects=True).raise_for_status().content
+        # In a thread, since the caller may be in an event loop.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(asyncio.run, get()).result()
+    except TimeoutError as error:
+        raise ValueError(f"{url} cannot be fetched in {timeout:g} seconds.") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"{url} cannot be fetched: {str(error) or type(error).__name__}.") from error
 
@@ -295,16 +197,19 @@ def split_array(array: np.ndarray | torch.Tensor, layout: str | None = None) -> 
     Args:
         array: `(height, width)`; `(height, width, channels)` or `(channels, height, width)` with 1 to 4 channels; or a
             batch of either. Where both axes could be the channels, they are the last of a NumPy array and the first of
-            a tensor. uint8; bool; uint16, where 65535 is white; other integers from 0 to 255; floats from 0 to 1.
+            a tensor. uint8; bool; uint16, where 65535 is white; other integers from 0 to 255; floats from 0 to 1, but
+            for rounding errors, which are clipped.
         layout (`str`, *optional*): `"channels_first"` or `"channels_last"`.
 
     Raises:
         `ValueError`: on another shape, type or range.
     """
-    last = not isinstance(array, torch.Tensor)
+    last, slack = not isinstance(array, torch.Tensor), SLACK
     if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
+        slack = max(slack, torch.finfo(array.dtype).eps) if array.is_floating_point() else slack
+        array = to_numpy(array)
+    # `array` may have the byte order of another machine.
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     shape = array.shape
     if not 2 <= array.ndim <= 4 or 0 in shape:
         raise ValueError(f"An array of shape {shape} is no image; give (height, width, channels) or a batch of these.")
@@ -318,13 +223,27 @@ def split_array(array: np.ndarray | torch.Tensor, layout: str | None = None) -> 
             )
         if possible[-1 if last else 0] == "channels_first":
             array = np.moveaxis(array, -3, -1)
-    array = to_uint8(array)
+    array = to_uint8(array, slack)
     pictures = array if array.ndim == 4 else array[None]
     return [Image.fromarray(np.squeeze(p, 2) if p.ndim == 3 and p.shape[2] == 1 else p) for p in pictures]
 
 
-def to_uint8(array: np.ndarray) -> np.ndarray:
-    """Values of an array as uint8, see `split_array`. Raises `ValueError` on another type or range."""
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The values of a tensor, floats as float32. Raises `ValueError` when it has none, or not one after another."""
+    try:
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.is_floating_point() else tensor).resolve_conj().numpy()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"A tensor of {tensor.dtype} ({tensor.layout}, on {tensor.device}) is no image; give a dense one."
+        ) from error
+
+
+def to_uint8(array: np.ndarray, slack: float = SLACK) -> np.ndarray:
+    """Values of an array as uint8, see `split_array`. Raises `ValueError` on another type or range.
+
+    Floats may leave their range by `slack`.
+    """
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -333,15 +252,19 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind not in "iuf":
         raise ValueError(f"An array of {array.dtype} is no image; give uint8 or floats in [0, 1].")
+    try:
+        check_finite(array)
+    except ValueError as error:
+        raise ValueError(f"The {array.dtype} image cannot be read: {error}.") from error
     low, high = array.min().item(), array.max().item()
-    white = 1 if array.dtype.kind == "f" else 255
-    # This also holds where they are not numbers.
-    if not (low >= 0 and high <= white):
+    white, slack = (1, slack) if array.dtype.kind == "f" else (255, 0)
+    if low < -slack or high > white + slack:
         raise ValueError(
-            f"The values of the {array.dtype} image run from {low:g} to {high:g}; they have to be in [0, {white}]. "
+            f"The values of the {array.dtype} image run from {low:.9g} to {high:.9g}; they have to be in [0, {white}]. "
             "Bring them there, or give uint8."
         )
-    return np.rint(array.astype(np.float32) * np.float32(255 / white)).astype(np.uint8)
+    levels = np.rint(array.astype(np.float32) * np.float32(255 / white))
+    return levels.clip(0, 255, out=levels).astype(np.uint8)
 
 
 def one_line(text: str) -> str:
