@@ -1,4 +1,5 @@
-/* The nearest-code search of nearest.py: integer products with bounds, and distances in float64. kernel.py compiles it. */
+/* The nearest-code search of nearest.py: integer products with bounds, and distances in float64. kernel.py compiles
+   it. */
 
 #include <math.h>
 #include <stdint.h>
@@ -15,7 +16,8 @@ typedef float Floats __attribute__((vector_size(64)));
 
 typedef struct {
     const uint8_t *prefix;    /* (blocks, prefix_size / 4, LANES, 4), unsigned by an offset of 128 */
-    const uint8_t *rest;      /* (blocks, rest_size / 8, LANES, 4): two numbers of four bits, the second four of eight above */
+    /* (blocks, rest_size / 8, LANES, 4): two numbers of four bits, the second four of eight above. */
+    const uint8_t *rest;
     const float *constant;    /* (blocks * LANES), and so the next three */
     const uint32_t *units;    /* of the prefix: tail and scale, bfloat16 */
     const uint32_t *rest_units;
@@ -24,7 +26,7 @@ typedef struct {
     const int64_t *spans;     /* (num_spans, 3): first code, last code and part of the cells to look into */
     const float *centre_norms, *extents;  /* (num_parts) and (4, num_parts), see BoundTables.find_extents */
     int64_t size, dim, prefix_size, rest_size, num_parts, num_spans;
-    /* Costs in cycles: of a code in the first product, of LANES codes in the second, of a distance, of a code in a scan. */
+    /* In cycles: of a code in the first product, of LANES codes in the second, of a distance, of a code in a scan. */
     float first_cost, second_cost, distance_cost, scan_cost;
     /* Of both grids the largest norm of whole numbers, and of errors in steps. */
     float prefix_norm, prefix_error, rest_norm, rest_error;
@@ -82,7 +84,8 @@ typedef struct {
     Candidate *candidates;
     int32_t *heads, *next;
     float *least;  /* squared distance of each query to all codes of a part */
-    double cost, alternative;  /* in cycles: of what was done, and what a scan of the codes that were looked at first would cost */
+    /* In cycles: of what was done, and of a scan of the codes that were looked at first. */
+    double cost, alternative;
 } Workspace;
 
 #ifdef WIDE
@@ -98,7 +101,8 @@ static inline Floats scales(const uint32_t *units) { return (Floats)(load(units)
 static inline Floats all(float value) { return value - (Floats){0}; }
 
 static inline void fetch(const void *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);  /* to L2: L1 is too small */
+    /* To L2: L1 is too small. */
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
 }
 
 /* Adds the products of four bytes of each lane, unsigned, with four of a query. */
@@ -146,7 +150,10 @@ static inline __attribute__((always_inline)) void second_product(
         const Tables *t, const Visit *visits, const Pair *pairs, int rows, int64_t start, Ints sums[TILE]) {
     const uint8_t *codes = t->rest + start * t->rest_size / 2;
     Ints held[TILE][2];
-    for (int r = 0; r < rows; r++) held[r][0] = (Ints){0} - visits[pairs[r].visit].state->rest_offset, held[r][1] = (Ints){0};
+    for (int r = 0; r < rows; r++) {
+        held[r][0] = (Ints){0} - visits[pairs[r].visit].state->rest_offset;
+        held[r][1] = (Ints){0};
+    }
     for (int64_t g = 0; g < t->rest_size / 8; g++) {
         Ints both = load(codes + g * 64), lower = both << 1 & 0x1e1e1e1e, upper = both >> 3 & 0x1e1e1e1e;
         for (int r = 0; r < rows; r++) {
@@ -193,7 +200,8 @@ static float squared_distance(const float *a, const float *b, int64_t dim, float
     return total;
 }
 
-/* In the order of `exact_distance` in search_unicode2.py, so with the same bits: halves are added until one number is left. */
+/* In the order of `exact_distance` in search_unicode2.py, so with the same bits: halves are added until one number is
+   left. */
 static double exact_distance(const float *a, const float *b, int64_t dim) {
     double parts[dim];
     int64_t half = 1;
@@ -238,12 +246,18 @@ void improve(const Pairs *p) {
 static inline float positive(float value) { return value > 0 ? value : 0; }
 
 /* At least and at most the length whose square is known up to `spread`, of numbers known up to `error`. */
-static inline float shortest(float square, float spread, float error) { return positive(sqrtf(positive(square - spread)) - error); }
-static inline float longest(float square, float spread, float error) { return sqrtf(positive(square + spread)) + error; }
+static inline float shortest(float square, float spread, float error) {
+    return positive(sqrtf(positive(square - spread)) - error);
+}
+static inline float longest(float square, float spread, float error) {
+    return sqrtf(positive(square + spread)) + error;
+}
 
-/* At most the squared distances of queries `begin` to `end` to all codes of a part. Both the query and the codes have a known distance
-   from the centre in the outline, and another outside of it; their differences are the sides of a right angle. */
-static void bound_part(const Tables *t, const Queries *q, int64_t part, int64_t begin, int64_t end, float *restrict least) {
+/* At most the squared distances of queries `begin` to `end` to all codes of a part. Both the query and the codes have a
+   known distance from the centre in the outline, and another outside of it. Their differences are the sides of a right
+   angle. */
+static void bound_part(
+        const Tables *t, const Queries *q, int64_t part, int64_t begin, int64_t end, float *restrict least) {
     const float *squares = q->squares + part * q->count, *extents = t->extents + part, *norms = q->norms;
     int64_t step = t->num_parts;
     float norm = t->centre_norms[part], unit = t->error;
@@ -252,15 +266,16 @@ static void bound_part(const Tables *t, const Queries *q, int64_t part, int64_t 
         float size = norm + norms[row], error = unit * size, spread = error * size;
         float distance = squares[row], inside = squares[step * q->count + row];
         float from = shortest(inside, spread, error), to = longest(inside, spread, error);
-        float beside = sqrtf(positive(distance - spread - to * to)), beyond = sqrtf(positive(distance + spread - from * from));
+        float beside = sqrtf(positive(distance - spread - to * to));
+        float beyond = sqrtf(positive(distance + spread - from * from));
         float gap = positive(from - outer > inner - to ? from - outer : inner - to);
         float other = positive(beside - high > low - beyond ? beside - high : low - beyond);
         least[row - begin] = (gap * gap + other * other) * (1 - 1e-5f);
     }
 }
 
-/* What bounds the scores of a query in a part: by Cauchy-Schwarz the weight of what the directions leave out, and the slack that
-   rounding the codes and the query takes. */
+/* What bounds the scores of a query in a part: by Cauchy-Schwarz the weight of what the directions leave out, and the
+   slack that rounding the codes and the query takes. */
 static void enter(const Tables *t, const Queries *q, State *state, int64_t row, int64_t part, Visit *visit) {
     const float *square = q->squares + part * q->count + row, *lost = q->lost + 2 * row;
     int64_t step = t->num_parts * q->count;
@@ -279,7 +294,8 @@ static void enter(const Tables *t, const Queries *q, State *state, int64_t row, 
 }
 
 /* Candidates among LANES codes that passed the first product: those that pass the second as well. Returns how many. */
-static int64_t refine(const Tables *t, const Visit *visits, const Pair *pairs, int64_t count, int64_t start, Candidate *kept) {
+static int64_t refine(
+        const Tables *t, const Visit *visits, const Pair *pairs, int64_t count, int64_t start, Candidate *kept) {
     Ints sums[TILE];
     int64_t found = 0;
     for (int64_t tile = 0; tile < count; tile += TILE) {
@@ -288,7 +304,8 @@ static int64_t refine(const Tables *t, const Visit *visits, const Pair *pairs, i
         for (int r = 0; r < rows; r++) {
             const Pair *pair = pairs + tile + r;
             const Visit *visit = visits + pair->visit;
-            Floats score = FMA(__builtin_convertvector(sums[r], Floats), all(visit->rest_scale), all(visit->rest_slack));
+            Floats product = __builtin_convertvector(sums[r], Floats);
+            Floats score = FMA(product, all(visit->rest_scale), all(visit->rest_slack));
             score = FMA(score, scales(t->rest_units + start), pair->score + scales(t->more + start));
             score = FMA(tails(t->rest_units + start), all(visit->rest_weight), score);
             score = FMA(tails(t->more + start), all(visit->most), score);
@@ -333,7 +350,8 @@ static void screen(const Tables *t, const int64_t *span, Visit *visits, int64_t 
             if (!(mask &= valid)) continue;
             for (int v = 0; v < VECTORS; v++, mask >>= LANES) {
                 if (!(mask & 65535)) continue;
-                if (!block->counts[v]) fetch(t->rest + (start + v * LANES) * t->rest_size / 2, LANES * t->rest_size / 2);
+                if (!block->counts[v])
+                    fetch(t->rest + (start + v * LANES) * t->rest_size / 2, LANES * t->rest_size / 2);
                 block->pairs[v * count + block->counts[v]++] = (Pair){score[v], (int32_t)(tile + r), mask & 65535};
             }
         }
@@ -356,7 +374,8 @@ static void decide(const Tables *t, Visit *visits, int64_t count, const Block *b
     w->cost += t->first_cost * count * CODES + t->distance_cost * passed;
 }
 
-/* The codes of a cell for all that visit it. Each block is decided after the next one is screened, as its tables are on the way. */
+/* The codes of a cell for all that visit it. Each block is decided after the next one is screened, as its tables are on
+   the way. */
 static void scan(const Tables *t, const int64_t *span, Visit *visits, int64_t count, Workspace *w) {
     int64_t first = span[0] / LANES * LANES, start = first;
     if (!count) return;
@@ -450,9 +469,9 @@ static void scan_near(const Tables *t, const Queries *q, int64_t begin, int64_t 
 }
 
 /*
- * Nearest codes of queries `begin` to `end`: among all codes, or, if `near_only`, in the cells that are near. Returns 0, or 1 with
- * nothing found as soon as it is clear that it costs more than a `share` of a scan: that of all codes, or, as in the nearest cells the
- * bounds exclude least, ten times that of the codes there. What a few queries cost says nothing.
+ * Nearest codes of queries `begin` to `end`: among all codes, or, if `near_only`, in near cells. Returns 0,
+ * or 1 with nothing found as soon as it is clear that it costs more than a `share` of a scan: that of all codes, or ten
+ * times that of the codes in the nearest cells, where the bounds exclude least. What a few queries cost says nothing.
  */
 static int search_group(
         const Tables *t, const Queries *q, int64_t begin, int64_t end, int near_only, double share, void *space) {
