@@ -174,7 +174,7 @@ def break_off(place, folder, monkeypatch, count: int) -> None:
         write_arrays(path, arrays)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("features", "phases", "build"):
+        for module in ("features", "phases", "build", "polish"):
             patch.setattr(f"transformers_unicode2.codebook.{module}.write_arrays", write)
         with pytest.raises(Killed):
             build(patch, *words(place, folder))
@@ -230,9 +230,15 @@ def test_a_finished_folder_is_looked_at(place, reference, monkeypatch, capsys, t
     content["provenance"]["grown"] = [{"added": 8}]
     description.write_text(json.dumps(content))
     assert "holds a codebook that 8 codes were added to" in refusal(monkeypatch, capsys, *words(place, folder))
+    del content["provenance"]["grown"]
+    for command in ([], {"encoder": 5}, {"encoder_sha256": 5}):
+        description.write_text(json.dumps({**content, "provenance": {**content["provenance"], "command": command}}))
+        assert "codebook.json is damaged" in refusal(monkeypatch, capsys, *words(place, folder))
     description.write_text(description.read_text()[:200])
     assert "codebook.json is damaged" in refusal(monkeypatch, capsys, *words(place, folder))
-    assert "--num-images is -3" in refusal(monkeypatch, capsys, *words(place, tmp_path / "new", "--num-images", "-3"))
+    assert "--num-images: -3 is not allowed" in refusal(
+        monkeypatch, capsys, *words(place, tmp_path / "new", "--num-images", "-3")
+    )
 
 
 def test_a_second_run_in_the_same_folder_is_refused(place, monkeypatch, capsys, tmp_path):
@@ -323,9 +329,10 @@ def test_source_refuses_what_it_cannot_read(tmp_path):
     (tmp_path / "b.parquet").touch()
     with pytest.raises(ValueError, match="1 parquet and 1 image files"):
         ImageSource(str(tmp_path))
-    (tmp_path / "c.tar.gz").touch()
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "c.tar.gz").touch()
     with pytest.raises(ValueError, match="is compressed"):
-        ImageSource(str(tmp_path))
+        ImageSource(str(tmp_path / "tars"))
     (tmp_path / "d.tar").write_bytes(b"nothing like a tar" * 100)
     with pytest.raises(ValueError, match="d.tar is no whole, uncompressed tar"):
         ImageSource(str(tmp_path / "d.tar"))
@@ -434,6 +441,20 @@ def test_a_shard_that_was_cut_short_is_named_and_can_be_deleted(
     assert (tmp_path / "codebook.safetensors").read_bytes() == reference["faiss"]
 
 
+@pytest.mark.parametrize("folder", ["cells", "features", "fine"])
+def test_a_flipped_bit_in_a_shard_is_noticed(place, reference, tmp_path, monkeypatch, capsys, folder):
+    break_off(place, tmp_path, monkeypatch, {"features": 39, "cells": 60, "fine": 88}[folder])
+    shard = sorted((tmp_path / "work" / folder).glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 0x40
+    shard.write_bytes(content)
+    message = refusal(monkeypatch, capsys, *words(place, tmp_path))
+    assert f"{shard} is damaged" in message and "another checksum" in message and "delete it and run" in message
+    shard.unlink()
+    build(monkeypatch, *words(place, tmp_path))
+    assert (tmp_path / "codebook.safetensors").read_bytes() == reference["faiss"]
+
+
 def test_when_files_cannot_be_made_again_the_work_is_to_be_deleted(place, reference, tmp_path, monkeypatch, capsys):
     break_off(place, tmp_path, monkeypatch, 60)
     cells = tmp_path / "work" / "cells.safetensors"
@@ -466,11 +487,11 @@ def test_changed_images_and_a_changed_encoder_are_refused(place, tmp_path, monke
     "options, message",
     [
         (["--codebook-size", "4", "--num-cells", "5"], "--num-cells is 5, more than the 4 codes"),
-        (["--codebook-size", "0", "--num-cells", "0"], "--codebook-size is 0; it must be at least 1"),
-        (["--polish", "-1"], "--polish is -1; it must be at least 0"),
-        (["--preview-size", "-1"], "--preview-size is -1"),
-        (["--patches-per-image", "0"], "--patches-per-image is 0"),
-        (["--num-images", "-5"], "--num-images is -5"),
+        (["--codebook-size", "0"], "--codebook-size: 0 is not allowed; it must be at least 1"),
+        (["--polish", "-1"], "--polish: -1 is not allowed; it must be at least 0"),
+        (["--preview-size", "-1"], "--preview-size: -1 is not allowed"),
+        (["--patches-per-image", "0"], "--patches-per-image: 0 is not allowed"),
+        (["--num-images", "-5"], "--num-images: -5 is not allowed"),
         (["--max-unreadable", "1.5"], "--max-unreadable is 1.5"),
         (
             ["--max-memory-gib", "0.1"],

@@ -22,7 +22,7 @@ from transformers_unicode2.codebook.statistics import (
     compute_utilization_curve,
     fit_rate_distortion,
 )
-from transformers_unicode2.codebook.storage import codebook_from_arrays, load_codebook
+from transformers_unicode2.codebook.storage import codebook_from_arrays, load_codebook, save_codebook
 
 
 def draw_images(folder, count, seed, low=0, high=256):
@@ -167,10 +167,9 @@ def test_page_of_500_000_codes_is_usable(tmp_path):
     codebook = codebook_from_arrays(*arrays, offsets, previews)
     codes, images = rng.integers(0, size, 200 * 729), np.repeat(np.arange(200), 729)
     report = compute_report(codebook, codes, images, 1.0, arrays[0][:2000], make_backend("torch"), 1.0, 0)
-    report["figures"] = {}
     encoder = SimpleNamespace(num_patches=729)
     gallery = [encode_thumbnail(torch.rand(3, 1, 1).expand(3, 64, 64)) for _ in range(200)]
-    page = make_page(report, codebook, codes, images, gallery, encoder, find_neighbours(codebook))
+    page = make_page(report, {}, codebook, codes, images, gallery, encoder, find_neighbours(codebook))
     assert len(page) < 80e6
     (tmp_path / "report.html").write_text(page)
     with open_page(tmp_path / "report.html") as (page, errors, _):
@@ -203,7 +202,12 @@ def test_grow_keeps_all_that_there_was_and_serves_new_images_better(
     report = json.loads((tmp_path / "larger" / "codebook.json").read_text())["provenance"]["grown"][0]
     assert report["after"]["distortion"] < 0.95 * report["before"]["distortion"]
     assert "24 of the codes were added by `unicode2 codebook grow`" in (tmp_path / "larger" / "README.md").read_text()
-    grown = UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "grown")
+    content = (tmp_path / "grown" / "model.safetensors").read_bytes()
+    for place_of_model in ("grown", "elsewhere"):
+        shutil.rmtree(tmp_path / "grown", ignore_errors=True)
+        run(monkeypatch, "codebook", "grow", place / "codebook", *words[:-1], tmp_path / place_of_model)
+        assert (tmp_path / place_of_model / "model.safetensors").read_bytes() == content
+    grown = UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "elsewhere")
     c2, old = grown.model.visual_embeddings.weight, model.model.visual_embeddings.weight
     assert torch.equal(c2[:96], old)
     parents = (after.codes[96:, None] - before.codes).square().sum(-1).argmin(1)
@@ -213,6 +217,14 @@ def test_grow_keeps_all_that_there_was_and_serves_new_images_better(
     ids = torch.tensor([[1, 2, 3, config.boi_token_id]])
     drawn = grown.generate(ids, generation_mode="image", do_sample=True, top_k=0)
     assert drawn[0, -grown.config.num_image_tokens :].min() >= grown.config.visual_token_offset
+
+
+def test_a_codebook_that_names_no_encoder_asks_for_one(place, monkeypatch, tmp_path, capsys):
+    save_codebook(load_codebook(place / "codebook"), tmp_path / "codebook", {})
+    words = ["codebook", "report", tmp_path / "codebook", "--images", place / "dark"]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *words)
+    assert "does not name the encoder of the codebook; say --encoder." in capsys.readouterr().err
 
 
 def test_grow_refuses_another_checkpoint_and_too_many_codes(place, monkeypatch, tmp_path, capsys, make_config):

@@ -9,7 +9,6 @@ name of a SigLIP or CLIP vision model. The build can be killed at any moment: th
 """
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -18,54 +17,42 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import NotWrittenError, make_folders, write_file
+from ..cli import at_least
+from ..files import make_folders, write_file
 from ..processes import agree, follow_launcher, join
-from ..record import compare, held
-from .clustering import allocate, contains, hash_rows, make_backend, round_to_bfloat16
+from ..record import held
+from .clustering import allocate, contains, hash_rows, make_backend
 from .features import (
     Encoder,
     check_unreadable,
     count_rows,
     extract_features,
-    open_shard,
+    gather_codes,
+    read_array,
     read_lines,
     shard_path,
     write_arrays,
 )
+from .folder import GIB, BuildFolder
 from .images import ImageSource, fitting_pixels
 from .phases import (
     NEAR_CELLS,
     CellReader,
     assign_rows,
     average_previews,
-    average_sums,
     count_distinct,
-    find_near_codes,
-    pass_over_cell,
     sample_features,
-    settle,
     sort_shard,
     train_cell,
     train_cells,
     use_codes,
 )
+from .polish import Polish
 from .statistics import compute_probe_recall, compute_statistics
-from .storage import codebook_from_arrays, load_codebook, load_provenance, save_codebook
+from .storage import codebook_from_arrays, save_codebook
 
 NOT_RECORDED = ("output", "keep_work")
-NOT_COMPARED = ("images", "encoder", "max_unreadable")  # their hashes are; a build may go on with another share
-GIB = 2**30
 NUM_MEASURED = 4096  # features that tell the recall of an approximate search
-LEAST = {
-    "codebook_size": 1,
-    "num_cells": 1,
-    "num_images": 1,
-    "patches_per_image": 1,
-    "preview_size": 0,
-    "iterations": 1,
-    "polish": 0,
-    "seed": 0,
-}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -78,15 +65,15 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--output", required=True, help="folder for codebook.safetensors and codebook.json, and for the work in between"
     )
-    add("--codebook-size", type=int, default=500_000)
-    add("--num-cells", type=int, default=1000, help="coarse clusters")
+    add("--codebook-size", type=at_least(1), default=500_000)
+    add("--num-cells", type=at_least(1), default=1000, help="coarse clusters")
     add("--allocation", choices=("uniform", "proportional"), default="uniform", help="codes per cell")
-    add("--num-images", type=int, help="use the first so many images only")
+    add("--num-images", type=at_least(1), help="use the first N images only")
     add("--streaming", action="store_true", help="--images is the name of a data set to be streamed")
-    add("--patches-per-image", type=int, help="a seeded sample of so many patches per image (default: all)")
-    add("--preview-size", type=int, default=8, help="side of each code's mean thumbnail in pixels, 0 for none")
-    add("--iterations", type=int, default=20, help="of k-means, of the cells and in each of them")
-    add("--polish", type=int, default=0, help="Lloyd passes over all features, across the borders of the cells")
+    add("--patches-per-image", type=at_least(1), help="a seeded sample of N patches of each image (default: all)")
+    add("--preview-size", type=at_least(0), default=8, help="side of each code's mean thumbnail in pixels, 0 for none")
+    add("--iterations", type=at_least(1), default=20, help="of k-means, of the cells and in each of them")
+    add("--polish", type=at_least(0), default=0, help="Lloyd passes over all features, across the borders of the cells")
     add("--backend", choices=("faiss", "torch"), default="faiss", help="library for k-means")
     add(
         "--dtype",
@@ -94,15 +81,15 @@ def make_parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the encoder; defines the codes",
     )
-    add("--max-memory-gib", type=float, default=8.0, help="resident memory of one process")
+    add("--max-memory-gib", type=at_least(0.0), default=8.0, help="resident memory of one process")
     add(
         "--images-per-shard",
-        type=int,
-        help="a shard is the unit that a killed build goes on from (default: 4096, fewer when memory asks)",
+        type=at_least(1),
+        help="a killed build resumes with the shard that it was at (default: 4096, fewer where memory is short)",
     )
-    add("--max-unreadable", type=float, default=0.01, help="share of images that may be unreadable")
+    add("--max-unreadable", type=at_least(0.0), default=0.01, help="share of images that may be unreadable")
     add("--keep-work", action="store_true", help="keep the sorted features, in OUTPUT/work, for another use")
-    add("--seed", type=int, default=0)
+    add("--seed", type=at_least(0), default=0)
     return parser
 
 
@@ -185,81 +172,33 @@ class Build:
                 shutil.rmtree(self.work, ignore_errors=finished is not None)
 
     def enter(self, stack: ExitStack) -> dict | None:
-        if not self.is_finished():  # a finished build needs no lock, and no room to write
+        folder = BuildFolder(self.output, self.record, self.source)
+        # a finished build needs no lock, and no room to write
+        if not folder.is_finished():
             make_folders(self.features, self.cells, self.fine)
             stack.enter_context(held(self.output, work=self.work.name, doing="building in"))
-        finished = self.compare_with_record()
-        if not finished:
-            self.begin()
-        return finished
-
-    def is_finished(self) -> bool:
-        return all((self.output / name).exists() for name in ("codebook.json", "codebook.safetensors"))
-
-    def compare_with_record(self) -> dict | None:
-        done, begun = self.output / "codebook.json", self.work / "run.json"
-        provenance = load_provenance(self.output) if done.exists() else None
-        if provenance and "grown" in provenance:
-            added = sum(growth["added"] for growth in provenance["grown"])
-            raise ValueError(
-                f"{self.output} holds a codebook that {added} codes were added to; choose another --output."
-            )
-        known = provenance.get("command") if provenance else json.loads(begun.read_text()) if begun.exists() else None
-        if known is not None:
-            compared = [name for name in self.record if name not in NOT_COMPARED]
-            changes = compare(*({name: made_of.get(name) for name in compared} for made_of in (known, self.record)))
-            if changes:
-                changes += self.compare_listings() if known.get("images_sha256") != self.record["images_sha256"] else []
-                raise ValueError(
-                    f"{self.output} holds a build with other settings ({'; '.join(changes)}); choose another --output, or delete it."
-                )
-        if self.is_finished():
-            load_codebook(self.output)  # which refuses a damaged one
+        finished = folder.compare_with_record()
+        if finished:
             self.say(f"{self.output} is finished; nothing to do")
-            return provenance["statistics"]
+            return finished
+        folder.begin()
+        self.announce(folder)
         return None
 
-    def begin(self) -> None:
-        """Notes what is built, and says what it needs; nothing of a run that was killed is in the way."""
-        for file in (*self.output.glob(".*.tmp"), *self.work.rglob(".*.tmp")):
-            file.unlink()
-        write_file(self.work / "images.txt", "\n".join(self.source.listing()).encode())
-        write_file(self.work / "run.json", json.dumps(self.record, indent=2).encode())
-        self.announce()
-
-    def compare_listings(self) -> list[str]:
-        """What the first of the image files that are not as they were was, and is."""
-        file = self.work / "images.txt"
-        before = file.read_text().splitlines() if file.exists() else []
-        now = self.source.listing()
-        if not before or before == now:
-            return []
-        changed = next((i for i, pair in enumerate(zip(before, now)) if pair[0] != pair[1]), min(len(before), len(now)))
-        was, is_now = ((lines[changed : changed + 1] or ["nothing"])[0].expandtabs(1) for lines in (before, now))
-        return [f"the first difference among the images: {was} before, {is_now} now"]
-
-    def announce(self) -> None:
-        """Says what the build needs; raises `OSError` when the disk has less."""
-        there = sum(file.stat().st_size for file in self.work.rglob("*") if file.is_file())
+    def announce(self, folder: BuildFolder) -> None:
+        """Says what the build needs; raises `NotWrittenError` when the disk has less."""
         code_bytes = 4 * self.dim + 3 * self.args.preview_size**2
         needed = self.num_images * self.shard_bytes + 8 * self.num_rows + 3 * self.args.codebook_size * code_bytes
         needed += 2 * self.state.num_processes * self.images_per_shard * self.shard_bytes
         if self.args.polish:
             needed += 4 * (self.args.polish + min(NEAR_CELLS, self.args.num_cells)) * self.args.codebook_size * self.dim
-        needed = max(0, needed - there)
-        free = shutil.disk_usage(self.work).free
         self.say(
             f"{self.num_images} images, {self.num_rows} patch features of width {self.dim}, "
-            f"{self.args.codebook_size} codes in {self.args.num_cells} cells, {self.state.num_processes} processes; "
-            f"{needed / GIB:.2f} GiB of disk, {free / GIB:.1f} GiB free"
+            f"{self.args.codebook_size} codes in {self.args.num_cells} cells, {self.state.num_processes} processes"
         )
         if self.source.left_out:
             self.say(self.source.left_out.sentence())
-        if needed > free:
-            raise NotWrittenError(
-                f"The build needs {needed / GIB:.2f} GiB more in {self.work}, which has {free / GIB:.2f} GiB free; "
-                "use fewer images or --patches-per-image, or make room: for this build the disk is full."
-            )
+        self.say(folder.check_room(needed))
 
     def extract(self) -> None:
         missing = [
@@ -319,8 +258,7 @@ class Build:
     def sort(self) -> None:
         from tqdm import tqdm
 
-        with open_shard(self.work / "cells.safetensors") as file:
-            centroids = file.get_tensor("centroids")
+        centroids = read_array(self.work / "cells.safetensors", "centroids")
         for shard in tqdm(self.share(self.num_shards), unit="shard", desc="sorting by cell"):
             features, output = shard_path(self.features, shard), shard_path(self.cells, shard)
             if not output.exists():
@@ -341,8 +279,7 @@ class Build:
             shares = allocate(distinct, self.args.codebook_size, self.args.allocation)
             write_arrays(self.work / "shares.safetensors", {"shares": shares})
         self.state.wait_for_everyone()
-        with open_shard(self.work / "shares.safetensors") as file:
-            self.shares = file.get_tensor("shares")
+        self.shares = read_array(self.work / "shares.safetensors", "shares")
         for cell in tqdm(self.share(self.args.num_cells), unit="cell", desc="k-means inside cells"):
             if not shard_path(self.fine, cell).exists():
                 self.train_cell(cell, np.zeros(0, np.uint64))
@@ -381,89 +318,30 @@ class Build:
             seen = np.sort(np.concatenate([seen, hashes]), kind="stable")
 
     def read_fine(self, cell: int, name: str) -> np.ndarray:
-        with open_shard(shard_path(self.fine, cell)) as file:
-            return file.get_tensor(name)
+        return read_array(shard_path(self.fine, cell), name)
 
     def all_codes(self) -> np.ndarray:
-        return self.gather(shard_path(self.fine, cell) for cell in range(self.args.num_cells))
-
-    def gather(self, paths) -> np.ndarray:
-        """The `codes` of all files as one array, which alone is held."""
-        codes, row = np.empty((self.args.codebook_size, self.dim), np.float32), 0
-        for path in paths:
-            part = self.read(path, "codes")
-            codes[row : row + len(part)] = part
-            row += len(part)
-        return codes
+        paths = (shard_path(self.fine, cell) for cell in range(self.args.num_cells))
+        return gather_codes(paths, self.args.codebook_size, self.dim)
 
     def polish(self) -> None:
-        """Lloyd passes over all features, from the nearest code in the cells around to the means; the last pass only counts."""
-        if not self.args.polish:
-            return
-        codes = self.all_codes()
-        self.near = find_near_codes(self.read(self.work / "cells.safetensors", "centroids"), self.shares)
-        block = max(1, self.memory // 4 // (16 * self.dim))
-        self.distortions = []
-        for step in range(self.args.polish + 1):
-            last = step == self.args.polish
-            passes = self.pass_over_cells(step, codes, last)
-            folder = passes[0].parent
-            moved = [folder / f"moved-{first:08d}.safetensors" for first in range(0, len(codes), block)]
-            for index in self.share(len(moved)) if not last else ():
-                path, first = moved[index], index * block
-                if not path.exists():
-                    before = codes[first : first + block]
-                    means, counts = average_sums(passes, first, len(before), self.dim)
-                    means = round_to_bfloat16(np.where(counts[:, None] > 0, means, before))
-                    write_arrays(path, {"codes": means})
-            self.state.wait_for_everyone()
-            total = folder / "distortion.safetensors"
-            if self.state.is_main_process and not total.exists():
-                distortion = sum(float(self.read(path, "distortions").sum()) for path in passes)
-                write_arrays(total, {"distortion": np.array([distortion])})
-            self.state.wait_for_everyone()
-            self.distortions.append(float(self.read(total, "distortion")[0]))
-            if not last:
-                codes = settle(codes, self.gather(moved))
-                for path in passes if self.state.is_main_process else ():
-                    path.unlink(missing_ok=True)
-        self.polished, self.passes = codes, passes
-
-    def pass_over_cells(self, step: int, codes: np.ndarray, last: bool) -> list[Path]:
-        """This process's cells in one Lloyd pass; the files of all cells."""
-        from tqdm import tqdm
-
-        folder = self.work / f"polish-{step}"
-        make_folders(folder)
-        passes = [shard_path(folder, cell) for cell in range(self.args.num_cells)]
-        if not (folder / "distortion.safetensors").exists():
-            for cell in tqdm(self.share(len(passes)), unit="cell", desc=f"polish {step}"):
-                if not passes[cell].exists():
-                    side = self.args.preview_size
-                    use = pass_over_cell(self.reader, cell, codes, self.near[cell], self.backend, last, side)
-                    write_arrays(passes[cell], use)
-        self.state.wait_for_everyone()
-        return passes
-
-    def read(self, path: Path, name: str) -> np.ndarray:
-        with open_shard(path) as file:
-            return file.get_tensor(name)
+        if self.args.polish:
+            self.polished = Polish(self, self.all_codes())
+            self.polished.run()
 
     def save(self) -> dict:
         names, side = range(self.args.num_cells), self.args.preview_size
-        centroids = self.read(self.work / "cells.safetensors", "centroids")
+        centroids = read_array(self.work / "cells.safetensors", "centroids")
         provenance = {"command": self.record, "num_images": self.num_images, "backend": self.backend.describe()}
         previews = None
         if self.args.polish:
-            codes, distortion = self.polished, self.distortions[-1]
-            counts = np.zeros(len(codes), np.int64)
-            for path in self.passes:
-                counts[self.read(path, "ids")] += self.read(path, "counts")
-            provenance["polish_distortions"] = [value / counts.sum() for value in self.distortions]
+            codes, distortion = self.polished.codes, self.polished.distortions[-1]
+            counts = self.polished.count_uses()
+            provenance["polish_distortions"] = [value / counts.sum() for value in self.polished.distortions]
             before, after = provenance["polish_distortions"][0], provenance["polish_distortions"][-1]
             self.say(f"polish: distortion {before:.5g} to {after:.5g}")
             if side:
-                previews = self.average_thumbnails()
+                previews = self.polished.average_thumbnails()
         else:
             codes = self.all_codes()
             counts = np.concatenate([self.read_fine(cell, "counts") for cell in names])
@@ -486,16 +364,6 @@ class Build:
         self.say(f"{self.output}: {len(codes)} codes; by the {scope}: {figures}")
         return statistics
 
-    def average_thumbnails(self) -> np.ndarray:
-        """Mean thumbnails of the rows of each polished code, uint8 `(codebook_size, side * side * 3)`."""
-        width = 3 * self.args.preview_size**2
-        block = max(1, self.memory // 4 // (16 * width))
-        means = np.zeros((len(self.polished), width), np.uint8)
-        for first in range(0, len(means), block):
-            averages = average_sums(self.passes, first, min(block, len(means) - first), width)[0]
-            means[first : first + block] = average_previews(averages, np.ones(len(averages)))
-        return means
-
     def say(self, text: str) -> None:
         if self.state.is_main_process:
             print(text, flush=True)
@@ -503,15 +371,11 @@ class Build:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises `ValueError` on options that make no codebook."""
-    for name, least in {**LEAST, "images_per_shard": 1}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
     if args.num_cells > args.codebook_size:
         raise ValueError(
             f"--num-cells is {args.num_cells}, more than the {args.codebook_size} codes of --codebook-size."
         )
-    if not 0 <= args.max_unreadable <= 1:
+    if args.max_unreadable > 1:
         raise ValueError(f"--max-unreadable is {args.max_unreadable:g}; it is a share between 0 and 1.")
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -239,9 +240,28 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays with a checksum of each, see `check_arrays`."""
     from safetensors.numpy import save
 
-    write_file(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # without arrays, safetensors writes a header with metadata that it cannot read
+    checksums = {name: str(zlib.crc32(array)) for name, array in arrays.items()} or None
+    write_file(path, save(arrays, checksums))
+
+
+def check_arrays(path: Path) -> None:
+    """Raises `ValueError` unless a file holds what `write_arrays` wrote."""
+    with open_shard(path) as file:
+        for name, checksum in (file.metadata() or {}).items():
+            if str(zlib.crc32(file.get_tensor(name))) != checksum:
+                raise damaged(path, f"{name} has another checksum than it was written with")
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """What to do about a damaged file of a build."""
+    work = next((folder for folder in path.parents if folder.name == "work"), None)
+    again = "it" if work is None or path.parent.name in MADE_AGAIN else f"the folder {work}"
+    return ValueError(f"{path} is damaged ({reason}); delete {again} and run the same command again.")
 
 
 def open_shard(path: Path):
@@ -251,9 +271,22 @@ def open_shard(path: Path):
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
-        work = next((folder for folder in path.parents if folder.name == "work"), None)
-        again = "it" if work is None or path.parent.name in MADE_AGAIN else f"the folder {work}"
-        raise ValueError(f"{path} is damaged ({error}); delete {again} and run the same command again.") from error
+        raise damaged(path, str(error)) from error
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    with open_shard(path) as file:
+        return file.get_tensor(name)
+
+
+def gather_codes(paths: Iterable[Path], size: int, dim: int) -> np.ndarray:
+    """The `codes` of all files as one float32 array `(size, dim)`, which alone is held."""
+    codes, row = np.empty((size, dim), np.float32), 0
+    for path in paths:
+        part = read_array(path, "codes")
+        codes[row : row + len(part)] = part
+        row += len(part)
+    return codes
 
 
 def count_rows(path: Path, name: str = "features") -> int:

@@ -5,17 +5,13 @@ unicode2 codebook grow codebook --add 1000 --images new_images --output larger -
 
 import argparse
 import heapq
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 
-from ..configuration_unicode2 import save_code
+from ..cli import at_least
 from ..files import whole_folder
 from ..record import Record, hash_source, read_record
-from .build import GIB
 from .clustering import (
     Backend,
     add_groups,
@@ -27,6 +23,8 @@ from .clustering import (
     round_to_bfloat16,
 )
 from .features import Encoder, patch_thumbnails, read_batches
+from .folder import GIB
+from .grow_checkpoint import check_checkpoint, grow_checkpoint
 from .images import ImageSource, fitting_pixels
 from .statistics import compute_probe_recall, compute_statistics
 from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
@@ -39,22 +37,22 @@ def make_parser() -> argparse.ArgumentParser:
         prog="unicode2 codebook grow", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("codebook", help="folder that `unicode2 codebook build` wrote")
-    parser.add_argument("--add", type=int, required=True, help="number of codes to add")
+    parser.add_argument("--add", type=at_least(1), required=True, help="number of codes to add")
     parser.add_argument("--images", required=True, help="images that the codebook should serve better")
     parser.add_argument("--encoder", help="default: the encoder that it was built with")
-    parser.add_argument("--num-images", type=int, help="use the first so many images only")
+    parser.add_argument("--num-images", type=at_least(1), help="use the first N images only")
     parser.add_argument("--output", required=True, help="folder for the larger codebook")
     parser.add_argument("--model", help="checkpoint with this codebook, to be grown with it")
     parser.add_argument("--model-output", help="folder for the grown checkpoint")
     parser.add_argument("--backend", choices=("faiss", "torch"), default="torch", help="library for nearest codes")
-    parser.add_argument("--max-memory-gib", type=float, default=8.0, help="a sample of the features is used that fits")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--max-memory-gib", type=at_least(0.0), default=8.0, help="a sample of the features is used that fits"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0)
     return parser
 
 
 def main(args: argparse.Namespace) -> dict:
-    if args.add < 1:
-        raise ValueError(f"--add is {args.add}; at least one code has to be added.")
     codebook, provenance = load_codebook(args.codebook), load_provenance(args.codebook)
     check_places(args, codebook)
     encoder = load_encoder(args.codebook, codebook, args.encoder)
@@ -64,19 +62,31 @@ def main(args: argparse.Namespace) -> dict:
         **{name: getattr(args, name) for name in ("add", "num_images", "backend", "max_memory_gib", "seed")},
         "images": source.fingerprint(),
         "codebook": hash_source(args.codebook),
-        "model": hash_source(args.model) if args.model else None,
     }
+    model = None
+    if args.model:
+        made_with = {**made_of, "model": hash_source(args.model)}
+        model = Record(args.model_output, made_with, option="--model-output")
     with Record(args.output, made_of, CODEBOOK).making() as finished:
-        if finished:
+        if finished and (model is None or model.check()):
             print(f"{args.output} is finished; nothing to do")
             return load_provenance(args.output)["grown"][-1]
-        return grow(args, codebook, provenance, source, encoder, made_of)
+        return grow(args, codebook, provenance, source, encoder, model, finished)
 
 
 def grow(
-    args: argparse.Namespace, codebook, provenance: dict, source: ImageSource, encoder: Encoder, made_of: dict
+    args: argparse.Namespace,
+    codebook,
+    provenance: dict,
+    source: ImageSource,
+    encoder: Encoder,
+    model: Record | None,
+    finished: bool,
 ) -> dict:
-    """Writes the larger codebook, and checkpoint, and returns how much better it serves images that it was not grown on."""
+    """Writes the larger codebook, unless it is `finished`, and the checkpoint that `model` is the record of.
+
+    Returns how much better the codebook serves images that it was not grown on.
+    """
     backend = make_backend(args.backend, str(encoder.model.device))
     side = 0 if codebook.previews is None else codebook.previews.shape[1]
     fit, held_out = read_features(source, encoder, side, int(args.max_memory_gib * GIB), args.seed)
@@ -89,12 +99,13 @@ def grow(
         report[name] = compute_statistics(np.bincount(indices, minlength=len(table.codes)), float(distances.sum()))
     grown.probe_recall = compute_probe_recall(grown, held_out["features"])
     provenance["probe_recall_of"] = f"{len(held_out['features'])} features that it was not grown on"
-    if args.model:
-        with Record(args.model_output, made_of, option="--model-output").making() as finished:
-            if not finished:
+    if model is not None:
+        with model.making() as has_model:
+            if not has_model:
                 with whole_folder(args.model_output) as target:
                     grow_checkpoint(args.model, target, codebook, grown, parents[order])
-    save_codebook(grown, args.output, {**provenance, "grown": [*provenance.get("grown", []), report]})
+    if not finished:
+        save_codebook(grown, args.output, {**provenance, "grown": [*provenance.get("grown", []), report]})
     print(
         f"{args.output}: {len(codes)} codes and {len(new)} more; on features of every fifth image, which were not used:"
     )
@@ -113,34 +124,7 @@ def check_places(args: argparse.Namespace, codebook) -> None:
         return
     if Path(args.model_output).exists() and read_record(args.model_output) is None:
         raise ValueError(f"{args.model_output} exists already; choose another --model-output.")
-    name = "model.quantizer.codebook.codes"
-    for file in sorted(Path(args.model).glob("*.safetensors")):
-        with open_tensors(file) as tensors:
-            if name in tensors.keys():
-                codes = tensors.get_tensor(name).float()
-                if codes.shape == codebook.codes.shape and (codes == codebook.codes).all():
-                    return check_thumbnails(args, codebook)
-    raise ValueError(f"{args.model} does not hold the codebook {args.codebook}; nothing was written.")
-
-
-def check_thumbnails(args: argparse.Namespace, codebook) -> None:
-    """Raises `ValueError` when the thumbnails of the checkpoint are of another size than those of the codebook."""
-    config = json.loads((Path(args.model) / "config.json").read_text())["codebook_config"]
-    own, other = config.get("preview_size", 0), 0 if codebook.previews is None else codebook.previews.shape[1]
-    if own != other:
-        raise ValueError(
-            f"The thumbnails of {args.model} are {own} pixels wide and those of {args.codebook} {other}; nothing was written."
-        )
-
-
-def open_tensors(file: Path):
-    """`safetensors.safe_open` for torch; raises `ValueError` on a damaged file."""
-    from safetensors import safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}.") from error
+    check_checkpoint(args.model, args.codebook, codebook)
 
 
 def read_features(source: ImageSource, encoder: Encoder, side: int, memory: int, seed: int) -> tuple[dict, dict]:
@@ -301,52 +285,3 @@ def mean_previews(fit: dict, codes: np.ndarray, new: np.ndarray, backend: Backen
     counts = np.bincount(indices[inside], minlength=len(new))
     side = round((sums.shape[1] / 3) ** 0.5)
     return np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8).reshape(-1, side, side, 3)
-
-
-def grow_checkpoint(model: str, target: Path, before, after, parents: np.ndarray) -> None:
-    """A checkpoint with the larger codebook: C2 gets a row for each new code, a copy of its parent's, so do the scores of new cells.
-
-    Works file by file. Text ids and the visual ids that there are stay as they are.
-
-    Args:
-        model: folder of the checkpoint; it has to hold the codebook `before`.
-        target: empty folder to write to.
-        before, after: `UniCode2Codebook`.
-        parents: int64 `(num_new,)`, the code that each new one was split from.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    source = Path(model)
-    config = json.loads((source / "config.json").read_text())
-    rows = torch.from_numpy(parents)
-    first_cell = len(before.cell_centroids)
-    cells = torch.from_numpy(np.searchsorted(before.cell_offsets.numpy(), parents, side="right") - 1).unique()
-    changed = {f"model.quantizer.codebook.{name}": buffer for name, buffer in after.state_dict().items()}
-    changed["visual_head.cell_offsets"] = after.cell_offsets
-    for file in source.iterdir():
-        if file.is_file() and file.suffix != ".safetensors":
-            shutil.copyfile(file, target / file.name)
-    for file in sorted(source.glob("*.safetensors")):
-        with open_tensors(file) as tensors:
-            names = set(tensors.keys())
-        if not names & {*changed, "model.visual_embeddings.weight", "visual_head.linear.weight"}:
-            shutil.copyfile(file, target / file.name)
-            continue
-        state = load_file(file)
-        for name in state:
-            if name in changed:
-                state[name] = changed[name].clone()
-            elif name == "model.visual_embeddings.weight":
-                state[name] = torch.cat([state[name], state[name][rows]])
-            elif name.startswith("visual_head.linear.") and config.get("visual_head") == "two_level":
-                width = len(state[name]) - first_cell
-                state[name] = torch.cat([state[name], state[name][width + cells]])
-        save_file(state, target / file.name, metadata={"format": "pt"})
-    config["codebook_config"] |= after.describe() | {"encoder_sha256": before.encoder_sha256}
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_code(target)
-    if (source / "model.safetensors.index.json").exists():
-        index = json.loads((source / "model.safetensors.index.json").read_text())
-        index["metadata"]["total_size"] = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

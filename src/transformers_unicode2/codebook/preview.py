@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..cli import at_least
 from ..files import make_folders, write_file
 from ..record import held
 from .clustering import add_groups, find_codes, move_codebook
@@ -30,15 +31,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("codebook", help="folder that `unicode2 codebook build` wrote")
     parser.add_argument("--images", help="images to take the thumbnails from")
     parser.add_argument("--encoder", help="default: the encoder that the codebook was built with")
-    parser.add_argument("--num-images", type=int, help="use the first so many images only")
-    parser.add_argument("--preview-size", type=int, default=8, help="side of a thumbnail in pixels")
+    parser.add_argument("--num-images", type=at_least(1), help="use the first N images only")
+    parser.add_argument("--preview-size", type=at_least(1), default=8, help="side of a thumbnail in pixels")
     parser.add_argument("--output", help="PNG file (default: CODEBOOK/preview.png)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.preview_size < 1:
-        raise ValueError(f"--preview-size is {args.preview_size}; it must be at least 1.")
     with held(args.codebook, option="codebook") if args.images else nullcontext():
         preview(args)
 

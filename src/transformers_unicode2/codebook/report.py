@@ -12,7 +12,8 @@ from string import Template
 
 import numpy as np
 
-from ..files import write_file
+from ..cli import at_least
+from ..files import whole_folder
 from ..record import held
 from .clustering import find_codes, make_backend, move_codebook
 from .features import Encoder, encode_all
@@ -42,11 +43,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--output", help="folder for report.html, the curves as PNG and report.json (default: CODEBOOK/report)"
     )
     parser.add_argument(
-        "--num-images", type=int, help="use the first so many images only; each patch takes some 50 bytes of memory"
+        "--num-images", type=at_least(1), help="use the first N images only; each patch takes some 50 bytes of memory"
     )
-    parser.add_argument("--gallery-images", type=int, default=500, help="images that the page shows patches of")
+    parser.add_argument("--gallery-images", type=at_least(0), default=500, help="images that the page shows patches of")
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the entropy in Eq. 14")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     return parser
 
 
@@ -65,13 +66,13 @@ def write_report(args: argparse.Namespace, codebook, encoder: Encoder, output: P
     codes, images, error, sample, gallery = read_images(source, encoder, codebook, args.gallery_images, args.seed)
     report = compute_report(codebook, codes, images, error, sample, backend, args.beta, args.seed)
     report["codebook"], report["images"] = str(args.codebook), args.images
-    for name, figure in draw_curves(report).items():
-        write_file(output / f"{name}.png", figure)
-        report.setdefault("figures", {})[name] = "data:image/png;base64," + base64.b64encode(figure).decode()
-    page = make_page(report, codebook, codes, images, gallery, encoder, find_neighbours(codebook))
-    write_file(output / "report.html", page.encode())
-    report.pop("figures")
-    write_file(output / "report.json", json.dumps(report, indent=2).encode())
+    figures = draw_curves(report)
+    page = make_page(report, figures, codebook, codes, images, gallery, encoder, find_neighbours(codebook))
+    with whole_folder(output, last=("report.html",)) as target:
+        for name, figure in figures.items():
+            (target / f"{name}.png").write_bytes(figure)
+        (target / "report.json").write_text(json.dumps(report, indent=2))
+        (target / "report.html").write_text(page)
     print(
         f"{output / 'report.html'}: " + ", ".join(f"{name} {value:.4g}" for name, value in report["statistics"].items())
     )
@@ -208,7 +209,7 @@ def draw_curves(report: dict) -> dict[str, bytes]:
     return output
 
 
-def make_page(report, codebook, codes, images, gallery, encoder: Encoder, neighbours) -> str:
+def make_page(report, figures: dict[str, bytes], codebook, codes, images, gallery, encoder: Encoder, neighbours) -> str:
     """One HTML page that asks nothing of the network: figures, numbers and, for any code, its patches in their images."""
     shown = images < len(gallery)
     order = np.argsort(codes[shown], kind="stable").astype(np.uint32)  # image * num_patches + patch, sorted by code
@@ -239,7 +240,8 @@ def make_page(report, codebook, codes, images, gallery, encoder: Encoder, neighb
         ("largest cell, share", report["cells"]["largest_share"]),
     ]
     table = "".join(f"<tr><td>{name}</td><td>{value:.5g}</td></tr>" for name, value in rows)
-    figures = "".join(f'<img alt="{name}" src="{figure}">' for name, figure in report["figures"].items())
+    encoded = ((name, base64.b64encode(figure).decode()) for name, figure in figures.items())
+    figures = "".join(f'<img alt="{name}" src="data:image/png;base64,{figure}">' for name, figure in encoded)
     title = f"{len(codebook.codes):,} codes, {report['num_images']:,} images"
     return template.substitute(title=title, table=table, figures=figures, data=json.dumps(data))
 

@@ -117,7 +117,7 @@ def read_config(folder: Path) -> UniCode2CodebookConfig:
     ]
     if odd:
         raise ValueError(f"{file} is damaged or of a later version: its config {odd[0]}.")
-    command = load_provenance(folder).get("command", {})
+    command = load_command(folder)
     config = {"encoder_sha256": command.get("encoder_sha256"), **config}
     try:
         check_codebook_config(config)
@@ -165,13 +165,26 @@ def load_provenance(folder: str | Path) -> dict:
     return read_description(folder, "provenance")
 
 
+def load_command(folder: str | Path) -> dict:
+    """The options that a codebook was built with, nothing where it was not built. Raises `ValueError` on a damaged note of them."""
+    command = load_provenance(folder).get("command", {})
+    if not isinstance(command, dict):
+        raise ValueError(f"{Path(folder) / 'codebook.json'} is damaged: its command is {command!r}.")
+    for name in ("encoder", "encoder_sha256", "dtype"):
+        if not isinstance(command.get(name, ""), (str, type(None))):
+            raise ValueError(f"{Path(folder) / 'codebook.json'} is damaged: {name} is {command[name]!r}.")
+    return command
+
+
 def load_encoder(folder: str | Path, codebook: UniCode2Codebook, path: str | None = None) -> Encoder:
     """The encoder that a codebook was built with, in the dtype of then, on a GPU if there is one.
 
-    Raises `ValueError` when the encoder at `path`, or at the place of then, is another one.
+    Raises `ValueError` when the encoder at `path`, or at the place of then, is another one, and when none is named.
     """
-    command = load_provenance(folder)["command"]
-    path = path or command["encoder"]
+    command = load_command(folder)
+    path = path or command.get("encoder")
+    if path is None:
+        raise ValueError(f"{Path(folder) / 'codebook.json'} does not name the encoder of the codebook; say --encoder.")
     encoder = Encoder(path, command.get("dtype", "float32"), "cuda" if torch.cuda.is_available() else "cpu")
     if encoder.dim != codebook.codes.shape[1]:
         raise ValueError(
