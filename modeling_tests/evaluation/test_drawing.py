@@ -38,7 +38,8 @@ def test_painting_is_the_pipeline_with_its_settings(pipe, images):
     assert [image.tobytes() for image in painted] == [image.tobytes() for image in sum(wanted, [])]
 
 
-def test_the_same_call_writes_the_same_images(pipe):
-    painter, prompts = Painter(pipe, seed=3, batch_size=1), ["a red circle", "three green hearts"]
-    tokens = painter.write(prompts, num_candidates=1)
-    assert tokens.shape == (2, 64) and torch.equal(tokens, painter.write(prompts, num_candidates=1))
+def test_writing_is_the_pipeline_with_its_settings(pipe):
+    generator = torch.Generator().manual_seed(3)
+    wanted = pipe.generate_visual_tokens(["a red circle"], generator, 1.0, num_candidates=1)
+    written = Painter(pipe, seed=3, prior_guidance_scale=1.0).write(["a red circle"], num_candidates=1)
+    assert torch.equal(written, wanted)
