@@ -140,7 +140,7 @@ def test_codebook_is_never_copied(processor, tiny_model):
         ({"text": 3}, "`text` is 3; it must be a string"),
         (
             {"text": "<|image_pad|>", "images": Image.new("RGB", (9, 9)), "size": {"height": 32, "width": 32}},
-            "have 16 patches",
+            r"`size` is \{'height': 32, 'width': 32\}, which gives other codes",
         ),
         (
             {

@@ -17,10 +17,9 @@ from transformers import (
     AutoTokenizer,
     Qwen2Tokenizer,
 )
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.utils import is_torchvision_available
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2Config, UniCode2QuantizerConfig
+from .images_unicode2 import UniCode2ImageProcessor
 from .modeling_unicode2 import UniCode2ForConditionalGeneration, UniCode2Model, UniCode2PreTrainedModel
 from .processing_unicode2 import UniCode2Processor
 from .quantization_unicode2 import UniCode2Codebook, UniCode2Quantizer
@@ -47,11 +46,8 @@ AutoModelForImageTextToText.register(UniCode2Config, UniCode2ForConditionalGener
 AutoModelForMultimodalLM.register(UniCode2Config, UniCode2ForConditionalGeneration)
 AutoProcessor.register(UniCode2Config, UniCode2Processor)
 AutoTokenizer.register(UniCode2Config, tokenizer_class=Qwen2Tokenizer)
-image_processors = {"pil": SiglipImageProcessorPil}
-if is_torchvision_available():
-    from transformers import SiglipImageProcessor
-
-    image_processors["torchvision"] = SiglipImageProcessor
+# Of either kind, since the class resizes with Pillow always.
+image_processors = {"pil": UniCode2ImageProcessor, "torchvision": UniCode2ImageProcessor}
 AutoImageProcessor.register(UniCode2Config, image_processor_classes=image_processors)
 UniCode2Model.register_for_auto_class("AutoModel")
 UniCode2Quantizer.register_for_auto_class("AutoModel")
@@ -98,6 +94,7 @@ __all__ = [
     "UniCode2Config",
     "UniCode2FluxPipeline",
     "UniCode2ForConditionalGeneration",
+    "UniCode2ImageProcessor",
     "UniCode2Model",
     "UniCode2PreTrainedModel",
     "UniCode2Processor",

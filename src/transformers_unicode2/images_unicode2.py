@@ -8,12 +8,16 @@ import re
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 import torch
 from PIL import Image, TiffImagePlugin
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import SizeDict
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .pixels_unicode2 import MAX_PIXELS, check_finite, to_rgb, whole_files_only
 
@@ -29,6 +33,11 @@ URLS = ("http://", "https://")
 DATA_URI = re.compile(r"data:(.*?;base64,(?P<base64>.*)|[^,]*,(?P<plain>.*))", re.IGNORECASE | re.DOTALL)
 # Of an array: grey, grey and alpha, RGB, RGB and alpha.
 CHANNELS = (1, 2, 3, 4)
+# Settings of an image processor that decide about its pixels.
+PIXEL_SETTINGS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize"),
+    *("image_mean", "image_std", "do_pad", "pad_size"),
+)
 # How far floats may be out of [0, 1]: half a level, which is rounded away.
 SLACK = 1 / 510
 
@@ -117,7 +126,8 @@ def read_images(image, layout: str | None = None, timeout: float | None = None) 
     if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.exists(image)):
         return [read_file(os.fspath(image))]
     if isinstance(image, str) and image[:5].lower() == "file:":
-        return [read_file(url2pathname(urlsplit(image).path))]
+        place = urlsplit(image)
+        return [read_file(url2pathname(place.netloc.removeprefix("localhost") + place.path))]
     if isinstance(image, str):
         content, name = fetch(image, timeout or TIMEOUT)
         return [decode_image(content, name=name)]
@@ -154,10 +164,10 @@ def fetch(text: str, timeout: float = TIMEOUT) -> tuple[bytes, str]:
     name = one_line(text) if len(text) <= 60 else f"{one_line(text[:60])}..."
     # A name among its parameters may hold a comma.
     uri = DATA_URI.match(text)
-    body = uri["base64"] or uri["plain"] if uri else text
+    body = text if uri is None else uri["plain"] if uri["base64"] is None else uri["base64"]
     if uri:
         content = unquote_to_bytes(body)
-        if not uri["base64"]:
+        if uri["base64"] is None:
             return content, name
         body = content.decode(errors="replace")
     body = re.sub(r"\s+", "", body).rstrip("=").translate(str.maketrans("-_", "+/"))
@@ -284,4 +294,88 @@ def open_images(images, layout: str | None = None, timeout: float | None = None)
     return output
 
 
-__all__ = ["decode_image", "load_image", "open_images", "read_images", "to_rgb"]
+class UniCode2BatchFeature(BatchFeature):
+    """A batch whose `pixel_values`, which define the codes, stay in float32 whatever `to` converts the rest to."""
+
+    def to(self, *args, **kwargs) -> "UniCode2BatchFeature":
+        pixel_values = self.get("pixel_values")
+        super().to(*args, **kwargs)
+        if isinstance(pixel_values, torch.Tensor):
+            self["pixel_values"] = pixel_values.to(self["pixel_values"].device)
+        elif pixel_values is not None:
+            pairs = zip(pixel_values, self["pixel_values"])
+            self["pixel_values"] = [
+                before.to(now.device) if isinstance(before, torch.Tensor) else before for before, now in pairs
+            ]
+        return self
+
+
+class UniCode2ImageProcessor(SiglipImageProcessorPil):
+    """
+    SigLIP's image processor over the one reader of images: whatever an image is, it has the same pixels, and so codes.
+
+    It resizes with Pillow whether torchvision is installed or not. Its settings are those of the encoder. They come
+    from the checkpoint and cannot be changed for one call; with other settings it makes other codes.
+    """
+
+    _auto_class = "AutoImageProcessor"
+
+    @classmethod
+    def adopt(cls, image_processor):
+        """One with the settings of a stock SigLIP image processor; any other image processor as it is."""
+        if type(image_processor).__name__ not in ("SiglipImageProcessor", "SiglipImageProcessorPil"):
+            return image_processor
+        return cls(**image_processor.to_dict())
+
+    def preprocess(self, images, *args, **kwargs) -> UniCode2BatchFeature:
+        """
+        Args:
+            images: an image, a list, or a nested list of them. An image is what `read_images` takes.
+            input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, of arrays.
+
+        Returns:
+            `pixel_values` `(num_images, 3, height, width)`, which stay in float32 under `to`.
+
+        Raises:
+            `ValueError`: on an image that cannot be read, or a setting that would give other codes.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        self.check_settings(kwargs)
+        opened = open_images(images, kwargs.pop("input_data_format", None))
+        flat = [image for item in opened for image in (item if isinstance(item, list) else [item])]
+        return UniCode2BatchFeature(super().preprocess(flat, *args, **kwargs).data)
+
+    def check_settings(self, options: dict) -> None:
+        """Raises `ValueError` when images in RGB of 8 bits are not brought to [0, 1], or options change the pixels."""
+        given = {name: options[name] for name in PIXEL_SETTINGS if name in options}
+        asked = type(self)(**{**self.to_dict(), **given}) if given else self
+        if not asked.do_rescale or abs(asked.rescale_factor * 255 - 1) > 1e-6:
+            raise ValueError(
+                f"`do_rescale` is {asked.do_rescale} and `rescale_factor` {asked.rescale_factor:g}, but images are "
+                "read as RGB of 8 bits, whatever they come as; leave them at True and 1/255."
+            )
+        for name, value in given.items():
+            own = getattr(self, name)
+            if (own or None) != (getattr(asked, name) or None):
+                own = dict(own) if isinstance(own, SizeDict) else own
+                raise ValueError(f"`{name}` is {value}, which gives other codes than the model's own {own}; leave it.")
+
+
+def read_pixels_of(pipeline_class: type) -> None:
+    """Has a pipeline of a model of ours read its images with `UniCode2ImageProcessor`, in float32.
+
+    The stock one opens them by itself, loses transparency and all beyond 8 bits, and rounds the pixels.
+    """
+    preprocess = pipeline_class.preprocess
+
+    @wraps(preprocess)
+    def read_first(self, image, timeout=None, **settings):
+        if not self.model.config.model_type.startswith("unicode2"):
+            return preprocess(self, image, timeout=timeout, **settings)
+        image_processor = UniCode2ImageProcessor.adopt(self.image_processor)
+        return image_processor(read_images(image, timeout=timeout), return_tensors="pt", **settings)
+
+    pipeline_class.preprocess = read_first
+
+
+__all__ = ["UniCode2ImageProcessor", "decode_image", "load_image", "open_images", "read_images", "to_rgb"]

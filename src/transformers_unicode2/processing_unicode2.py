@@ -13,28 +13,12 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .images_unicode2 import load_image, open_images, to_rgb
+from .images_unicode2 import UniCode2BatchFeature, UniCode2ImageProcessor, load_image, open_images, to_rgb
 
 # ChatML with images, whose tokens stand as `${name}`. The package has this file; a repository has its own template.
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 # Where a repository has the code of this class.
 AUTO_MAP = {"AutoProcessor": "processing_unicode2.UniCode2Processor"}
-
-
-class UniCode2BatchFeature(BatchFeature):
-    """A batch whose `pixel_values`, which define the codes, stay in float32 whatever `to` converts the rest to."""
-
-    def to(self, *args, **kwargs) -> "UniCode2BatchFeature":
-        pixel_values = self.get("pixel_values")
-        super().to(*args, **kwargs)
-        if isinstance(pixel_values, torch.Tensor):
-            self["pixel_values"] = pixel_values.to(self["pixel_values"].device)
-        elif pixel_values is not None:
-            pairs = zip(pixel_values, self["pixel_values"])
-            self["pixel_values"] = [
-                before.to(now.device) if isinstance(before, torch.Tensor) else before for before, now in pairs
-            ]
-        return self
 
 
 class UniCode2Processor(ProcessorMixin):
@@ -45,7 +29,8 @@ class UniCode2Processor(ProcessorMixin):
     With a [`UniCode2Quantizer`] attached, images become visual token ids at once and no `pixel_values` are returned.
 
     Args:
-        image_processor (`SiglipImageProcessor`): resizes and normalises images.
+        image_processor (`UniCode2ImageProcessor`): reads, resizes and normalises images. A stock `SiglipImageProcessor`
+            becomes one, with its settings.
         tokenizer (`Qwen2Tokenizer`): knows `image_token`, `boi_token` and `eoi_token`, none of the visual ids.
         patch_size (`int`, *optional*): side of a patch of the vision encoder, in pixels; by default the image
             processor's, which has it from an earlier processor, or else 14.
@@ -64,6 +49,7 @@ class UniCode2Processor(ProcessorMixin):
         eoi_token: str = "<|vision_end|>",
         **kwargs,
     ):
+        image_processor = UniCode2ImageProcessor.adopt(image_processor)
         self.patch_size = patch_size or getattr(image_processor, "patch_size", None) or 14
         # Stock pipelines save an image processor and a tokenizer alone, so the former carries a copy.
         image_processor.patch_size = self.patch_size
@@ -147,14 +133,10 @@ class UniCode2Processor(ProcessorMixin):
     def open_images(self, images, texts: list[str] | None, options: dict) -> list | None:
         """All images as RGB, in one list, `None` if there are none; takes the layout of arrays out of the options.
 
-        Raises `ValueError` when texts and lists of images do not fit, or on options that do not fit images in RGB.
+        Raises `ValueError` when texts and lists of images do not fit.
         """
         options["images_kwargs"] = nested = dict(options.get("images_kwargs") or {})
         layout = nested.pop("input_data_format", options.pop("input_data_format", None))
-        if any(given.get("do_rescale") is False for given in (options, nested)):
-            raise ValueError(
-                "`do_rescale` is False, but images are read as RGB of 8 bits, whatever they come as; leave it as it is."
-            )
         opened = open_images(images, layout)
         is_nested = bool(opened) and all(isinstance(group, list) for group in opened)
         given = [len(group) for group in opened] if is_nested else len(opened)

@@ -11,10 +11,12 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
+from .images_unicode2 import read_pixels_of
 from .loading_unicode2 import check_loaded, find_digests
 from .search_unicode2 import WORKSPACE, check_num_probes, find_nearest
 
@@ -390,5 +392,7 @@ def equal_cells(codebook_size: int, num_cells: int) -> torch.LongTensor:
     """Offsets, `(num_cells + 1,)`, of cells that share the codes as evenly as can be."""
     return torch.arange(num_cells + 1) * codebook_size // num_cells
 
+
+read_pixels_of(ImageFeatureExtractionPipeline)
 
 __all__ = ["UniCode2Codebook", "UniCode2Quantizer"]

@@ -59,10 +59,10 @@ def make_encoder(model: str):
     """A function from RGB images to the codes that the quantizer of a checkpoint makes of them, lists of integers."""
     from transformers import AutoImageProcessor
 
-    from transformers_unicode2 import UniCode2ForConditionalGeneration
+    from transformers_unicode2 import UniCode2ForConditionalGeneration, UniCode2ImageProcessor
 
     quantizer = UniCode2ForConditionalGeneration.from_pretrained(model).get_quantizer()
-    image_processor = AutoImageProcessor.from_pretrained(model)
+    image_processor = UniCode2ImageProcessor.adopt(AutoImageProcessor.from_pretrained(model))
 
     def encode(images: list) -> list[list[int]]:
         pixels = image_processor(images, return_tensors="pt")
