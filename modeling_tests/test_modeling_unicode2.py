@@ -1,4 +1,5 @@
 import warnings
+from inspect import signature
 
 import pytest
 import torch
@@ -156,3 +157,12 @@ def test_positions_are_kept_as_stock_models_keep_them():
     stock = modeling_utils.slice_logits_to_keep
     for kept in (0, 1, 3, torch.tensor([4, 0]), torch.tensor([[1, 2], [4, 3]]), torch.rand(2, 5) > 0.5):
         assert torch.equal(keep_positions(hidden, kept), stock(hidden, kept))
+
+
+def test_tasks_run_by_way_of_the_forward(model, pixel_values):
+    codes = torch.tensor([[3, 95]])
+    assert torch.equal(model(codes, task="embed_codes"), model.model.visual_embeddings.weight[codes])
+    tokens = model(pixel_values=pixel_values, task="get_image_tokens")
+    assert torch.equal(tokens, model.get_image_tokens(pixel_values))
+    # The Trainer would hand over a column of this name.
+    assert "task" not in signature(model.forward).parameters

@@ -412,7 +412,6 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         visual_temperature: float | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         cache: Cache | None = None,
-        task: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UniCode2CausalLMOutputWithPast:
         r"""
@@ -434,17 +433,18 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
                 With a two-level visual head, draws a cell at this temperature and scores the codes of that cell alone.
             num_items_in_batch (`int`, *optional*):
                 Divisor of the loss; the number of targets by default.
-            task (`str`, *optional*):
-                Method that is run on `input_ids` or `pixel_values` in place of all this, with the weights at hand, see
-                `visual_head_unicode2`: `"embed_codes"` or `"get_image_tokens"`, whose tensor is returned.
+            **kwargs:
+                Passed on to the language model. With a `task`, that method is run on `input_ids` or `pixel_values` in
+                place of all this, see `visual_head_unicode2`: `"embed_codes"` or `"get_image_tokens"`.
         """
+        # Neither is an argument: the Trainer hands over every column of its data that a forward names, and takes every
+        # name with "label" in it for a target.
+        task, shift_labels = kwargs.pop("task", None), kwargs.pop("shift_labels", None)
         if task is not None:
             return getattr(self, task)(pixel_values if input_ids is None else input_ids)
         self.check_ids(input_ids)
         if output_modality not in (None, "text", "plan", "image"):
             raise ValueError(f"`output_modality` is {output_modality!r}; it must be 'text', 'plan', 'image' or None.")
-        # Not an argument: the Trainer takes every one with "label" in its name for a target.
-        shift_labels = kwargs.pop("shift_labels", None)
         if "write_index" in kwargs and output_modality is None:
             # Continuous batching writes text.
             output_modality = "text"

@@ -79,8 +79,7 @@ def grow_checkpoint(model: str, target: Path, before, after, parents: np.ndarray
             elif name == "model.visual_embeddings.weight":
                 state[name] = torch.cat([state[name], state[name][rows]])
             elif name.startswith("visual_head.linear.") and config.get("visual_head") == "two_level":
-                width = len(state[name]) - first_cell
-                state[name] = torch.cat([state[name], state[name][width + cells]])
+                state[name] = torch.cat([state[name], state[name][len(state[name]) - first_cell + cells]])
         save_file(state, target / file.name, metadata={"format": "pt"})
     config["codebook_config"] |= after.describe() | {"encoder_sha256": before.encoder_sha256}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
