@@ -1,6 +1,6 @@
 """Copies emoji under a folder and writes their English names to captions.tsv.
 
-python training_recipes/unicode2-tiny/name_emoji.py SOURCE TARGET
+python training_recipes/unicode2-tiny/stand_ins/name_emoji.py SOURCE TARGET
 """
 
 import shutil
