@@ -5,11 +5,24 @@ import unittest
 from tests.test_image_processing_common import ImageProcessingTestMixin, prepare_image_inputs
 from tests.test_processing_common import ProcessorTesterMixin
 from transformers import AutoTokenizer
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import is_torchvision_available
 
-from transformers_unicode2 import UniCode2Processor, image_processors
+from transformers_unicode2 import UniCode2ImageProcessor, UniCode2Processor, image_processors
 from transformers_unicode2.demo import embedded_checkpoint
+
+# Tests that rescale images by other factors, which would make other codes.
+RESCALING = (
+    *("test_kwargs_overrides_default_subprocessor_kwargs", "test_structured_kwargs_nested_from_dict"),
+    *("test_subprocessor_defaults_preserved_by_kwargs", "test_unstructured_kwargs"),
+)
+
+
+def is_refused(test):
+    def refused(self, *args):
+        with self.assertRaisesRegex(ValueError, "leave (it|them)"):
+            test(self, *args)
+
+    return refused
 
 
 class UniCode2ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
@@ -17,7 +30,7 @@ class UniCode2ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     @classmethod
     def _setup_image_processor(cls):
-        return SiglipImageProcessorPil(size={"height": 32, "width": 32})
+        return UniCode2ImageProcessor(size={"height": 32, "width": 32})
 
     @classmethod
     def _setup_tokenizer(cls):
@@ -28,7 +41,12 @@ class UniCode2ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         return {"patch_size": 8}
 
 
-class SiglipImageProcessingTester:
+for name, test in list(vars(ProcessorTesterMixin).items()):
+    if name.startswith(RESCALING) and name.endswith("_images"):
+        setattr(UniCode2ProcessorTest, name, is_refused(test))
+
+
+class UniCode2ImageProcessingTester:
     batch_size, num_channels, image_size, min_resolution, max_resolution = 3, 3, 18, 30, 80
     image_processing_classes = image_processors
 
@@ -61,8 +79,10 @@ class SiglipImageProcessingTester:
         )
 
 
-class SiglipImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
-    image_processor_tester_class = SiglipImageProcessingTester
+class UniCode2ImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
+    image_processor_tester_class = UniCode2ImageProcessingTester
+    # It normalises to other values.
+    test_call_numpy_4_channels = is_refused(ImageProcessingTestMixin.test_call_numpy_4_channels)
 
     @unittest.skipUnless(is_torchvision_available(), "The library's torchvision class needs torchvision.")
     def test_new_models_require_torchvision_backend(self):
