@@ -1,4 +1,4 @@
-"""PEFT just works: the frozen quantizer is left out, an adapter is saved and loaded as it was, what could not be is refused."""
+"""PEFT just works: the frozen quantizer is left out, adapters come back as they were saved, the rest is refused."""
 
 import copy
 
@@ -163,7 +163,8 @@ from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 assert first == "peft" or "peft" not in sys.modules
 from peft import LoraConfig, get_peft_model
-names = [name for name in get_peft_model(model, LoraConfig(target_modules="all-linear")).state_dict() if "lora_" in name]
+adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+names = [name for name in adapted.state_dict() if "lora_" in name]
 assert names and not any("quantizer" in name for name in names)
 """
     run_python(WITHOUT_PACKAGE + code, first, tmp_path)

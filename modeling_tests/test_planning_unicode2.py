@@ -1,5 +1,8 @@
-"""What comes before generation. Options are followed or refused, wherever a caller writes them; a chat continues from the
-cache of its first turns as from the whole chat."""
+"""What comes before generation.
+
+Options are followed or refused, wherever a caller writes them. A chat continues from the cache of its first turns as
+from the whole chat.
+"""
 
 import copy
 

@@ -219,7 +219,13 @@ def test_odd_arguments_are_refused_before_any_work(pipe, arguments, message):
 def test_mapper_sees_the_order_of_tokens_and_calibrates_its_output():
     torch.manual_seed(0)
     mapper = UniCode2ConditionMapper(
-        visual_dim=16, hidden_dim=32, output_dim=24, pooled_dim=8, num_visual_tokens=16, num_layers=1, num_attention_heads=2,
+        visual_dim=16,
+        hidden_dim=32,
+        output_dim=24,
+        pooled_dim=8,
+        num_visual_tokens=16,
+        num_layers=1,
+        num_attention_heads=2,
         output_scale=0.3, pooled_scale=2.0,
     )  # fmt: skip
     embeds = 5 * torch.randn(2, 16, 16)

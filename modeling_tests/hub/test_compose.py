@@ -14,7 +14,7 @@ from transformers_unicode2.codebook.storage import codebook_from_arrays, save_co
 
 @pytest.fixture
 def parts(tmp_path, processor):
-    """Folders of a small language model in several files, an encoder and a codebook; and a function that makes the first."""
+    """Folder of a small language model, an encoder and a codebook; a function that makes the first; the codebook."""
 
     def make_llm(tied):
         torch.manual_seed(0)
