@@ -82,15 +82,13 @@ def test_an_index_is_copied_and_moves_with_its_codebook(quantizer):
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
-def test_a_processor_searches_with_faiss(kind, model, processor, photo):
+def test_a_processor_searches_with_faiss(kind, tiny_model, processor, photo):
     """The image processor of SigLIP, its encoder and a FAISS index of the codes: images to ids."""
-    quantizer, offset = model.get_quantizer(), len(processor.tokenizer) + 1
-    images = processor.image_processor(photo, size={"height": 32, "width": 32}, return_tensors="pt")
+    quantizer, offset = copy.deepcopy(tiny_model.get_quantizer()), tiny_model.config.visual_token_offset
+    images = processor.image_processor(photo, return_tensors="pt")
     expected = quantizer.encode_images(images["pixel_values"])
-    own, quantizer.model_config = copy.copy(processor), None
-    own.attach_quantizer(search_with(quantizer, kind), offset)
-    found = own(images=photo, size={"height": 32, "width": 32}, return_tensors="pt")["visual_token_ids"]
-    assert torch.equal(found, expected + offset)
+    own = copy.copy(processor).attach_quantizer(search_with(quantizer, kind), offset)
+    assert torch.equal(own(images=photo, return_tensors="pt")["visual_token_ids"], expected + offset)
 
 
 def make_faiss_index(codes, spec, metric=1, ids=None):
