@@ -1,11 +1,14 @@
 """Builds codebook C1 from images (section 3.2 and Algorithm 1 of the paper).
 
     unicode2 codebook build --images data --encoder siglip --codebook-size 4096 --num-cells 64 --output codebook
-    accelerate launch --multi_gpu --num_processes 8 -m transformers_unicode2.codebook.build --images data --encoder siglip --output codebook
-    torchrun --nproc_per_node 8 -m transformers_unicode2.codebook.build ...  # on CPUs: `accelerate launch --cpu` starts one process
+    accelerate launch --multi_gpu --num_processes 8 -m transformers_unicode2.codebook.build ...
+    torchrun --nproc_per_node 8 -m transformers_unicode2.codebook.build ...
 
-Images are a folder of image files, parquet or arrow files with an `image` column, or WebDataset tars. The encoder is a folder or Hub
-name of a SigLIP or CLIP vision model. The build can be killed at any moment: the same command goes on from there, to the same bytes.
+On CPUs use `torchrun`, since `accelerate launch --cpu` starts one process only.
+
+Images are a folder of image files, parquet or arrow files with an `image` column, or WebDataset tars.
+The encoder is the folder or Hub name of a SigLIP or CLIP vision model.
+A build can be killed at any moment. The same command resumes it and writes the same bytes.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from ..record import held
 from .clustering import allocate, contains, hash_rows, make_backend
 from .features import (
     Encoder,
+    Extraction,
     check_unreadable,
     count_rows,
     extract_features,
@@ -52,7 +56,9 @@ from .statistics import compute_probe_recall, compute_statistics
 from .storage import codebook_from_arrays, save_codebook
 
 NOT_RECORDED = ("output", "keep_work")
-NUM_MEASURED = 4096  # features that tell the recall of an approximate search
+# Features that the recall of the approximate search is measured on.
+NUM_MEASURED = 4096
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,33 +68,26 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--images", required=True, help="folder, file or glob: images, parquet, arrow or WebDataset tars")
     add("--encoder", required=True, help="SigLIP or CLIP vision encoder with its image processor")
-    add(
-        "--output", required=True, help="folder for codebook.safetensors and codebook.json, and for the work in between"
-    )
+    add("--output", required=True, help="folder for the codebook and for the files of an unfinished build")
     add("--codebook-size", type=at_least(1), default=500_000)
     add("--num-cells", type=at_least(1), default=1000, help="coarse clusters")
     add("--allocation", choices=("uniform", "proportional"), default="uniform", help="codes per cell")
-    add("--num-images", type=at_least(1), help="use the first N images only")
-    add("--streaming", action="store_true", help="--images is the name of a data set to be streamed")
-    add("--patches-per-image", type=at_least(1), help="a seeded sample of N patches of each image (default: all)")
+    add("--num-images", type=at_least(1), help="use only the first N images")
+    add("--streaming", action="store_true", help="--images is the name of a data set to stream")
+    add("--patches-per-image", type=at_least(1), help="seeded sample of N patches of each image (default: all)")
     add("--preview-size", type=at_least(0), default=8, help="side of each code's mean thumbnail in pixels, 0 for none")
-    add("--iterations", type=at_least(1), default=20, help="of k-means, of the cells and in each of them")
-    add("--polish", type=at_least(0), default=0, help="Lloyd passes over all features, across the borders of the cells")
+    add("--iterations", type=at_least(1), default=20, help="k-means iterations, of the cells and inside each cell")
+    add("--polish", type=at_least(0), default=0, help="Lloyd passes over all features, across cell borders")
     add("--backend", choices=("faiss", "torch"), default="faiss", help="library for k-means")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the encoder; defines the codes",
-    )
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of the encoder; it defines the codes")
     add("--max-memory-gib", type=at_least(0.0), default=8.0, help="resident memory of one process")
     add(
         "--images-per-shard",
         type=at_least(1),
-        help="a killed build resumes with the shard that it was at (default: 4096, fewer where memory is short)",
+        help="a killed build repeats its unfinished shard (default: 4096, fewer if memory is short)",
     )
     add("--max-unreadable", type=at_least(0.0), default=0.01, help="share of images that may be unreadable")
-    add("--keep-work", action="store_true", help="keep the sorted features, in OUTPUT/work, for another use")
+    add("--keep-work", action="store_true", help="keep the sorted features in OUTPUT/work")
     add("--seed", type=at_least(0), default=0)
     return parser
 
@@ -105,7 +104,7 @@ class Build:
         self.backend = make_backend(args.backend, str(state.device))
 
     def run(self) -> dict:
-        """Statistics of the finished codebook; on processes but the first an empty dictionary."""
+        """Returns the statistics of the finished codebook, or an empty dictionary on all processes but the main one."""
         self.prepare()
         with self.only_run() as finished:
             if finished:
@@ -126,7 +125,8 @@ class Build:
             **{name: value for name, value in vars(args).items() if name not in NOT_RECORDED},
             "images_sha256": self.source.fingerprint(),
             "encoder_sha256": self.encoder.fingerprint(),
-            "products": str(getattr(self.backend, "fast_dtype", "float32")),  # they depend on the processor
+            # The processor decides in which dtype the backend multiplies.
+            "products": str(getattr(self.backend, "fast_dtype", "float32")),
         }
         self.dim, self.num_images = self.encoder.dim, len(self.source)
         patches = min(args.patches_per_image or self.encoder.num_patches, self.encoder.num_patches)
@@ -137,33 +137,35 @@ class Build:
                 "add images or ask for fewer codes."
             )
         self.check_memory(sum(weight.nbytes for weight in self.encoder.model.state_dict().values()))
-        self.shard_bytes = patches * (2 * self.dim + 3 * args.preview_size**2)  # of one image
+        # Of one image.
+        self.shard_bytes = patches * (2 * self.dim + 3 * args.preview_size**2)
         fitting = max(1, min(4096, self.memory // 16 // self.shard_bytes))
         self.images_per_shard = min(args.images_per_shard or fitting, self.num_images)
         shard = self.images_per_shard * self.shard_bytes
-        if shard > self.memory // 8:  # it is held several times
+        # Memory holds several copies of a shard.
+        if shard > self.memory // 8:
             raise ValueError(
-                f"--images-per-shard is {self.images_per_shard}; a shard of {shard / GIB:.2f} GiB needs --max-memory-gib of at "
-                f"least {8 * shard / GIB:.1f}, and it is {args.max_memory_gib:g}."
+                f"--images-per-shard is {self.images_per_shard}; a shard of {shard / GIB:.2f} GiB needs "
+                f"--max-memory-gib of at least {8 * shard / GIB:.1f}, and it is {args.max_memory_gib:g}."
             )
         self.batch_size = max(1, min(64, self.memory // 4 // self.encoder.activation_bytes))
         self.num_shards = -(-self.num_images // self.images_per_shard)
 
     def check_memory(self, encoder_bytes: int) -> None:
-        """Raises `ValueError` when the budget cannot be kept: it has to hold Python with torch, and the encoder or two codebooks."""
+        """Raises `ValueError` unless the budget holds Python with torch, and the encoder or two codebooks."""
         codes = self.args.codebook_size * (4 * self.dim + 3 * self.args.preview_size**2)
         least = (3 * GIB // 4 + max(encoder_bytes, 2 * codes)) / GIB
         if self.args.max_memory_gib < least:
             raise ValueError(
-                f"--max-memory-gib is {self.args.max_memory_gib:g}; {self.args.codebook_size} codes of width {self.dim} and this "
-                f"encoder need at least {least:.2f}."
+                f"--max-memory-gib is {self.args.max_memory_gib:g}; {self.args.codebook_size} codes of width "
+                f"{self.dim} and this encoder need at least {least:.2f}."
             )
 
     @contextmanager
     def only_run(self):
-        """Holds the folder for this run alone; yields the statistics of a build that has finished, or nothing.
+        """Locks the folder for this run and yields the statistics of a finished build, or `None`.
 
-        Raises `ValueError` when another run holds it, or when what lies there was begun with other options or images.
+        Raises `ValueError` when another run holds the lock, or the folder holds a build with other options or images.
         """
         with ExitStack() as stack:
             finished = agree(lambda: self.enter(stack))
@@ -173,7 +175,7 @@ class Build:
 
     def enter(self, stack: ExitStack) -> dict | None:
         folder = BuildFolder(self.output, self.record, self.source)
-        # a finished build needs no lock, and no room to write
+        # A finished build needs neither a lock nor room to write.
         if not folder.is_finished():
             make_folders(self.features, self.cells, self.fine)
             stack.enter_context(held(self.output, work=self.work.name, doing="building in"))
@@ -186,7 +188,7 @@ class Build:
         return None
 
     def announce(self, folder: BuildFolder) -> None:
-        """Says what the build needs; raises `NotWrittenError` when the disk has less."""
+        """Prints what the build needs. Raises `NotWrittenError` when the disk has too little room."""
         code_bytes = 4 * self.dim + 3 * self.args.preview_size**2
         needed = self.num_images * self.shard_bytes + 8 * self.num_rows + 3 * self.args.codebook_size * code_bytes
         needed += 2 * self.state.num_processes * self.images_per_shard * self.shard_bytes
@@ -206,45 +208,36 @@ class Build:
             for shard in self.share(self.num_shards)
             if not shard_path(self.features, shard).exists() and not shard_path(self.cells, shard).exists()
         ]
-        extract_features(
-            self.source,
-            self.encoder,
-            self.features,
-            missing,
-            self.images_per_shard,
-            self.batch_size,
-            self.args.patches_per_image,
-            self.args.preview_size,
-            self.args.max_unreadable,
-            self.args.seed,
+        settings = Extraction(
+            images_per_shard=self.images_per_shard,
+            batch_size=self.batch_size,
+            patches_per_image=self.args.patches_per_image,
+            preview_size=self.args.preview_size,
+            max_unreadable=self.args.max_unreadable,
+            seed=self.args.seed,
         )
-        self.encoder = None  # its memory is needed
+        extract_features(self.source, self.encoder, self.features, missing, settings)
+        # The later phases need its memory.
+        self.encoder = None
 
     def train_cells(self) -> None:
         output = self.work / "cells.safetensors"
         if output.exists() or not self.state.is_main_process:
             return
         self.check_features()
-        sampled = min(512 * self.args.num_cells, self.memory // 4 // (16 * self.dim))
-        train_cells(
-            self.features,
-            self.num_shards,
-            self.args.num_cells,
-            sampled,
-            self.backend,
-            self.args.seed,
-            output,
-            self.args.iterations,
-        )
+        num_cells, seed, iterations = self.args.num_cells, self.args.seed, self.args.iterations
+        shards = [shard_path(self.features, shard) for shard in range(self.num_shards)]
+        num_sampled = min(512 * num_cells, self.memory // 4 // (16 * self.dim))
+        train_cells(shards, num_cells, num_sampled, self.backend, seed, output, iterations)
 
     def check_features(self) -> None:
-        """Puts the names of unreadable images into one file; raises `ValueError` when too many images or features were left out."""
+        """Lists the unreadable images in one file. Raises `ValueError` when too many images or features are missing."""
         lists = [read_lines(self.features / f"{shard:05d}.skipped.txt") for shard in range(self.num_shards)]
         skipped = [line for lines in lists for line in lines]
         check_unreadable(len(skipped), self.num_images, self.args.max_unreadable, skipped)
         if skipped:
             write_file(self.output / "skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
-            self.say(f"{len(skipped)} images cannot be read; they are listed in {self.output / 'skipped.txt'}")
+            self.say(f"{len(skipped)} images cannot be read; {self.output / 'skipped.txt'} lists them")
         expected = self.num_rows // self.num_images * (self.num_images - len(skipped))
         found = sum(count_rows(shard_path(self.features, shard)) for shard in range(self.num_shards))
         if expected - found > self.args.max_unreadable * expected:
@@ -269,12 +262,12 @@ class Build:
         return range(self.state.process_index, count, self.state.num_processes)
 
     def train_codes(self) -> None:
-        """Fine k-means of this process's cells; then the main process trains those again whose codes another cell has as well."""
+        """Fine k-means in this process's cells. The main process then retrains cells that share a code with another."""
         from tqdm import tqdm
 
         self.reader = CellReader(self.cells, self.num_shards)
         if self.state.is_main_process and not (self.work / "shares.safetensors").exists():
-            cells = tqdm(range(self.args.num_cells), unit="cell", desc="distinct features")
+            cells = tqdm(range(self.args.num_cells), unit="cell", desc="counting distinct features")
             distinct = np.array([count_distinct(self.reader, cell) for cell in cells])
             shares = allocate(distinct, self.args.codebook_size, self.args.allocation)
             write_arrays(self.work / "shares.safetensors", {"shares": shares})
@@ -285,7 +278,7 @@ class Build:
                 self.train_cell(cell, np.zeros(0, np.uint64))
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            self.part_twins()
+            self.separate_twins()
 
     def train_cell(self, cell: int, forbidden: np.ndarray) -> None:
         share = int(self.shares[cell])
@@ -294,23 +287,25 @@ class Build:
         codes, assigned = train_cell(self.reader, cell, share, max_points, self.backend, seed, forbidden, iterations)
         if len(codes) < share:
             raise ValueError(
-                f"Cell {cell} has distinct features for {len(codes)} of its {share} codes only; add images or ask for fewer codes."
+                f"Cell {cell} has distinct features for only {len(codes)} of its {share} codes; "
+                "add images or ask for fewer codes."
             )
         arrays = {"codes": codes}
-        if not self.args.polish:  # which finds that out for its own codes
+        # Polishing computes these for its own codes.
+        if not self.args.polish:
             thumbnails = "thumbnails" if self.args.preview_size else None
-            assigned = assigned or assign_rows(self.reader, cell, codes, self.backend)
-            arrays |= use_codes(self.reader, cell, *assigned, len(codes), thumbnails)
+            indices, distances = assigned or assign_rows(self.reader, cell, codes, self.backend)
+            arrays |= use_codes(self.reader, cell, indices, distances, len(codes), thumbnails)
             if thumbnails:
                 arrays["previews"] = average_previews(arrays.pop("sums"), arrays["counts"])
         write_arrays(shard_path(self.fine, cell), arrays)
 
-    def part_twins(self) -> None:
-        """Codes of two cells that are equal once rounded: the later cell is trained again without them."""
+    def separate_twins(self) -> None:
+        """Retrains each cell that shares a rounded code with earlier cells, whose codes are then forbidden."""
         from tqdm import tqdm
 
         seen = np.zeros(0, np.uint64)
-        for cell in tqdm(range(self.args.num_cells), unit="cell", desc="codes of two cells"):
+        for cell in tqdm(range(self.args.num_cells), unit="cell", desc="comparing cells"):
             hashes = hash_rows(self.read_fine(cell, "codes"))
             if contains(seen, hashes).any():
                 self.train_cell(cell, seen)
@@ -361,7 +356,7 @@ class Build:
         provenance["probe_recall_of"] = f"{len(sample)} of the features that it was built from"
         save_codebook(codebook, self.output, provenance)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in statistics.items())
-        self.say(f"{self.output}: {len(codes)} codes; by the {scope}: {figures}")
+        self.say(f"{self.output}: {len(codes)} codes; with the {scope}: {figures}")
         return statistics
 
     def say(self, text: str) -> None:
@@ -370,7 +365,7 @@ class Build:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises `ValueError` on options that make no codebook."""
+    """Raises `ValueError` on options that cannot make a codebook."""
     if args.num_cells > args.codebook_size:
         raise ValueError(
             f"--num-cells is {args.num_cells}, more than the {args.codebook_size} codes of --codebook-size."
@@ -387,7 +382,8 @@ def main(args: argparse.Namespace) -> dict:
     state = join(cpu=not torch.cuda.is_available())
     try:
         return Build(args, state).run()
-    finally:  # Gloo's threads, left to the end of the interpreter, abort the process now and then
+    finally:
+        # Gloo's threads can abort the process if they live until the interpreter ends.
         state.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""K-means on points in memory: two backends behind one protocol, and what turns centroids into codes (Algorithm 1)."""
+"""K-means on points in memory: two backends behind one protocol, and the step from centroids to codes (Algorithm 1)."""
 
 import copy
 from collections.abc import Callable
@@ -6,24 +6,29 @@ from typing import Protocol
 
 import numpy as np
 
-CACHED_SCORES = 2**19  # float32 scores that stay in the cache of a CPU core between their steps
+# Float32 scores that stay in the cache of a CPU core between two steps.
+CACHED_SCORES = 2**19
 
 
 class Backend(Protocol):
-    """What k-means needs from a library. Points and centroids are float32 `(num_points, dim)` and `(num_centroids, dim)`."""
+    """What k-means needs from a library.
+
+    Points are float32 `(num_points, dim)`, centroids float32 `(num_centroids, dim)`.
+    """
 
     def put(self, points: np.ndarray):
-        """Points as the backend holds them, on its device."""
+        """Returns the points in the backend's own form, on its device."""
 
     def kmeans(
         self, points, num_centroids: int, seed: int, num_iterations: int, progress: Callable = iter
     ) -> np.ndarray:
-        """Lloyd's algorithm from a seeded random start; `progress` goes around the range of its iterations, as `tqdm` does."""
+        """Lloyd's algorithm from a seeded random start. `progress` wraps the range of iterations, as `tqdm` does."""
 
     def assign(self, points, centroids: np.ndarray, exact: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest centroid of each point, ties to the lowest: int64 indices and float32 squared distances, both `(num_points,)`.
+        """Nearest centroid of each point; ties go to the lowest index.
 
-        A backend that has faster products may use them where `exact` is false; a few points then get a centroid next to the nearest.
+        Returns int64 indices and float32 squared distances, both `(num_points,)`. Without `exact`, a backend may use
+        faster products, which give a few points a centroid that is only almost the nearest.
         """
 
     def describe(self) -> str:
@@ -31,7 +36,7 @@ class Backend(Protocol):
 
 
 class FaissBackend:
-    """`faiss.Kmeans` and `faiss.IndexFlatL2`, on the GPUs when faiss was built for them."""
+    """`faiss.Kmeans` and `faiss.IndexFlatL2`, on GPUs if FAISS was built for them."""
 
     def __init__(self, max_points_per_centroid: int = 512):
         import faiss
@@ -76,22 +81,23 @@ class FaissBackend:
 
 class TorchBackend:
     r"""
-    K-means on any device of torch, without a matrix of all points by all centroids.
+    K-means on any torch device, without a matrix of all points by all centroids.
 
-    Lloyd's iterations find the nearest centroid by bfloat16 products of centred points where the device is fast at them, their
-    last two and `assign`, unless it need not be exact, by float32 products.
+    Where the device is fast at bfloat16, all but the last two Lloyd iterations use bfloat16 products of centred points.
+    The last two use float32 products, and so does an exact `assign`.
 
     Args:
         device (`str`, *optional*, defaults to `"cpu"`): where the points live.
-        max_points_per_centroid (`int`, *optional*, defaults to 512): k-means uses a seeded sample of so many points a centroid.
-        max_scores (`int`, *optional*, defaults to 2**24): scores of points by centroids held at a time.
+        max_points_per_centroid (`int`, *optional*, defaults to 512): size of k-means' seeded sample, per centroid.
+        max_scores (`int`, *optional*, defaults to 2**24): number of point-centroid scores held at a time.
     """
 
     def __init__(self, device: str = "cpu", max_points_per_centroid: int = 512, max_scores: int = 2**24):
         import torch
 
         self.device, self.max_points, self.max_scores = torch.device(device), max_points_per_centroid, max_scores
-        able = torch.cpu.get_capabilities()  # bfloat16 without instructions for it is slower than float32
+        # A CPU without bfloat16 instructions is slower at it than at float32.
+        able = torch.cpu.get_capabilities()
         fast = able.get("avx512_bf16") or able.get("amx_bf16") or self.device.type != "cpu"
         self.fast_dtype = torch.bfloat16 if fast else torch.float32
 
@@ -120,7 +126,10 @@ class TorchBackend:
         return (centroids + mean).cpu().numpy()
 
     def _nearest(self, queries, centroids):
-        """Indices of the nearest centroids, and the products with them less half of their squared length, both `(num_queries,)`."""
+        """Indices of the nearest centroids and their scores, both `(num_queries,)`.
+
+        A score is the product of query and centroid minus half the centroid's squared norm.
+        """
         import torch
 
         half_norms = centroids.square().sum(1) / 2
@@ -135,7 +144,7 @@ class TorchBackend:
         return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
 
     def _means(self, points, indices, distances, centroids):
-        """Means of the points at each centroid; one without points moves to the farthest point of the cluster that is worst off."""
+        """Mean of the points of each centroid. One without points moves to the farthest point of the worst cluster."""
         import torch
 
         counts = torch.bincount(indices, minlength=len(centroids))
@@ -151,7 +160,8 @@ class TorchBackend:
         import torch
 
         centroids = self.put(centroids)
-        mean = centroids.mean(0)  # differences of large numbers are inexact
+        # Centring keeps the numbers small: differences of large ones are inexact.
+        mean = centroids.mean(0)
         dtype = torch.float32 if exact else self.fast_dtype
         best = torch.full((len(points),), -torch.inf, device=self.device)
         norms = torch.zeros(len(points), device=self.device)
@@ -176,17 +186,20 @@ class TorchBackend:
 
 
 def make_backend(name: str, device: str = "cpu") -> Backend:
-    """`"faiss"` or `"torch"`."""
+    """Returns the backend named `"faiss"` or `"torch"`."""
     return FaissBackend() if name == "faiss" else TorchBackend(device)
 
 
 def move_codebook(codebook, device):
-    """A copy on another device, or the codebook itself if it is there."""
+    """Returns a copy on `device`, or the codebook itself if it is there already."""
     return codebook if codebook.codes.device == device else copy.deepcopy(codebook).to(device)
 
 
 def find_codes(codebook, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The codebook's own search: nearest code of each of the points `(num_points, dim)` among all, int64, and float32 squared distances."""
+    """Nearest of all codes for each of the points `(num_points, dim)`, by the codebook's own search.
+
+    Returns int64 indices and float32 squared distances, both `(num_points,)`.
+    """
     import torch
 
     indices, distances = [], []
@@ -198,7 +211,10 @@ def find_codes(codebook, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def add_groups(sums: np.ndarray, points: np.ndarray, indices: np.ndarray, block: int = 65536) -> None:
-    """Adds each point to the row of float64 `sums` `(num_groups, dim)` at its index: in float32 within a block of points, in their order."""
+    """Adds each point to the row of float64 `sums` `(num_groups, dim)` at its index.
+
+    Points of one block are summed in float32, in their order.
+    """
     import torch
 
     for start in range(0, len(points), block):
@@ -210,35 +226,44 @@ def add_groups(sums: np.ndarray, points: np.ndarray, indices: np.ndarray, block:
 
 
 def farthest_points(indices, distances, num_centroids: int, count: int):
-    """Points to start new centroids at, `(count,)`: of each of the clusters with the largest sums of distances the farthest point,
-    of the clusters that are left over the next ones. All arguments and the result are torch tensors of one device."""
+    """Indices `(count,)` of points where new centroids start.
+
+    Takes the farthest point of each cluster, clusters with the largest sum of distances first, then the second farthest
+    of each, and so on. All tensors are on one device.
+    """
     import torch
 
-    total = torch.zeros(num_centroids).index_add_(0, indices.cpu(), distances.cpu())  # in one order, unlike on a GPU
+    # On the CPU, since a GPU adds in no fixed order.
+    total = torch.zeros(num_centroids).index_add_(0, indices.cpu(), distances.cpu())
     total = total.to(distances.device)
     order = torch.argsort(distances, descending=True, stable=True)
-    order = order[torch.argsort(total[indices[order]], descending=True, stable=True)]  # by cluster, then by distance
+    # Sorted by cluster, then by distance.
+    order = order[torch.argsort(total[indices[order]], descending=True, stable=True)]
     clusters = indices[order]
     start = torch.ones_like(clusters, dtype=torch.bool)
     start[1:] = clusters[1:] != clusters[:-1]
     position = torch.arange(len(order), device=order.device)
-    rank = position - torch.where(start, position, 0).cummax(0).values  # 0 for the farthest point of its cluster
+    # 0 for the farthest point of its cluster.
+    rank = position - torch.where(start, position, 0).cummax(0).values
     return order[torch.argsort(rank, stable=True)][:count]
 
 
 def allocate(counts: np.ndarray, codebook_size: int, allocation: str) -> np.ndarray:
-    """Codes per cell, int64 `(num_cells,)`, that sum to `codebook_size`, at most one a point and at least one a cell with points.
+    """Codes per cell, int64 `(num_cells,)`, that sum to `codebook_size`.
 
-    `counts` are distinct points per cell. `"uniform"` gives each cell the same share (Algorithm 1), `"proportional"` shares by
-    `counts`; what a small cell cannot use goes to the others. Raises `ValueError` when there are fewer points than codes.
+    A cell gets at least one code if it has points, and at most one per distinct point. `counts` are distinct points per
+    cell. `"uniform"` gives each cell the same share (Algorithm 1), `"proportional"` shares by `counts`. Codes that a
+    small cell cannot use go to the others. Raises `ValueError` when there are fewer points than codes.
     """
     if counts.sum() < codebook_size:
         raise ValueError(
-            f"{counts.sum()} distinct features are too few for {codebook_size} codes; add images or ask for fewer codes."
+            f"{counts.sum()} distinct features are too few for {codebook_size} codes; "
+            "add images or ask for fewer codes."
         )
     weights = (counts > 0).astype(float) if allocation == "uniform" else counts.astype(float)
     low, high = 0.0, float(codebook_size)
-    for _ in range(100):  # the scale at which the capped shares just fit
+    # Bisection for the scale at which the capped shares just fit.
+    for _ in range(100):
         scale = (low + high) / 2
         shares = np.minimum(np.maximum(weights * scale, counts > 0), counts)
         low, high = (scale, high) if shares.sum() <= codebook_size else (low, scale)
@@ -253,12 +278,14 @@ def allocate(counts: np.ndarray, codebook_size: int, allocation: str) -> np.ndar
 def cluster_cell(
     points: np.ndarray, num_codes: int, backend: Backend, seed: int, forbidden: np.ndarray, num_iterations: int = 20
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
-    """K-means inside one cell, to codes: float32 `(num_codes, dim)`, rounded to bfloat16, distinct and finite (Algorithm 1), and
-    what `Backend.assign` says of the points and these codes, if it was asked.
+    """K-means inside one cell, from points to codes (Algorithm 1).
 
-    Centroids that are not finite, that no point is nearest to, that fall together once rounded or whose hash is among `forbidden`
-    (uint64 and ascending, the codes of other cells) start again from points far from their code. Returns fewer codes when the points,
-    float32 `(num_points, dim)`, do not hold as many distinct ones.
+    A centroid restarts from a point far from its code if it is not finite, has no points, equals another once rounded,
+    or is forbidden. `points` are float32 `(num_points, dim)`; `forbidden` are uint64 hashes, ascending, of the codes of
+    other cells.
+
+    Returns codes, float32 `(num_codes, dim)`, rounded to bfloat16, distinct and finite; fewer if the points hold fewer.
+    The second result is `Backend.assign` for the points and these codes, or `None` if it is not known.
     """
     held = backend.put(points)
     codes = round_to_bfloat16(backend.kmeans(held, num_codes, seed, num_iterations))
@@ -282,12 +309,12 @@ def cluster_cell(
 
 
 def first_of_each(indices: np.ndarray) -> np.ndarray:
-    """Positions at which each value occurs for the first time, in ascending order."""
+    """Positions where each value first occurs, in ascending order."""
     return np.sort(np.unique(indices, return_index=True)[1])
 
 
 def keep_distinct(codes: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
-    """Finite rows, each once, in their order, without those whose hash is among `forbidden`, ascending."""
+    """Finite rows, each once and in their order, without those whose hash is in `forbidden` (ascending)."""
     codes = codes[np.isfinite(codes).all(-1)]
     hashes = hash_rows(codes)
     first = first_of_each(hashes)
@@ -295,7 +322,7 @@ def keep_distinct(codes: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
 
 
 def contains(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which of the values are in an array that ascends: as `np.isin`, which would sort it each time."""
+    """Which of the values are in an ascending array. Unlike `np.isin`, it does not sort the array each time."""
     place = np.searchsorted(ascending, values)
     inside = place < len(ascending)
     inside[inside] = ascending[place[inside]] == values[inside]
@@ -303,21 +330,24 @@ def contains(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def to_float32(points: np.ndarray) -> np.ndarray:
-    """As `astype`, several times as fast on float16."""
+    """Like `astype`, but several times faster on float16."""
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(points)).float().numpy()
 
 
 def round_to_bfloat16(points: np.ndarray) -> np.ndarray:
-    """Float32 to the nearest values that bfloat16 holds, with -0 as 0."""
+    """Rounds to the nearest bfloat16 values, held as float32, with -0 as 0."""
     import torch
 
     return (torch.from_numpy(np.ascontiguousarray(points)).bfloat16() + 0).float().numpy()
 
 
 def hash_rows(points: np.ndarray, block: int = 4096) -> np.ndarray:
-    """64-bit hashes of rows once rounded to bfloat16, uint64 `(num_rows,)`: odd random multiples of four values each, summed."""
+    """64-bit hashes of rows rounded to bfloat16, uint64 `(num_rows,)`.
+
+    Each four values make one integer; a hash is the sum of these integers times odd random numbers.
+    """
     import torch
 
     width = -(-points.shape[1] // 4)
@@ -325,11 +355,11 @@ def hash_rows(points: np.ndarray, block: int = 4096) -> np.ndarray:
     rows = torch.from_numpy(np.ascontiguousarray(points))
     hashes = np.zeros(len(points), np.uint64)
     for start in range(0, len(points), block):
-        rounded = rows[start : start + block].bfloat16() + 0  # -0 is 0
+        # Adding 0 turns -0 into 0.
+        rounded = rows[start : start + block].bfloat16() + 0
         bits = torch.nn.functional.pad(rounded, (0, 4 * width - points.shape[1]))
         bits = bits.view(torch.int16).numpy().view(np.uint64)  # (block, width)
-        bits = bits ^ (
-            bits >> np.uint64(32)
-        )  # the high bits of a sum of products hang on all bits, the low ones on the low
+        # The low bits of a sum of products depend on low bits only, so the high bits are mixed into them.
+        bits = bits ^ (bits >> np.uint64(32))
         hashes[start : start + block] = (bits * multipliers).sum(1, dtype=np.uint64)
     return hashes

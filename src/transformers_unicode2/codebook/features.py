@@ -1,9 +1,10 @@
-"""Images to shards of patch features on disk; a shard is the unit that is done or not."""
+"""Turns images into shards of patch features on disk. A shard is written whole or not at all."""
 
 import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -14,14 +15,11 @@ from ..files import write_file
 from ..images_unicode2 import one_line
 from .images import ImageSource
 
-MADE_AGAIN = ("features", "cells", "fine")  # folders whose files a build makes again when they are gone
+# A build makes the files of these folders again when they are missing.
+MADE_AGAIN = ("features", "cells", "fine")
 CLIP_TYPES = ("clip", "clip_vision_model")
-NOT_HASHED = (
-    "transformers_version",
-    "dtype",
-    "architectures",
-    "processor_class",
-)  # of a configuration: not what it computes
+# Entries of a configuration that do not change what the model computes.
+NOT_HASHED = ("transformers_version", "dtype", "architectures", "processor_class")
 
 
 class Encoder:
@@ -29,12 +27,12 @@ class Encoder:
     A frozen `SiglipVisionModel` or `CLIPVisionModel` with its image processor.
 
     Args:
-        path (`str`): folder or Hub name of the encoder, or of the model that holds it.
-        dtype (`str`, *optional*, defaults to `"float32"`): dtype that it computes in; it defines the codes.
+        path (`str`): folder or Hub name of the encoder, or of a model that contains it.
+        dtype (`str`, *optional*, defaults to `"float32"`): dtype of the computation; it defines the codes.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where it runs.
 
     Raises:
-        `ValueError`: when there is no such encoder, or it cannot be read.
+        `ValueError`: when the encoder does not exist or cannot be read.
     """
 
     def __init__(self, path: str, dtype: str = "float32", device="cpu"):
@@ -44,7 +42,7 @@ class Encoder:
         try:
             model_type = AutoConfig.from_pretrained(path).model_type
             if model_type not in (*CLIP_TYPES, "siglip", "siglip_vision_model"):
-                raise ValueError(f"it is a {model_type} model; the encoder has to be a SigLIP or CLIP vision model")
+                raise ValueError(f"it is a {model_type} model; the encoder must be a SigLIP or CLIP vision model")
             model_class = CLIPVisionModel if model_type in CLIP_TYPES else SiglipVisionModel
             self.model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
             check_encoder_keys(info, path)
@@ -55,9 +53,8 @@ class Encoder:
         config = self.model.config
         self.patch_size, self.dim = config.patch_size, config.hidden_size
         self.num_patches = (config.image_size // config.patch_size) ** 2
-        self.activation_bytes = (
-            4 * self.num_patches * (2 * config.intermediate_size + 8 * self.dim)
-        )  # about, of an image
+        # An estimate for one image.
+        self.activation_bytes = 4 * self.num_patches * (2 * config.intermediate_size + 8 * self.dim)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights in float32 and of the configurations of model and image processor."""
@@ -75,17 +72,18 @@ class Encoder:
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     def __call__(self, pixel_values) -> tuple[np.ndarray, "torch.Tensor"]:  # noqa: F821
-        """Preprocessed images, a list, to float32 features `(num_images, num_patches, dim)`, without CLS, and what the patches show:
-        float32 pixels `(num_images, 3, side, side)` in [0, 1], cut to whole patches."""
+        """Encodes a list of preprocessed images.
+
+        Returns float32 features `(num_images, num_patches, dim)` without CLS, and what the patches show: float32 pixels
+        `(num_images, 3, side, side)` in [0, 1], cropped to whole patches.
+        """
         import torch
 
         pixel_values = torch.stack(pixel_values)
         with torch.no_grad():
             hidden = self.model(pixel_values.to(self.model.device, self.model.dtype)).last_hidden_state
-        mean, std = (
-            torch.tensor(values)[:, None, None]
-            for values in (self.image_processor.image_mean, self.image_processor.image_std)
-        )
+        mean = torch.tensor(self.image_processor.image_mean)[:, None, None]
+        std = torch.tensor(self.image_processor.image_std)[:, None, None]
         side = round(self.num_patches**0.5) * self.patch_size
         pixels = pixel_values[..., :side, :side].float() * std + mean
         return hidden[:, -self.num_patches :].float().cpu().numpy(), pixels
@@ -94,9 +92,9 @@ class Encoder:
 def read_batches(
     source: ImageSource, encoder: Encoder, start: int, stop: int, batch_size: int = 64
 ) -> Iterator[tuple[list[int], list, list[str]]]:
-    """Images from `start` to `stop` in batches: positions and preprocessed pixels of those that can be read, and for each other a line
-    with its name and what is wrong with it. One image at a time is held at its full size.
+    """Reads the images from `start` to `stop` in batches. Holds one image at a time at its full size.
 
+    Yields positions and preprocessed pixels of the readable images, and a line with name and error for each other.
     Raises `ValueError` when the source ends before `stop`.
     """
     contents = source.read(start, stop)
@@ -116,9 +114,10 @@ def read_batches(
 
 
 def encode_all(source: ImageSource, encoder: Encoder) -> Iterator[tuple[list[int], np.ndarray, "torch.Tensor"]]:  # noqa: F821
-    """Positions, features and pixels of all images, batch by batch, with a progress bar; tells of those that cannot be read.
+    """Yields positions, features and pixels of all readable images, batch by batch, with a progress bar.
 
-    Raises `ValueError` on features that are not finite, and when no image can be read.
+    Prints the name of each unreadable image. Raises `ValueError` on features that are not finite, and when no image can
+    be read.
     """
     from tqdm import tqdm
 
@@ -134,8 +133,8 @@ def encode_all(source: ImageSource, encoder: Encoder) -> Iterator[tuple[list[int
                 if not np.isfinite(features).all():
                     count = (~np.isfinite(features).all(-1)).sum()
                     raise ValueError(
-                        f"{count} of {features.shape[0] * features.shape[1]} features of images {positions[0]} to {positions[-1]} "
-                        "are not finite; check the encoder."
+                        f"{count} of {features.shape[0] * features.shape[1]} features of images {positions[0]} to "
+                        f"{positions[-1]} are not finite; check the encoder."
                     )
                 yield positions, features, pixels
             readable += len(positions)
@@ -144,76 +143,83 @@ def encode_all(source: ImageSource, encoder: Encoder) -> Iterator[tuple[list[int
         raise ValueError(f"None of the {len(source)} images can be read.")
 
 
-def extract_features(
-    source: ImageSource,
-    encoder: Encoder,
-    folder: Path,
-    todo: list[int],
-    images_per_shard: int,
-    batch_size: int,
-    patches_per_image: int | None,
-    preview_size: int,
-    max_unreadable: float,
-    seed: int,
-) -> None:
-    """Writes the shards `todo` of `images_per_shard` images each, `{folder}/00000.safetensors`; the encoder reads `batch_size` at a time.
+@dataclass(frozen=True)
+class Extraction:
+    """How images become shards of features.
 
-    A shard holds float16 `features` `(num_rows, dim)` and, with previews, uint8 `thumbnails` `(num_rows, side * side * 3)`; its
-    `00000.skipped.txt` names the images that could not be read. Raises `ValueError` when these are more than `max_unreadable` of all.
+    Attributes:
+        images_per_shard: images of each shard but the last.
+        batch_size: images that the encoder reads at a time.
+        patches_per_image: size of the seeded sample of the patches of each image; `None` keeps all.
+        preview_size: side of a thumbnail in pixels; 0 makes none.
+        max_unreadable: share of all images that may be unreadable.
+        seed: of the samples.
+    """
+
+    images_per_shard: int
+    batch_size: int
+    patches_per_image: int | None
+    preview_size: int
+    max_unreadable: float
+    seed: int
+
+
+def extract_features(
+    source: ImageSource, encoder: Encoder, folder: Path, todo: list[int], settings: Extraction
+) -> None:
+    """Writes the shards numbered `todo`, `{folder}/00000.safetensors` and so on.
+
+    A shard holds float16 `features` `(num_rows, dim)` and, with previews, uint8 `thumbnails`
+    `(num_rows, side * side * 3)`. Its `00000.skipped.txt` lists the unreadable images.
+    Raises `ValueError` when too many images are unreadable.
     """
     from tqdm import tqdm
 
-    spans = {shard: (shard * images_per_shard, min((shard + 1) * images_per_shard, len(source))) for shard in todo}
+    size = settings.images_per_shard
+    spans = {shard: (shard * size, min((shard + 1) * size, len(source))) for shard in todo}
     finished = [file for file in folder.glob("*.skipped.txt") if int(file.name.split(".")[0]) not in spans]
     num_skipped = sum(len(read_lines(file)) for file in finished)
     with tqdm(total=sum(stop - start for start, stop in spans.values()), unit="image", desc="features") as bar:
         for shard, (start, stop) in spans.items():
             rows, skipped = {"features": [], "thumbnails": []}, []
-            for positions, pixel_values, lines in read_batches(source, encoder, start, stop, batch_size):
+            for positions, pixel_values, lines in read_batches(source, encoder, start, stop, settings.batch_size):
                 skipped += lines
                 if positions:
-                    part = sample_rows(encoder, positions, pixel_values, patches_per_image, preview_size, seed)
-                    for name, array in part.items():
+                    for name, array in sample_rows(encoder, positions, pixel_values, settings).items():
                         rows[name].append(array)
                 bar.update(len(positions) + len(lines))
             num_skipped += len(skipped)
-            check_unreadable(num_skipped, len(source), max_unreadable, skipped)
+            check_unreadable(num_skipped, len(source), settings.max_unreadable, skipped)
             arrays = {name: np.concatenate(parts) for name, parts in rows.items() if parts}
             write_file(folder / f"{shard:05d}.skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
             write_arrays(shard_path(folder, shard), arrays)
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a list of unreadable images, one for each."""
+    """The lines of a list of unreadable images, one per image."""
     return file.read_text("utf-8").splitlines()
 
 
 def sample_rows(
-    encoder: Encoder,
-    positions: list[int],
-    pixel_values: list,
-    patches_per_image: int | None,
-    preview_size: int,
-    seed: int,
+    encoder: Encoder, positions: list[int], pixel_values: list, settings: Extraction
 ) -> dict[str, np.ndarray]:
-    """Float16 `features`, and `thumbnails`, of a seeded sample of the patches of each image, without those that are not finite."""
+    """Float16 `features`, and `thumbnails`, of a seeded sample of each image's patches; only finite rows are kept."""
     features, pixels = encoder(pixel_values)
-    chosen = np.stack(
-        [np.random.default_rng([seed, index]).permutation(features.shape[1])[:patches_per_image] for index in positions]
-    )
+    orders = [np.random.default_rng([settings.seed, index]).permutation(features.shape[1]) for index in positions]
+    chosen = np.stack(orders)[:, : settings.patches_per_image]  # (num_images, num_chosen)
     with np.errstate(over="ignore"):
         features = np.take_along_axis(features, chosen[..., None], 1).astype(np.float16).reshape(-1, encoder.dim)
     finite = np.isfinite(features).all(-1)
     rows = {"features": features[finite]}
-    if preview_size:
-        tiles = patch_thumbnails(pixels, encoder.patch_size, preview_size)
+    if settings.preview_size:
+        tiles = patch_thumbnails(pixels, encoder.patch_size, settings.preview_size)
         tiles = np.take_along_axis(tiles, chosen[..., None], 1).reshape(-1, tiles.shape[-1])
         rows["thumbnails"] = tiles[finite]
     return rows
 
 
 def patch_thumbnails(pixels, patch_size: int, side: int) -> np.ndarray:
-    """Patches of images in [0, 1] `(n, 3, height, width)` as thumbnails, uint8 `(n, num_patches, side * side * 3)`."""
+    """Shrinks the patches of images in [0, 1] `(n, 3, height, width)` to uint8 `(n, num_patches, side * side * 3)`."""
     import torch
 
     scaled = pixels
@@ -227,7 +233,7 @@ def patch_thumbnails(pixels, patch_size: int, side: int) -> np.ndarray:
 
 
 def check_unreadable(num_skipped: int, num_images: int, max_unreadable: float, skipped: list[str]) -> None:
-    """Raises `ValueError` when more than `max_unreadable` of all images are unreadable and `skipped` has some of them."""
+    """Raises `ValueError` when more than the share `max_unreadable` of all images is unreadable, some in `skipped`."""
     if skipped and num_skipped > max_unreadable * num_images:
         raise ValueError(
             f"{num_skipped} of {num_images} images cannot be read, more than the share of {max_unreadable:g} that "
@@ -240,32 +246,32 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes arrays with a checksum of each, see `check_arrays`."""
+    """Writes arrays with a checksum for each, which `check_arrays` compares."""
     from safetensors.numpy import save
 
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    # without arrays, safetensors writes a header with metadata that it cannot read
+    # For a file without arrays, safetensors writes metadata that it cannot read again.
     checksums = {name: str(zlib.crc32(array)) for name, array in arrays.items()} or None
     write_file(path, save(arrays, checksums))
 
 
 def check_arrays(path: Path) -> None:
-    """Raises `ValueError` unless a file holds what `write_arrays` wrote."""
+    """Raises `ValueError` unless a file holds exactly what `write_arrays` wrote."""
     with open_shard(path) as file:
         for name, checksum in (file.metadata() or {}).items():
             if str(zlib.crc32(file.get_tensor(name))) != checksum:
-                raise damaged(path, f"{name} has another checksum than it was written with")
+                raise damaged(path, f"{name} does not match its checksum")
 
 
 def damaged(path: Path, reason: str) -> ValueError:
-    """What to do about a damaged file of a build."""
+    """The error for a damaged file of a build; it says what to do."""
     work = next((folder for folder in path.parents if folder.name == "work"), None)
     again = "it" if work is None or path.parent.name in MADE_AGAIN else f"the folder {work}"
     return ValueError(f"{path} is damaged ({reason}); delete {again} and run the same command again.")
 
 
 def open_shard(path: Path):
-    """`safetensors.safe_open` of a file; raises `ValueError` when it is cut short."""
+    """`safetensors.safe_open` of a file. Raises `ValueError` when the file is truncated."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -280,7 +286,7 @@ def read_array(path: Path, name: str) -> np.ndarray:
 
 
 def gather_codes(paths: Iterable[Path], size: int, dim: int) -> np.ndarray:
-    """The `codes` of all files as one float32 array `(size, dim)`, which alone is held."""
+    """Reads the `codes` of all files into one float32 array `(size, dim)`, one file at a time."""
     codes, row = np.empty((size, dim), np.float32), 0
     for path in paths:
         part = read_array(path, "codes")
@@ -290,19 +296,19 @@ def gather_codes(paths: Iterable[Path], size: int, dim: int) -> np.ndarray:
 
 
 def count_rows(path: Path, name: str = "features") -> int:
-    """Rows of an array in a shard, 0 when the shard has none."""
+    """Number of rows of an array in a shard, 0 if the shard lacks it."""
     with open_shard(path) as shard:
         return shard.get_slice(name).get_shape()[0] if name in shard.keys() else 0
 
 
 def count_columns(path: Path, name: str = "features") -> int:
-    """Width of an array in a shard, 0 when the shard has none."""
+    """Width of an array in a shard, 0 if the shard lacks it."""
     with open_shard(path) as shard:
         return shard.get_slice(name).get_shape()[1] if name in shard.keys() else 0
 
 
 def read_rows(path: Path, name: str, start: int, stop: int) -> np.ndarray:
-    """Rows from `start` to `stop`, or to the end of the array."""
+    """Rows from `start` to `stop`, or to the end of the array if it is shorter."""
     with open_shard(path) as shard:
         rows = shard.get_slice(name)
         return rows[start : min(stop, rows.get_shape()[0])]

@@ -1,4 +1,4 @@
-"""The phases between features and codes: each writes files that are whole or absent, so that a killed build goes on where it was."""
+"""The phases between features and codes. Each writes its files whole or not at all, so that a killed build resumes."""
 
 from functools import partial
 from pathlib import Path
@@ -8,14 +8,16 @@ import numpy as np
 from .clustering import Backend, add_groups, cluster_cell, hash_rows, keep_distinct, round_to_bfloat16, to_float32
 from .features import count_columns, count_rows, open_shard, read_rows, shard_path, write_arrays
 
-ROWS = 65536  # rows of a shard held in float32 at a time
-CACHED_ROWS = 4096  # the same where several steps look at each row: they stay in a CPU's cache
-NEAR_CELLS = 4  # whose codes a Lloyd pass across the borders of the cells looks at; 8 gave the same distortion
+# Rows of a shard held in float32 at a time.
+ROWS = 65536
+# The same where several steps read each row: so many stay in the cache of a CPU.
+CACHED_ROWS = 4096
+# A Lloyd pass across cell borders compares a feature with the codes of this many cells; 8 gave the same distortion.
+NEAR_CELLS = 4
 
 
 def train_cells(
-    folder: Path,
-    num_shards: int,
+    paths: list[Path],
     num_cells: int,
     num_sampled: int,
     backend: Backend,
@@ -23,10 +25,13 @@ def train_cells(
     output: Path,
     num_iterations: int,
 ) -> None:
-    """Coarse k-means on a seeded sample of the features: `centroids`, float32 `(num_cells, dim)`, in `output`."""
+    """Coarse k-means on a seeded sample of the features in the shards `paths`.
+
+    Writes `centroids`, float32 `(num_cells, dim)`, to `output`. Raises `ValueError` when there are fewer features than
+    cells.
+    """
     from tqdm import tqdm
 
-    paths = [shard_path(folder, shard) for shard in range(num_shards)]
     total = sum(count_rows(path) for path in paths)
     if total < num_cells:
         raise ValueError(f"{total} features are too few for {num_cells} cells; add images or ask for fewer cells.")
@@ -37,7 +42,7 @@ def train_cells(
 
 
 def sample_features(paths: list[Path], num_sampled: int, seed: int) -> np.ndarray:
-    """A seeded sample of the features of all shards, float16 `(num_sampled, dim)`, in their order; all where there are fewer."""
+    """A seeded sample of the features of all shards, in their order, float16 `(num_sampled, dim)`; all if too few."""
     counts = np.array([count_rows(path) for path in paths])
     chosen = np.sort(np.random.default_rng(seed).choice(counts.sum(), min(counts.sum(), num_sampled), replace=False))
     ends = np.cumsum(counts)
@@ -52,9 +57,10 @@ def sample_features(paths: list[Path], num_sampled: int, seed: int) -> np.ndarra
 
 
 def sort_shard(features: Path, output: Path, centroids: np.ndarray, backend: Backend) -> None:
-    """A shard of features to one sorted by cell: its arrays, uint64 `hashes` of the rows as codes, and `offsets` `(num_cells + 1,)`.
+    """Sorts a shard of features by cell, and deletes it once the sorted one is written.
 
-    The shard of features is deleted once the sorted one is there.
+    The sorted shard has the same arrays, uint64 `hashes` of the rows rounded to codes, and int64 `offsets`
+    `(num_cells + 1,)`.
     """
     with open_shard(features) as shard:
         arrays = {name: shard.get_tensor(name) for name in shard.keys()}
@@ -66,9 +72,8 @@ def sort_shard(features: Path, output: Path, centroids: np.ndarray, backend: Bac
     if cells:
         cells = np.concatenate(cells)
         order = np.argsort(cells, kind="stable")
-        arrays = {
-            name: np.take(array, order, axis=0) for name, array in {**arrays, "hashes": np.concatenate(hashes)}.items()
-        }
+        arrays["hashes"] = np.concatenate(hashes)
+        arrays = {name: np.take(array, order, axis=0) for name, array in arrays.items()}
         counts = np.bincount(cells, minlength=len(centroids))
     else:
         counts = np.zeros(len(centroids), np.int64)
@@ -95,14 +100,14 @@ class CellReader:
         return int((self.offsets[:, cell + 1] - self.offsets[:, cell]).sum())
 
     def read(self, cell: int, name: str, block: int | None = None):
-        """Yields the rows of a cell, shard by shard and in blocks of at most `block`."""
+        """Yields the rows of a cell, shard by shard, in blocks of at most `block` rows."""
         for path, offsets in zip(self.paths, self.offsets):
             start, stop = int(offsets[cell]), int(offsets[cell + 1])
             for first in range(start, stop, block or max(1, stop - start)):
                 yield read_rows(path, name, first, min(stop, first + (block or stop)))
 
     def sample(self, cell: int, count: int, seed: int) -> np.ndarray:
-        """All features of a cell, or a seeded sample of `count`, float32."""
+        """All features of a cell, or a seeded sample of `count` of them, float32 `(num_rows, dim)`."""
         total = self.count(cell)
         keep = None
         if total > count:
@@ -116,7 +121,7 @@ class CellReader:
 
 
 def count_distinct(reader: CellReader, cell: int) -> int:
-    """Distinct features of a cell once rounded to bfloat16: as many codes as it can hold."""
+    """Number of distinct features of a cell, rounded to bfloat16: the most codes that it can hold."""
     return len(np.unique(np.concatenate([np.zeros(0, np.uint64), *reader.read(cell, "hashes")])))
 
 
@@ -130,9 +135,10 @@ def train_cell(
     forbidden: np.ndarray,
     num_iterations: int = 20,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
-    """Fine k-means inside one cell (Algorithm 1): float32 codes `(num_codes, dim)` and, if it is known, `assign_rows` of the cell.
+    """Fine k-means inside one cell (Algorithm 1), on at most `max_points` of its features.
 
-    `forbidden` are hashes of codes that it may not have, ascending. There are fewer codes when the cell has fewer distinct features.
+    `forbidden` are uint64 hashes, ascending, of codes that the cell may not have. Returns float32 codes
+    `(num_codes, dim)`, fewer if the cell has fewer distinct features; and `assign_rows` of the cell, `None` if unknown.
     """
     if num_codes == 0:
         return np.zeros((0, reader.width("features")), np.float32), None
@@ -141,7 +147,8 @@ def train_cell(
     if assigned and len(points) == reader.count(cell):
         return codes, assigned
     del points, assigned
-    for block in reader.read(cell, "features", ROWS):  # what a sample may lack, the whole cell may have
+    # The whole cell may hold distinct features that the sample lacks.
+    for block in reader.read(cell, "features", ROWS):
         if len(codes) == num_codes:
             break
         codes = keep_distinct(np.concatenate([codes, round_to_bfloat16(block)]), forbidden)[:num_codes]
@@ -159,10 +166,19 @@ def assign_rows(reader: CellReader, cell: int, codes: np.ndarray, backend: Backe
 def use_codes(
     reader: CellReader, cell: int, indices: np.ndarray, distances: np.ndarray, num_codes: int, summed: str | None
 ) -> dict[str, np.ndarray]:
-    """How the rows of a cell use codes, of which `indices` `(num_rows,)` are the nearest, at squared `distances`.
+    """Counts how the rows of a cell use its codes.
 
-    Returns int64 `counts` and float64 `distortions` (sums of squared distances), both `(num_codes,)`, and with `summed`, the name of
-    an array of the shards, float64 `sums` of its rows `(num_codes, width)`.
+    Args:
+        reader: the sorted shards.
+        cell: number of the cell.
+        indices: int64 `(num_rows,)`, the nearest code of each row.
+        distances: `(num_rows,)`, the squared distances to them.
+        num_codes: codes to count for.
+        summed: name of an array of the shards whose rows are added up, or `None`.
+
+    Returns:
+        Int64 `counts` and float64 `distortions` (sums of squared distances), both `(num_codes,)`; with `summed`, also
+        float64 `sums` `(num_codes, width)`.
     """
     output = {
         "counts": np.bincount(indices, minlength=num_codes),
@@ -177,7 +193,10 @@ def use_codes(
 
 
 def sum_features(reader: CellReader, cell: int, codes: np.ndarray, backend: Backend) -> dict[str, np.ndarray]:
-    """As `use_codes`, with the `sums` of the features, by the backend's faster products; the distortions are exact for what these find."""
+    """Like `use_codes`, with the `sums` of the features, by the backend's faster products.
+
+    The distortions are exact for the codes that these products find.
+    """
     center = codes.mean(0)
     shifted, counts = codes - center, np.zeros(len(codes), np.int64)
     squares, sums = np.zeros(len(codes)), np.zeros(codes.shape)
@@ -192,12 +211,15 @@ def sum_features(reader: CellReader, cell: int, codes: np.ndarray, backend: Back
 
 
 def average_previews(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mean thumbnails, uint8, from the sums of thumbnails; black for codes without any."""
+    """Mean thumbnails, uint8 `(num_codes, width)`, from sums of thumbnails; black for unused codes."""
     return np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8)
 
 
 def find_near_codes(centroids: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
-    """Of each cell the codes, int64 and ascending, of itself and of the cells nearest to it that have any, `NEAR_CELLS` in all."""
+    """For each cell the ids, int64 and ascending, of its own codes and those of the nearest cells that have any.
+
+    `centroids` are `(num_cells, dim)`, `shares` the codes per cell; `NEAR_CELLS` cells count in all.
+    """
     points = centroids.astype(np.float64) - centroids.mean(0)
     distances = np.square(points).sum(1) - 2 * points @ points.T
     distances[:, shares == 0] = np.inf
@@ -210,14 +232,14 @@ def find_near_codes(centroids: np.ndarray, shares: np.ndarray) -> list[np.ndarra
 def pass_over_cell(
     reader: CellReader, cell: int, codes: np.ndarray, ids: np.ndarray, backend: Backend, last: bool, side: int
 ) -> dict[str, np.ndarray]:
-    """What one Lloyd pass learns from the rows of one cell, which may use the codes `ids` of the whole codebook `codes`.
+    """One Lloyd pass over the rows of one cell, which may use the codes `ids` of the whole codebook `codes`.
 
-    Returns int64 `ids` of those in use, ascending, and their `counts`, `distortions` and, in float32, `sums`: of the features, in the
-    last pass of the thumbnails, if their `side` is not 0.
+    Returns int64 `ids` of the codes in use, ascending, with their `counts` and `distortions`, and float32 `sums`. The
+    sums are those of the features; in the last pass, of the thumbnails, unless their `side` is 0.
     """
     if last:
-        assigned = assign_rows(reader, cell, codes[ids], backend)
-        output = use_codes(reader, cell, *assigned, len(ids), "thumbnails" if side else None)
+        indices, distances = assign_rows(reader, cell, codes[ids], backend)
+        output = use_codes(reader, cell, indices, distances, len(ids), "thumbnails" if side else None)
     else:
         output = sum_features(reader, cell, codes[ids], backend)
     if "sums" in output:
@@ -227,9 +249,10 @@ def pass_over_cell(
 
 
 def average_sums(passes: list[Path], first: int, count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the rows at the codes from `first` on, over the files of one pass: float64 `(count, width)`, and how many rows each has.
+    """Means over the files of one pass, for the `count` codes from `first` on.
 
-    A code without rows has zeros. The files are added in their order, whoever does it.
+    Returns float64 means `(count, width)`, zeros for a code without rows, and the number of rows of each code. Files
+    are always added in the same order, so that every process gets the same means.
     """
     sums, counts = np.zeros((count, width)), np.zeros(count, np.int64)
     for path in passes:
@@ -243,7 +266,7 @@ def average_sums(passes: list[Path], first: int, count: int, width: int) -> tupl
 
 
 def settle(before: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Moved codes, changed in place: those that are not finite or that would fall on another code go back to where they were."""
+    """Moves codes back to `before` if they are not finite or would equal another code. Changes `codes` in place."""
     while True:
         hashes = hash_rows(codes)
         first = np.unique(hashes, return_index=True)[1]

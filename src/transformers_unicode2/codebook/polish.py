@@ -1,4 +1,4 @@
-"""Lloyd passes over all features, across the borders of the cells, after the k-means inside of them."""
+"""Lloyd passes over all features, across cell borders, after the k-means inside the cells."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 class Polish:
     r"""
-    Each pass goes from the nearest code in the cells around to the means of the features; the last one only counts.
+    Each pass finds the nearest code in the surrounding cells and moves the codes to the means of their features. The
+    last pass only counts.
 
-    All processes call `run`; each does its share of the cells.
+    All processes call `run`; each handles its share of the cells.
 
     Args:
-        build (`Build`): a build whose cells are trained.
+        build (`Build`): a build with trained cells.
         codes (`np.ndarray` of shape `(codebook_size, dim)`): float32, the codes to start from.
 
     Attributes:
-        codes: the polished codes, as above.
+        codes: the polished codes, with the same shape and dtype.
         distortions: sum of the squared distances before each pass, and after the last one.
-        passes: the files of the last pass, one for each cell.
+        passes: the files of the last pass, one per cell.
     """
 
     def __init__(self, build: "Build", codes: np.ndarray):
@@ -54,7 +55,7 @@ class Polish:
                     path.unlink(missing_ok=True)
 
     def move_codes(self) -> list[Path]:
-        """The means of the features of each code, in files of as many codes as memory holds."""
+        """Writes the mean feature of each code, in files of as many codes as fit the memory; returns the files."""
         size, dim = self.codes.shape
         block = max(1, self.memory // 4 // (16 * dim))
         moved = [self.passes[0].parent / f"moved-{first:08d}.safetensors" for first in range(0, size, block)]
@@ -69,7 +70,7 @@ class Polish:
         return moved
 
     def pass_over_cells(self, step: int, last: bool) -> list[Path]:
-        """This process's cells in one Lloyd pass; the files of all cells."""
+        """Runs one Lloyd pass over this process's cells; returns the files of all cells."""
         from tqdm import tqdm
 
         folder = self.work / f"polish-{step}"
@@ -85,14 +86,14 @@ class Polish:
         return passes
 
     def count_uses(self) -> np.ndarray:
-        """How many features each code is nearest to, int64 `(codebook_size,)`."""
+        """Number of features assigned to each code, int64 `(codebook_size,)`."""
         counts = np.zeros(len(self.codes), np.int64)
         for path in self.passes:
             counts[read_array(path, "ids")] += read_array(path, "counts")
         return counts
 
     def average_thumbnails(self) -> np.ndarray:
-        """Mean thumbnails of the rows of each polished code, uint8 `(codebook_size, side * side * 3)`."""
+        """Mean thumbnail of each polished code, uint8 `(codebook_size, side * side * 3)`."""
         width = 3 * self.preview_size**2
         block = max(1, self.memory // 4 // (16 * width))
         means = np.zeros((len(self.codes), width), np.uint8)
