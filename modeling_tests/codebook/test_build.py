@@ -583,4 +583,4 @@ def test_another_model_as_encoder_is_refused(place, monkeypatch, capsys, tmp_pat
         "--output",
         str(tmp_path / "o"),
     ]
-    assert "is a bert model; the encoder has to be" in refusal(monkeypatch, capsys, *arguments)
+    assert "is a bert model; the encoder must be" in refusal(monkeypatch, capsys, *arguments)
