@@ -88,6 +88,30 @@ def tiff(
     return mark + struct.pack(order + "IH", 8, len(tags)) + entries + b"\0\0\0\0" + data
 
 
+def tiff_of_channels(
+    values: np.ndarray, photometric: int, extra: int | None = None, in_planes: bool = False, sample_format: int = 1
+) -> bytes:
+    """A TIFF of 3 or more channels by hand, `(height, width, channels)`, one pixel after another or one plane."""
+    height, width, channels = values.shape
+    planes = [plane.tobytes() for plane in values.transpose(2, 0, 1)] if in_planes else [values.tobytes()]
+    tags = {
+        **{256: [width], 257: [height], 258: [values.itemsize * 8] * channels, 259: [1], 262: [photometric]},
+        **{273: [0] * len(planes), 277: [channels], 278: [height], 279: [len(plane) for plane in planes]},
+        **{284: [2 if in_planes else 1], 339: [sample_format] * channels},
+    }
+    if extra is not None:
+        tags[338] = [extra]
+    place = 8 + 2 + 12 * len(tags) + 4
+    end = place + sum(4 * len(numbers) for numbers in tags.values() if len(numbers) > 1)
+    tags[273] = [end + sum(map(len, planes[:number])) for number in range(len(planes))]
+    entries, lists = b"", b""
+    for tag, numbers in sorted(tags.items()):
+        is_list = len(numbers) > 1
+        entries += struct.pack("<HHII", tag, 4, len(numbers), place + len(lists) if is_list else numbers[0])
+        lists += struct.pack(f"<{len(numbers)}I", *numbers) if is_list else b""
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + b"\0" * 4 + lists + b"".join(planes)
+
+
 def pack(values: np.ndarray, bits: int) -> list[bytes]:
     """Rows of values of 1, 2, 4 or 12 bits, the first in the highest bits."""
     digits = (values[..., None].astype(int) >> np.arange(bits)[::-1]) & 1
@@ -212,6 +236,8 @@ def make_tiffs() -> dict[str, Picture]:
         "tiff lzw": (save(rgb, "TIFF", compression="tiff_lzw"), rgb, 0),
         "tiff alpha": (save(np.dstack([rgb, opacity]), "TIFF"), on_white(rgb, opacity), 1),
         "tiff turned": (save(rgb, "TIFF", tiffinfo=turn), TURNS[6](rgb), 0),
+        "tiff in planes": (tiff_of_channels(rgb, 2, in_planes=True), rgb, 0),
+        "tiff rgb 16 bits": (tiff_of_channels(rgb.astype("<u2") * 257, 2), rgb, 0),
         "tiff pages": (save(rgb, "TIFF", save_all=True, append_images=[Image.fromarray(255 - rgb)]), rgb, 0),
         "tiff cmyk": (save(image.convert("CMYK"), "TIFF"), rgb, 2),
         "tiff lab": (save(lab, "TIFF"), rgb, 24),  # of some colors it has none

@@ -2,24 +2,30 @@
 
 import io
 import os
+import pickle
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 import warnings
 from base64 import b64encode, encodebytes
+from copy import deepcopy
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pytest
 import torch
-from pictures import SIDE, colors, make_pictures, ramp, save, turned
+from pictures import SIDE, colors, make_pictures, ramp, save, tiff, tiff_of_channels, turned
 from PIL import EpsImagePlugin, Image, ImageFile
 from transformers import AutoImageProcessor, pipeline
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from transformers_unicode2 import UniCode2AnyToAnyPipeline, UniCode2FluxPipeline
-from transformers_unicode2.images_unicode2 import MAX_PIXELS, decode_image, load_image, to_rgb
+from transformers_unicode2 import UniCode2AnyToAnyPipeline, UniCode2FluxPipeline, UniCode2ImageProcessor
+from transformers_unicode2.images_unicode2 import MAX_PIXELS, decode_image, load_image, read_images, to_rgb
 
 PICTURES = make_pictures()
 ASK = "<|image_pad|>what is this?"
@@ -51,6 +57,27 @@ def server(folder):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture
+def slow_server():
+    """Address of a server that sends a byte every tenth of a second and never ends, in its header or in its body."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        in_header = b"/header" in connection.recv(4096)
+        try:
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + b"Content-Length: 1000\r\n\r\n" * (not in_header))
+            while True:
+                connection.sendall(b"X: 1\r\n" if in_header else b"X")
+                time.sleep(0.1)
+        except OSError:
+            connection.close()
+
+    threading.Thread(target=answer, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
 
 
 def chat(**part) -> list[dict]:
@@ -94,6 +121,11 @@ WAYS = {
     "base64": lambda file, content: b64encode(content).decode(),
     "base64 in lines": lambda file, content: encodebytes(content).decode(),
     "data URI": lambda file, content: f"data:image/png;base64,{b64encode(content).decode()}",
+    "data URI in capitals": lambda file, content: f"DATA:image/png;Base64,{b64encode(content).decode()}",
+    "data URI with a name": lambda file, content: f"data:image/png;name=a,b.png;base64,{b64encode(content).decode()}",
+    "data URI without base64": lambda file, content: f"data:image/png,{quote_from_bytes(content)}",
+    "address of a file": lambda file, content: file.as_uri(),
+    "address of a file on this machine": lambda file, content: file.as_uri().replace("file:///", "FILE://localhost/"),
 }
 
 
@@ -109,6 +141,156 @@ def test_the_processor_makes_the_same_pixels_of_addresses(processor, server, pix
     assert names(processor(images=images, return_tensors="pt")["pixel_values"] == pixels) == []
     with pytest.raises(ValueError, match="/missing cannot be fetched: .*404"):
         processor(images=f"{server}/missing", return_tensors="pt")
+
+
+def load(image: Image.Image) -> Image.Image:
+    image.load()
+    return image
+
+
+def row_of_a_data_set(file, content):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None}]})
+    return rows.cast_column("image", datasets.Image())[0]["image"]
+
+
+STATES = {
+    "loaded": lambda file, content: load(Image.open(io.BytesIO(content))),
+    "loaded from a path": lambda file, content: load(Image.open(file)),
+    "pickled": lambda file, content: pickle.loads(pickle.dumps(Image.open(io.BytesIO(content)))),
+    "pickled from a path": lambda file, content: pickle.loads(pickle.dumps(Image.open(file))),
+    "deep copy": lambda file, content: deepcopy(Image.open(io.BytesIO(content))),
+    "copy": lambda file, content: Image.open(io.BytesIO(content)).copy(),
+    "crop": lambda file, content: load(Image.open(io.BytesIO(content))).crop((0, 0, SIDE, SIDE)),
+    "row of a data set": row_of_a_data_set,
+}
+# What a copy does not know any more.
+LOST = (
+    "png 2 bits clear value",
+    "png 4 bits clear value",
+    "pgm 16 bits, dark",
+    "tiff 12",
+    "tiff 16",
+    "tiff 32",
+    "tiff fl",
+)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_pil_images_have_the_pixels_of_their_file_or_are_refused(state, folder):
+    refused = []
+    for number, (name, (content, _, _)) in enumerate(PICTURES.items()):
+        image = STATES[state](folder / f"{number:03d}", content)
+        try:
+            assert np.array_equal(load_image(image), decode_image(content)), name
+        except ValueError as error:
+            assert "it is a copy of a" in str(error) or "may be of 8 or of 16 bits" in str(error)
+            refused.append(name)
+    has_file = state.startswith("loaded") or state in ("pickled from a path", "row of a data set")
+    assert refused == [] if has_file else refused and all(name.startswith(LOST) for name in refused)
+
+
+def test_an_image_that_is_copied_by_a_data_set_is_read_alike():
+    """Which it does where EXIF data turn it."""
+    for name in ("jpeg turned 6", "png turned", "png 16 bits turned", "tiff turned"):
+        content = PICTURES[name][0]
+        assert np.array_equal(load_image(row_of_a_data_set(None, content)), decode_image(content)), name
+
+
+def test_the_way_up_that_is_set_in_memory_is_followed(photo):
+    for image in (
+        photo.copy(),
+        load(Image.open(io.BytesIO(save(photo, "PNG")))),
+        Image.open(io.BytesIO(save(photo, "TIFF"))),
+    ):
+        image.getexif()[0x112] = 6
+        assert np.array_equal(load_image(image), photo.transpose(Image.Transpose.ROTATE_270))
+
+
+def test_channels_in_planes_are_read_or_refused():
+    rng = np.random.default_rng(0)
+    for photometric, channels, extra in ((2, 3, None), (2, 4, 2), (5, 4, None), (8, 3, None), (2, 4, 1), (6, 3, None)):
+        for kind in ("u1", "<u2"):
+            values = rng.integers(0, 256, (16, 16, channels)).astype(kind)
+            content = tiff_of_channels(values, photometric, extra, in_planes=True)
+            try:
+                found = decode_image(content)
+            except ValueError as error:
+                assert kind == "<u2" or photometric in (6, 8) or extra == 1, error
+            else:
+                assert np.array_equal(found, decode_image(tiff_of_channels(values, photometric, extra)))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (tiff(ramp().astype("<f8"), 64, 3), "64 bits, floats"),
+        (tiff(ramp().astype("<f2"), 16, 3), "16 bits, floats"),
+        (tiff(ramp().astype(">u2"), 12), "12 bits, unsigned integers, byte order MM"),
+        (tiff_of_channels(colors().astype("<f4"), 2, sample_format=3), r"32 \+ 32 \+ 32 bits, floats"),
+        (tiff_of_channels(np.dstack([ramp(), ramp()]).astype("<u2"), 1, 2), r"16 \+ 16 bits, unsigned integers"),
+        (b"II*\0\x08\0\0", "damaged"),
+    ],
+)
+def test_tiffs_of_a_kind_that_pillow_does_not_know_are_named(content, kind):
+    with pytest.raises(ValueError, match=rf"it begins as TIFF does, but this one cannot be decoded \({kind}"):
+        decode_image(content)
+
+
+@pytest.mark.parametrize("part", ["header", "body"])
+def test_a_server_has_so_long_altogether(part, slow_server):
+    with pytest.raises(ValueError, match=f"/{part} cannot be fetched in 0.5 seconds"):
+        read_images(f"{slow_server}/{part}", timeout=0.5)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "float16"])
+def test_values_that_are_not_finite_are_counted(kind):
+    values = np.tile(np.linspace(0, 1, SIDE), (SIDE, 1)).astype(kind)
+    values[0, 0], values[3, 4] = np.nan, -np.inf
+    images = [values, torch.from_numpy(values), np.dstack([values] * 3)]
+    for image in images + ([Image.fromarray(values)] if kind == "float32" else []):
+        count = 6 if image is images[2] else 2
+        with pytest.raises(ValueError, match=f"image cannot be read: {count} of its .* values are not finite"):
+            load_image(image)
+
+
+@pytest.mark.parametrize("kind", ["u2", "i2", "u4", "i8", "f4", "f8", "f2"])
+def test_arrays_of_either_byte_order_are_read_alike(kind):
+    values = ramp() * 257 if kind == "u2" else ramp() / 255 if kind[0] == "f" else ramp()
+    values = (ramp().astype("u2") * 257) if kind == "u2" else values
+    little, big = values.astype("<" + kind), values.astype(">" + kind)
+    assert np.array_equal(load_image(little), load_image(big))
+    assert np.array_equal(np.asarray(load_image(big))[..., 0], ramp())
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rounding_errors_of_floats_are_clipped(kind):
+    past = torch.tensor([[0.0, -1e-7], [1.0, 1.0]], dtype=kind)
+    past[1, 1] = 1 + torch.finfo(kind).eps
+    right = np.repeat(np.array([[0, 0], [255, 255]], np.uint8)[..., None], 3, -1)
+    assert np.array_equal(load_image(past), right)
+    for wrong in (1.01, -0.01):
+        with pytest.raises(ValueError, match="have to be in"):
+            load_image(torch.full((2, 2), wrong, dtype=kind))
+    with pytest.raises(ValueError, match=r"run from 1.00200009 to 1.00200009"):
+        load_image(np.full((2, 2), 1.0020001, np.float32))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.empty(8, 8, 3, device="meta"),
+        torch.rand(8, 8, 3).to_sparse(),
+        torch.rand(8, 8).to_sparse_csr(),
+        torch.nested.nested_tensor([torch.rand(8, 8)]),
+    ],
+    ids=["meta", "sparse", "csr", "nested"],
+)
+def test_tensors_without_values_in_a_row_are_refused(tensor, processor):
+    with pytest.raises(ValueError, match="is no image; give a dense one"):
+        load_image(tensor)
+    with pytest.raises(ValueError, match="is no image; give a dense one"):
+        processor(images=tensor, return_tensors="pt")
 
 
 @pytest.mark.parametrize("way", ["image", "path", "url", "base64", "bytes", "image_url"])
@@ -151,6 +333,62 @@ def test_pipelines_in_half_precision_give_the_quantizer_the_same_pixels(
         else:
             half_pipeline(text=ASK, images=file if way == "file" else Image.open(io.BytesIO(content)))
     assert names(torch.cat(read) == pixels) == []
+
+
+@pytest.mark.parametrize("way", ["image", "file", "bytes"])
+def test_the_image_processor_alone_makes_the_same_pixels(way, tiny_checkpoint, processor, folder, pixels):
+    for image_processor in (AutoImageProcessor.from_pretrained(tiny_checkpoint), processor.image_processor):
+        images = [
+            {"image": Image.open(io.BytesIO(content)), "file": str(folder / f"{n:03d}"), "bytes": content}[way]
+            for n, (content, _, _) in enumerate(PICTURES.values())
+        ]
+        found = image_processor(images, return_tensors="pt").to(torch.bfloat16)["pixel_values"]
+        assert names(found == pixels) == []
+
+
+@pytest.fixture(scope="module")
+def quantizer_folder(tiny_model, tiny_checkpoint, tmp_path_factory):
+    """A quantizer that was saved alone, with its image processor."""
+    folder = tmp_path_factory.mktemp("quantizer")
+    tiny_model.get_quantizer().save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(tiny_checkpoint).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("image_processor", ["its own", "stock"])
+@pytest.mark.parametrize("way", ["image", "file"])
+def test_pipelines_of_a_quantizer_make_the_same_codes(
+    image_processor, way, quantizer_folder, tiny_model, folder, pixels
+):
+    options = {} if image_processor == "its own" else {"image_processor": stock_image_processor()}
+    pipe = pipeline(
+        "image-feature-extraction",
+        model=str(quantizer_folder),
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
+        **options,
+    )
+    images = [
+        str(folder / f"{n:03d}") if way == "file" else Image.open(io.BytesIO(content))
+        for n, (content, _, _) in enumerate(PICTURES.values())
+    ]
+    codes = torch.tensor(pipe(images)).flatten(1)
+    assert torch.equal(codes, tiny_model.get_quantizer().encode_images(pixels))
+
+
+def stock_image_processor() -> SiglipImageProcessorPil:
+    """That of unicode2-tiny as older checkpoints have it."""
+    return SiglipImageProcessorPil(size={"height": 64, "width": 64})
+
+
+def test_a_stock_image_processor_becomes_one_that_reads_alike(processor, tmp_path, pixels):
+    old = type(processor)(stock_image_processor(), processor.tokenizer, patch_size=8)
+    assert isinstance(old.image_processor, UniCode2ImageProcessor)
+    old.save_pretrained(tmp_path / "new")
+    new = AutoImageProcessor.from_pretrained(tmp_path / "new")
+    assert new.to_dict() == processor.image_processor.to_dict()
+    images = [content for content, _, _ in PICTURES.values()]
+    assert names(new(images, return_tensors="pt")["pixel_values"] == pixels) == []
 
 
 def test_flux_redraws_the_same_codes(tiny_checkpoint, tiny_model, folder, pixels):
@@ -291,7 +529,10 @@ def test_where_either_axis_may_be_the_channels_numpy_has_the_last_and_torch_the_
         ("data:image/png;base64,aGVsbG8=", "is no data URI of an image"),
         ("/tmp", "/tmp is a folder; give an image file"),
         ("a\nb", r"There is no image file a\\nb"),
-        (Image.fromarray(np.full((4, 4), np.inf, np.float32)), "PIL image cannot be read: 16 of its 16 values are not finite"),
+        ("file:///nowhere.png", "There is no image file /nowhere.png"),
+        ("file://elsewhere/tmp/x.png", "There is no image file elsewhere/tmp/x.png"),
+        ("data:image/png;base64,", "is no data URI of an image"),
+        (Image.fromarray(np.full((4, 4), np.inf, np.float32)), "PIL image cannot be read: 16 of its 16 values are not"),
     ],
 )
 def test_what_is_no_image_is_refused_in_a_sentence(image, message):
@@ -299,12 +540,45 @@ def test_what_is_no_image_is_refused_in_a_sentence(image, message):
         load_image(image)
 
 
-def test_options_that_read_images_would_make_wrong_are_refused(processor, photo):
-    for options in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
-        with pytest.raises(ValueError, match="`do_rescale` is False .*, but images are read as RGB of 8 bits"):
-            processor(images=photo, return_tensors="pt", **options)
+SETTINGS = {
+    "do_rescale": False,
+    "rescale_factor": 1.0,
+    "do_normalize": False,
+    "image_mean": [0.0, 0.0, 0.0],
+    "image_std": [1.0, 1.0, 1.0],
+    "do_resize": False,
+    "resample": 2,
+    "size": {"height": 32, "width": 32},
+    "do_center_crop": True,
+    "crop_size": {"height": 32, "width": 32},
+    "do_pad": True,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_would_give_other_codes_are_refused(name, processor, photo):
+    options = {name: SETTINGS[name]}
+    for wrong in (options, {"images_kwargs": options}):
+        with pytest.raises(ValueError, match=f"`{name}` .*leave (it|them)"):
+            processor(images=photo, return_tensors="pt", **wrong)
+    with pytest.raises(ValueError, match=f"`{name}` .*leave (it|them)"):
+        processor.image_processor(photo, return_tensors="pt", **options)
+
+
+def test_settings_that_the_image_processor_has_anyway_are_taken(processor, photo):
     plain = processor(images=photo, return_tensors="pt")["pixel_values"]
-    assert torch.equal(processor(images=photo, do_convert_rgb=False, return_tensors="pt")["pixel_values"], plain)
+    for same in ({"do_convert_rgb": False}, {"size": {"height": 64, "width": 64}}, {"image_mean": [0.5, 0.5, 0.5]}):
+        assert torch.equal(processor(images=photo, return_tensors="pt", **same)["pixel_values"], plain)
+    assert torch.equal(processor.image_processor(photo, do_rescale=None, return_tensors="pt")["pixel_values"], plain)
+
+
+@pytest.mark.parametrize("change", [{"do_rescale": False}, {"rescale_factor": 1.0}])
+def test_an_image_processor_that_does_not_rescale_is_refused(change, processor, photo):
+    changed = deepcopy(processor)
+    vars(changed.image_processor).update(change)
+    for call in (partial(changed, images=photo), partial(changed.image_processor, photo)):
+        with pytest.raises(ValueError, match="but images are read as RGB of 8 bits"):
+            call(return_tensors="pt")
 
 
 def test_images_that_are_too_large_are_refused_with_the_numbers(monkeypatch):
