@@ -226,8 +226,9 @@ def test_mapper_sees_the_order_of_tokens_and_calibrates_its_output():
         num_visual_tokens=16,
         num_layers=1,
         num_attention_heads=2,
-        output_scale=0.3, pooled_scale=2.0,
-    )  # fmt: skip
+        output_scale=0.3,
+        pooled_scale=2.0,
+    )
     embeds = 5 * torch.randn(2, 16, 16)
     output = mapper(embeds)
     assert output.prompt_embeds.shape == (2, 16, 24) and output.pooled_prompt_embeds.shape == (2, 8)
