@@ -84,7 +84,7 @@ def test_split_codes_of_two_regions_that_round_to_the_same_are_told_apart():
     codes = np.array([[0.0], [2.0]], np.float32)
     for seed in range(5):
         assert len(np.unique(split_codes(points, codes, 3, make_backend("torch"), seed)[0])) == 3
-    with pytest.raises(ValueError, match="distinct features for 1 of 2 new codes only"):
+    with pytest.raises(ValueError, match="distinct features for only 1 of 2 new codes"):
         split_codes(points, codes, 4, make_backend("torch"), seed=0)
 
 

@@ -1,10 +1,13 @@
-"""More codes for a codebook, where it is worst; the codes that it has keep their ids (the paper names this as future work).
+"""Adds codes to a codebook where it is worst. Existing codes keep their ids (named as future work in the paper).
 
-unicode2 codebook grow codebook --add 1000 --images new_images --output larger --model checkpoint --model-output larger_checkpoint
+    unicode2 codebook grow codebook --add 1000 --images new_images --output larger
+
+With `--model checkpoint --model-output larger_checkpoint` it also grows a checkpoint that holds the codebook.
 """
 
 import argparse
 import heapq
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,8 @@ from .images import ImageSource, fitting_pixels
 from .statistics import compute_probe_recall, compute_statistics
 from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
 
-CODEBOOK = ("codebook.*", "README.md")  # files of one
+# Globs of the files of a codebook.
+CODEBOOK = ("codebook.*", "README.md")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,15 +43,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("codebook", help="folder that `unicode2 codebook build` wrote")
     parser.add_argument("--add", type=at_least(1), required=True, help="number of codes to add")
     parser.add_argument("--images", required=True, help="images that the codebook should serve better")
-    parser.add_argument("--encoder", help="default: the encoder that it was built with")
-    parser.add_argument("--num-images", type=at_least(1), help="use the first N images only")
+    parser.add_argument("--encoder", help="default: the encoder that the codebook was built with")
+    parser.add_argument("--num-images", type=at_least(1), help="use only the first N images")
     parser.add_argument("--output", required=True, help="folder for the larger codebook")
-    parser.add_argument("--model", help="checkpoint with this codebook, to be grown with it")
+    parser.add_argument("--model", help="checkpoint that holds this codebook, to grow with it")
     parser.add_argument("--model-output", help="folder for the grown checkpoint")
     parser.add_argument("--backend", choices=("faiss", "torch"), default="torch", help="library for nearest codes")
-    parser.add_argument(
-        "--max-memory-gib", type=at_least(0.0), default=8.0, help="a sample of the features is used that fits"
-    )
+    parser.add_argument("--max-memory-gib", type=at_least(0.0), default=8.0, help="limits the sample of features")
     parser.add_argument("--seed", type=at_least(0), default=0)
     return parser
 
@@ -83,9 +85,9 @@ def grow(
     model: Record | None,
     finished: bool,
 ) -> dict:
-    """Writes the larger codebook, unless it is `finished`, and the checkpoint that `model` is the record of.
+    """Writes the larger codebook, unless it is `finished`, and the checkpoint of the record `model`.
 
-    Returns how much better the codebook serves images that it was not grown on.
+    Returns statistics before and after on images that were not used for growing.
     """
     backend = make_backend(args.backend, str(encoder.model.device))
     side = 0 if codebook.previews is None else codebook.previews.shape[1]
@@ -100,22 +102,25 @@ def grow(
     grown.probe_recall = compute_probe_recall(grown, held_out["features"])
     provenance["probe_recall_of"] = f"{len(held_out['features'])} features that it was not grown on"
     if model is not None:
-        with model.making() as has_model:
-            if not has_model:
-                with whole_folder(args.model_output) as target:
-                    grow_checkpoint(args.model, target, codebook, grown, parents[order])
+        write_checkpoint(model, args.model, codebook, grown, parents[order])
     if not finished:
         save_codebook(grown, args.output, {**provenance, "grown": [*provenance.get("grown", []), report]})
-    print(
-        f"{args.output}: {len(codes)} codes and {len(new)} more; on features of every fifth image, which were not used:"
-    )
+    print(f"{args.output}: {len(codes)} codes and {len(new)} more; on every fifth image, which was not used:")
     for name in ("distortion", "utilization", "perplexity"):
         print(f"  {name:<12} {report['before'][name]:.5g} -> {report['after'][name]:.5g}")
     return report
 
 
+def write_checkpoint(record: Record, source: str, before, after, parents: np.ndarray) -> None:
+    """Writes the grown checkpoint of a record, unless it is finished; see `grow_checkpoint`."""
+    with record.making() as finished:
+        if not finished:
+            with whole_folder(record.folder) as target:
+                grow_checkpoint(source, target, before, after, parents)
+
+
 def check_places(args: argparse.Namespace, codebook) -> None:
-    """Raises `ValueError` when something would be written over, or the checkpoint has another codebook."""
+    """Raises `ValueError` when an output would overwrite something, or the checkpoint holds another codebook."""
     if (args.model is None) != (args.model_output is None):
         raise ValueError("--model and --model-output belong together.")
     if (Path(args.output) / "codebook.json").exists() and read_record(args.output) is None:
@@ -128,11 +133,11 @@ def check_places(args: argparse.Namespace, codebook) -> None:
 
 
 def read_features(source: ImageSource, encoder: Encoder, side: int, memory: int, seed: int) -> tuple[dict, dict]:
-    """Features, and thumbnails, of the images to grow on, and features of every fifth readable image, to measure with.
+    """Features and thumbnails to grow on, and features of every fifth readable image to measure with.
 
-    Both are seeded samples of the patches, at most as many as fit a quarter of `memory` bytes; of so many images that not even one
-    patch of each fits, evenly many are read from everywhere. Raises `ValueError` on features that are not finite, and when fewer
-    than five images can be read.
+    Both are seeded samples of the patches that fit a quarter of `memory` bytes. If one patch per image is too much,
+    evenly spaced images are read. Raises `ValueError` on features that are not finite, and on fewer than five readable
+    images.
     """
     from tqdm import tqdm
 
@@ -144,11 +149,8 @@ def read_features(source: ImageSource, encoder: Encoder, side: int, memory: int,
     used = np.unique(np.linspace(0, len(source) - 1, min(len(source), room)).astype(int))
     patches = min(encoder.num_patches, room // len(used))
     rows, readable = ({"features": [], "thumbnails": []}, {"features": [], "thumbnails": []}), 0
-    if len(used) == len(source):
-        batches = read_batches(source, encoder, 0, len(source), batch_size=1)
-    else:
-        batches = (next(read_batches(source, encoder, index, index + 1)) for index in used.tolist())
-    for index, (positions, pixel_values, skipped) in zip(used.tolist(), tqdm(batches, total=len(used), unit="image")):
+    batches = tqdm(read_single(source, encoder, used.tolist()), total=len(used), unit="image")
+    for index, (positions, pixel_values, skipped) in zip(used.tolist(), batches):
         for line in skipped:
             tqdm.write(f"left out: {line.expandtabs(1)}")
         if not positions:
@@ -167,32 +169,40 @@ def read_features(source: ImageSource, encoder: Encoder, side: int, memory: int,
     return tuple({name: np.concatenate(parts) for name, parts in part.items() if parts} for part in rows)
 
 
+def read_single(source: ImageSource, encoder: Encoder, positions: list[int]) -> Iterator[tuple[list, list, list]]:
+    """`read_batches` with one image in each batch, for the images at the given positions."""
+    # Consecutive images are read in one go, which a stream needs.
+    if len(positions) == len(source):
+        yield from read_batches(source, encoder, 0, len(source), batch_size=1)
+        return
+    for position in positions:
+        yield from read_batches(source, encoder, position, position + 1)
+
+
 def split_codes(
     points: np.ndarray, codes: np.ndarray, num_new: int, backend: Backend, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """New codes inside the regions of the codes with the largest total distortion; the old ones stay where they are.
+    """New codes in the regions of the codes with the largest total distortion. Old codes do not move.
 
     Args:
-        points: float32 `(num_points, dim)`, features to serve.
+        points: float32 `(num_points, dim)`, features that the codes should serve.
         codes: float32 `(codebook_size, dim)`.
         num_new: codes to add.
         backend: finds the nearest codes.
         seed: of the starting points.
 
     Returns:
-        New codes, float32 `(num_new, dim)`, distinct, rounded to bfloat16, and the code that each was split from, int64 `(num_new,)`.
+        New codes, float32 `(num_new, dim)`, distinct and rounded to bfloat16, and their parents, int64 `(num_new,)`.
 
     Raises:
-        `ValueError`: when the points hold fewer distinct new codes.
+        `ValueError`: when the points hold too few distinct new codes.
     """
     indices, distances = backend.assign(backend.put(points), codes)
     order = np.argsort(indices, kind="stable")
     parents, starts = np.unique(indices[order], return_index=True)
     members = np.split(order, starts[1:])
-    known, hashes = np.sort(hash_rows(codes)), hash_rows(points)
-    fresh = ~contains(known, hashes)
-    pairs = np.unique(np.stack([indices[fresh].astype(np.uint64), hashes[fresh]]), axis=1)  # distinct in each region
-    room = np.bincount(pairs[0].astype(np.int64), minlength=len(codes))[parents]
+    known = np.sort(hash_rows(codes))
+    room = count_fresh(points, indices, known, len(codes))[parents]
     if room.sum() < num_new:
         raise ValueError(
             f"{room.sum()} distinct features are too few for {num_new} more codes; add images or ask for fewer."
@@ -200,22 +210,45 @@ def split_codes(
     shares = share_by_distortion(np.array([distances[m].sum(dtype=np.float64) for m in members]), room, num_new)
     new, seen = [], set()
     for i in np.flatnonzero(shares):
-        region, share, parent = points[members[i]], int(shares[i]), codes[parents[i]]
-        part = split_region(region, parent, share, known, np.random.default_rng([seed, parents[i]]))
-        if not seen.isdisjoint(hash_rows(part).tolist()):  # rounded to a new code of a region next to it
-            taken = np.sort(np.concatenate([known, np.fromiter(seen, np.uint64, len(seen))]))
-            part = split_region(region, parent, share, taken, np.random.default_rng([seed, parents[i]]))
-        if len(part) < share:
-            raise ValueError(
-                f"Code {parents[i]} has distinct features for {len(part)} of {share} new codes only; add images or ask for fewer."
-            )
+        part = split_apart(points[members[i]], codes, parents[i], int(shares[i]), known, seen, seed)
         seen.update(hash_rows(part).tolist())
         new.append(part)
     return np.concatenate(new), np.repeat(parents, shares)
 
 
+def count_fresh(points: np.ndarray, indices: np.ndarray, known: np.ndarray, num_codes: int) -> np.ndarray:
+    """Distinct points in the region of each code whose hash is not among `known`, int64 `(num_codes,)`."""
+    hashes = hash_rows(points)
+    fresh = ~contains(known, hashes)
+    pairs = np.unique(np.stack([indices[fresh].astype(np.uint64), hashes[fresh]]), axis=1)
+    return np.bincount(pairs[0].astype(np.int64), minlength=num_codes)
+
+
+def split_apart(
+    region: np.ndarray, codes: np.ndarray, parent: int, count: int, known: np.ndarray, seen: set[int], seed: int
+) -> np.ndarray:
+    """`split_region` of the code `parent`, with none of its new codes among the hashes `seen`.
+
+    Raises `ValueError` when the region holds too few distinct features.
+    """
+    part = split_region(region, codes[parent], count, known, np.random.default_rng([seed, parent]))
+    # Rounding can make a new code equal to one of a neighbouring region.
+    if not seen.isdisjoint(hash_rows(part).tolist()):
+        taken = np.sort(np.concatenate([known, np.fromiter(seen, np.uint64, len(seen))]))
+        part = split_region(region, codes[parent], count, taken, np.random.default_rng([seed, parent]))
+    if len(part) < count:
+        raise ValueError(
+            f"Code {parent} has distinct features for only {len(part)} of {count} new codes; "
+            "add images or ask for fewer."
+        )
+    return part
+
+
 def share_by_distortion(distortions: np.ndarray, room: np.ndarray, num_new: int) -> np.ndarray:
-    """New codes of each region, int64: one after the other goes where the distortion per code is largest and there is room."""
+    """New codes of each region, int64 `(num_regions,)`.
+
+    Each goes, in turn, to the region with the largest distortion per code that has room.
+    """
     shares = np.zeros(len(room), np.int64)
     heap = [(-distortion, i) for i, distortion in enumerate(distortions) if room[i]]
     heapq.heapify(heap)
@@ -235,7 +268,10 @@ def split_region(
     rng: np.random.Generator,
     num_iterations: int = 10,
 ) -> np.ndarray:
-    """Lloyd's algorithm on the points of one code with that code as a centroid that stays: the `count` others, as codes."""
+    """Lloyd's algorithm on the points of one code, which stays in place as a centroid.
+
+    Returns the `count` other centroids as codes, none of them among the hashes `known`; fewer if the points hold fewer.
+    """
     candidates = keep_distinct(round_to_bfloat16(points), known)
     count = min(count, len(candidates))
     far = rng.choice(len(candidates), count, replace=False, p=start_weights(candidates, parent, count))
@@ -251,7 +287,10 @@ def split_region(
 
 
 def start_weights(candidates: np.ndarray, parent: np.ndarray, count: int) -> np.ndarray | None:
-    """Chances in proportion to the squared distance from the parent, as k-means++ has them; even when too few are apart from it."""
+    """Probabilities in proportion to the squared distance from the parent, as in k-means++.
+
+    Returns `None`, for equal probabilities, when too few candidates differ from the parent.
+    """
     weights = np.square(candidates - parent).sum(1, dtype=np.float64)
     return weights / weights.sum() if (weights > 0).sum() >= count else None
 
@@ -261,7 +300,10 @@ def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 
 def append_codes(codebook, new: np.ndarray, parents: np.ndarray, previews: np.ndarray | None):
-    """A codebook with new cells at its end, one for each cell that a parent lies in, and the order of the new codes in it."""
+    """Appends the new codes in new cells, one for each cell that holds a parent.
+
+    Returns the larger codebook and the order of the new codes in it, int64 `(num_new,)`.
+    """
     offsets = codebook.cell_offsets.numpy()
     cells = np.searchsorted(offsets, parents, side="right") - 1
     order = np.argsort(cells, kind="stable")
@@ -277,7 +319,7 @@ def append_codes(codebook, new: np.ndarray, parents: np.ndarray, previews: np.nd
 
 
 def mean_previews(fit: dict, codes: np.ndarray, new: np.ndarray, backend: Backend) -> np.ndarray:
-    """Mean thumbnails of the features that are nearest to new codes, uint8 `(num_new, side, side, 3)`."""
+    """Mean thumbnails of the features nearest to each new code, uint8 `(num_new, side, side, 3)`."""
     indices = backend.assign(backend.put(fit["features"]), np.concatenate([codes, new]))[0] - len(codes)
     inside = indices >= 0
     sums = np.zeros((len(new), fit["thumbnails"].shape[1]))
