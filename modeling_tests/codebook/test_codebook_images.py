@@ -568,3 +568,37 @@ def test_tokenize_and_the_images_of_a_stage_read_tables_of_every_type(tmp_path, 
         pixels.append(data.pixel_collator(list(rows))["pixel_values"].numpy())
     assert all(code == codes[0] for code in codes) and codes[0][0] != codes[0][1]
     assert all(np.array_equal(values, pixels[0]) for values in pixels)
+
+
+def test_shards_of_several_types_are_one_data_set(tmp_path, tiny_checkpoint):
+    """Also with a shard without rows, an empty content beside a path, and types that `datasets` does not read."""
+    from transformers_unicode2.training import data
+    from transformers_unicode2.training import tokenize as command
+
+    fill(tmp_path / "d", "0.png", "1.png")
+    both = CELLS["struct"]
+    shards = [
+        ([{"bytes": picture(0), "path": None}, {"bytes": b"", "path": "1.png"}], both),
+        ([], both),
+        (["0.png", "1.png"], pa.string()),
+        ([picture(0), picture(1)], pa.binary_view()),
+    ]
+    for number, (values, kind) in enumerate(shards):
+        table = pa.table({"image": pa.array(values, kind), "caption": ["x"] * len(values)})
+        parquet.write_table(table, tmp_path / "d" / f"train-{number}.parquet")
+    words = ["--data", str(tmp_path / "d"), "--model", str(tiny_checkpoint), "--output", str(tmp_path / "t")]
+    command.main(command.make_parser().parse_args(words))
+    rows = data.load_images_with_codes(str(tmp_path / "d"), str(tmp_path / "t"))
+    assert [row["image"]["bytes"] for row in rows] == [picture(0), picture(1)] * 3
+    assert [row["codes"] for row in rows] == [rows[0]["codes"], rows[1]["codes"]] * 3
+    assert rows["row"][:] == list(range(6))
+
+
+def test_an_image_that_a_stage_cannot_read_has_a_row(tmp_path):
+    from transformers_unicode2.training import data
+
+    table = pa.table({"image": [picture(0), b"\xff\xd8 broken"]})
+    parquet.write_table(table, tmp_path / "train-0.parquet")
+    rows = data.load_images(str(tmp_path))
+    with pytest.raises(ValueError, match=r"Row 1 of the data: The file \(9 bytes\) cannot be read as an image"):
+        data.pixel_collator([rows[0], rows[1]])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from transformers_unicode2.training.sft import (
@@ -92,6 +93,17 @@ def first_loss(trainer) -> float:
 def test_what_would_be_ignored_is_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.9}, {"neftune_noise_alpha": 5.0}])
+def test_what_would_be_ignored_is_refused_in_arguments_of_any_trainer(model, processor, rows, tmp_path, options):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` is .* it is not followed"):
+        UniCode2SFTTrainer(model, arguments, train_dataset=rows, processing_class=processor.tokenizer)
+    with pytest.raises(ValueError, match="`compute_loss_func` is .* it is not followed"):
+        UniCode2SFTTrainer(
+            model, None, train_dataset=rows, processing_class=processor.tokenizer, compute_loss_func=len
+        )
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="activations can be moved off the accelerator")

@@ -95,6 +95,17 @@ class ImageTable:
         columns = [group.column(self.leaves.index(leaf)) for group in groups]
         return any(not column.is_stats_set or column.statistics.null_count != 0 for column in columns)
 
+    def has_empty_contents(self) -> bool:
+        """Whether a content of a parquet file is empty; reads all of them."""
+        from pyarrow import compute, types
+
+        for batch in self.open_parquet().iter_batches(BATCH, columns=["image"]):
+            column = batch["image"]
+            column = compute.struct_field(column, "bytes") if types.is_struct(column.type) else column
+            if compute.min(compute.binary_length(column)).as_py() == 0:
+                return True
+        return False
+
     def files(self) -> Iterator[str]:
         """The files that rows name, also of rows that hold a content, those that are there and inside the table's folder."""
         from pyarrow import compute, types

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ CONTENT = (
     ".model",
 )  # endings of the files of a checkpoint that its results depend on
 MOST = 5  # differences that are named
+# bytes of a block, and how many blocks of a file are read to tell whether it has changed
+BLOCK, NUM_BLOCKS = 2**16, 64
 NOT_CONTENT = (WORK, "lost+found")  # the latter lies in the root of a disk
 
 
@@ -136,8 +139,8 @@ class Record:
         for name in changed:
             if (self.folder / name).is_file():
                 raise ValueError(
-                    f"{self.folder / name} is not as it was written ({known['files'][name]} bytes then, "
-                    f"{(self.folder / name).stat().st_size} now); delete it and run the command again."
+                    f"{self.folder / name} is not as it was written ({known['files'][name]} then, "
+                    f"{summarize(self.folder / name)} now); delete it and run the command again."
                 )
         return not changed
 
@@ -159,7 +162,7 @@ class Record:
 
     def write(self, finished: bool) -> None:
         found = self.find_files(self.owns) if finished else []
-        files = {str(file.relative_to(self.folder)): file.stat().st_size for file in found}
+        files = {str(file.relative_to(self.folder)): summarize(file) for file in found}
         make_folders(self.file.parent, option=self.option)
         content = {"made_of": self.made_of, "finished": finished, "files": files}
         write_file(self.file, (json.dumps(content, indent=2) + "\n").encode())
@@ -186,11 +189,22 @@ def check_finished(folder: str | Path, part: str = "record") -> None:
         raise ValueError(f"{folder} is not finished; run `{command}` again there until it is.")
 
 
-def find_changed(folder: Path, files: dict[str, int]) -> list[str]:
-    """Names of the files of an output that are missing or have another size than noted, in bytes."""
-    return [
-        name for name, size in files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size
-    ]
+def find_changed(folder: Path, files: dict[str, str]) -> list[str]:
+    """Names of the files of an output that are missing or not as they were noted, see `summarize`."""
+    return [name for name, note in files.items() if not (folder / name).is_file() or summarize(folder / name) != note]
+
+
+def summarize(file: Path) -> str:
+    """Size and CRC-32 of a file; of a large one, of `NUM_BLOCKS` blocks spread over it, so that it costs little."""
+    size, checksum = file.stat().st_size, 0
+    starts = range(0, size, BLOCK)
+    if size > NUM_BLOCKS * BLOCK:
+        starts = [(size - BLOCK) * i // (NUM_BLOCKS - 1) for i in range(NUM_BLOCKS)]
+    with open(file, "rb") as content:
+        for start in starts:
+            content.seek(start)
+            checksum = zlib.crc32(content.read(BLOCK), checksum)
+    return f"{size} bytes with CRC-32 {checksum:08x}"
 
 
 def compare(before: dict, now: dict, growing: tuple[str, ...] = (), prefix: str = "") -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from ..processes import agree
@@ -152,7 +153,7 @@ class UniCode2SFTTrainer(WholeCheckpoints, SFTTrainer):
         """
 
 
-def check_options(model, args: SFTConfig | None, others: dict) -> None:
+def check_options(model, args: TrainingArguments | None, others: dict) -> None:
     """Raises `ValueError` on what is handed to a trainer and would be ignored: by the loss, or because data are
     tokenized already.
 
@@ -161,13 +162,13 @@ def check_options(model, args: SFTConfig | None, others: dict) -> None:
         args: training arguments.
         others: further arguments of `SFTTrainer`.
     """
-    if not isinstance(args, SFTConfig):
-        return
-    given = {name: getattr(args, name) for name in UNFOLLOWED if getattr(args, name) != UNFOLLOWED[name][0]}
-    given |= {name: others[name] for name in ("compute_loss_func",) if others.get(name) is not None}
-    for name, value in given.items():
-        reason = UNFOLLOWED[name][1] if name in UNFOLLOWED else "the loss is the model's own"
-        raise ValueError(f"`{name}` is {value}; it is not followed, since {reason}.")
+    loss = others.get("compute_loss_func")
+    if loss is not None:
+        raise ValueError(f"`compute_loss_func` is {loss}; it is not followed, since the loss is the model's own.")
+    args = as_sft_config(args)
+    for name, (default, reason) in UNFOLLOWED.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"`{name}` is {getattr(args, name)}; it is not followed, since {reason}.")
     if args.activation_offloading and not torch.accelerator.is_available():
         raise ValueError("`activation_offloading` is true; it moves activations off an accelerator, and there is none.")
     if not isinstance(model, str) and (args.model_init_kwargs or others.get("quantization_config")):
@@ -176,6 +177,19 @@ def check_options(model, args: SFTConfig | None, others: dict) -> None:
         )
     datasets = {"train": others.get("train_dataset"), "eval": others.get("eval_dataset")}
     check_datasets(datasets, args, others.get("formatting_func"))
+
+
+def as_sft_config(args: TrainingArguments | None) -> SFTConfig:
+    """The training arguments that `SFTTrainer` makes of others, or of none."""
+    if isinstance(args, SFTConfig):
+        return args
+    if args is None:
+        return SFTConfig("trainer_output")
+    settings = args.to_dict()
+    # `to_dict` hides the tokens
+    settings |= {"hub_token": args.hub_token}
+    settings.pop("push_to_hub_token", None)
+    return SFTConfig(**settings)
 
 
 def check_datasets(datasets: dict, args: SFTConfig, formatting_func) -> None:

@@ -212,6 +212,8 @@ class Stage:
         """
         last = find_last_checkpoint(self.folder)
         for checkpoint in list_checkpoints(self.folder):
+            if not (checkpoint / WORK).is_dir() and any(checkpoint.iterdir()):
+                raise ValueError(f"{checkpoint} was not written by this stage; move it out of {self.folder}.")
             if not is_whole(checkpoint):
                 print(f"{checkpoint} is not whole; it is removed, and the stage resumes from {last or 'the start'}.")
                 remove(checkpoint)
