@@ -13,7 +13,7 @@ from textwrap import shorten, wrap
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .cli import at_least
-from .files import whole_file
+from .files import whole_folder
 from .processing_unicode2 import load_image
 from .record import held
 
@@ -90,10 +90,9 @@ def main(args: argparse.Namespace) -> None:
         codes = mosaic(pipe, redrawn.visual_token_ids)
         rows.append(Row([image, codes, redrawn.images[0], drawn.images[0]], question, reply, prompt))
     pictures = {f"drawing-{i}.png": row.pictures[3] for i, row in enumerate(rows, 1)}
-    with held(output):
+    with held(output), whole_folder(output, last=("contact-sheet.png",)) as folder:
         for name, picture in {**pictures, "contact-sheet.png": contact_sheet(rows)}.items():
-            with whole_file(output / name) as file:
-                picture.save(file, "PNG")
+            picture.save(folder / name, "PNG")
     print(f"wrote {output / 'contact-sheet.png'}")
 
 
