@@ -62,6 +62,13 @@ def test_wrong_tasks_are_refused(task, message):
         read_tasks({"x": task}, ["caption", "image"])
 
 
+def test_a_usual_task_needs_a_share_alone():
+    task = read_tasks({"caption": 0.25}, ["image", "caption", "caption_prompt"])[0]
+    given = {"image": "<image>", "caption_prompt": "what?"}
+    chat = build_chat({"caption": "a dog"}, 0, task, given)
+    assert task.share == 0.25 and [turn["content"] for turn in chat] == ["<image>what?", "a dog"]
+
+
 def test_row_and_place_of_a_task_decide_who_takes_part(processor):
     """The shares are met, the same rows take part again, and tasks choose their rows apart."""
     from datasets import Dataset

@@ -7,7 +7,8 @@ A task is a question and its answer, as templates:
 
 `{image}` stands for the image, `{caption_prompt}` for the question that captions answer, any other name for a column.
 A column of lists makes one turn of each item; the image is in the first turn alone. A list of templates takes turns,
-row by row. `share` is the share of the rows that take part, by default all.
+row by row. `share` is the share of the rows that take part, by default all. The tasks of `USUAL` may be given by their
+share alone, as `caption: 0.4`.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,13 @@ from dataclasses import dataclass
 from string import Formatter
 
 import numpy as np
+
+# tasks that many data sets have the columns for
+USUAL = {
+    "caption": {"user": "{image}{caption_prompt}", "assistant": "{caption}"},
+    "text_to_image": {"user": "{caption}", "assistant": "{image}"},
+    "questions": {"user": "{image}{questions}", "assistant": "{answers}"},
+}
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,17 @@ def find_names(*templates: str) -> set[str]:
     return {name for _, name, _, _ in parts if name is not None}
 
 
-def read_tasks(tasks: dict[str, dict], names: list[str]) -> list[Task]:
+def read_tasks(tasks: dict[str, dict | float], names: list[str]) -> list[Task]:
     """The tasks of a recipe, whose templates may ask for `names`. Raises `ValueError` when one is not as it must be."""
     read = []
     for name, fields in tasks.items():
+        if name in USUAL and isinstance(fields, int | float):
+            fields = {**USUAL[name], "share": fields}
         if not isinstance(fields, dict) or not {"user", "assistant"} <= set(fields) <= {"user", "assistant", "share"}:
-            raise ValueError(f"The task `{name}` is {fields}; it needs `user` and `assistant`, and may have a `share`.")
+            raise ValueError(
+                f"The task `{name}` is {fields}; it needs `user` and `assistant`, and may have a `share`. "
+                f"A share alone is enough for {', '.join(USUAL)}."
+            )
         read.append(Task(**fields))
         if not 0 <= read[-1].share <= 1:
             raise ValueError(f"The share of the task `{name}` is {read[-1].share:g}; it must be in [0, 1].")
@@ -138,7 +151,7 @@ def takes_part(index: int, number: int, share: float) -> bool:
 
 def build_examples(
     rows,
-    tasks: dict[str, dict],
+    tasks: dict[str, dict | float],
     processor,
     visual_token_offset: int,
     caption_prompt: str | None = None,

@@ -11,6 +11,9 @@ from datasets import config
 from ..files import explained
 from ..image_tables import ImageTable, read_cell
 from ..images_unicode2 import decode_image
+
+# the command was here, and scripts still call it here
+from .tokenize import main, make_parser  # noqa: F401
 from .tokens import find_tables, hash_table
 
 # rows that are held at a time
