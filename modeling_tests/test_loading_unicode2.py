@@ -247,7 +247,7 @@ def edit_json(folder, edit):
             lambda d: d["config"].update(codebook_size=2**31 - 1),
             r"F32 \(96, 16\); codebook.json makes it F32 \(2147483647",
         ),
-        (lambda d: d["config"].update(preview_size=0), "also holds previews, unlike codebook.json says"),
+        (lambda d: d["config"].update(preview_size=0), "also holds previews, which contradicts codebook.json"),
         (lambda d: d["config"].update(codes_sha256="1" * 64), "The codes in .* are not those"),
     ],
 )

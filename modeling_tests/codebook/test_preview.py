@@ -12,7 +12,7 @@ def test_preview_makes_thumbnails_and_a_picture(drawn, run, tmp_path, capsys):
     assert load_codebook(tmp_path / "plain").previews is None
     with pytest.raises(SystemExit):
         run("codebook", "preview", tmp_path / "plain")
-    assert "has no thumbnails; say --images" in capsys.readouterr().err
+    assert "has no thumbnails; give --images" in capsys.readouterr().err
     run("codebook", "preview", tmp_path / "plain", "--images", drawn / "images")
     made, built = load_codebook(tmp_path / "plain").previews, load_codebook(drawn / "codebook").previews
     assert (made.int() - built.int()).abs().float().mean() < 4  # built: nearest within the cell; made: of all codes

@@ -92,7 +92,7 @@ def test_a_codebook_that_names_no_encoder_asks_for_one(drawn, run, tmp_path, cap
     words = ["codebook", "report", tmp_path / "codebook", "--images", drawn / "dark"]
     with pytest.raises(SystemExit):
         run(*words)
-    assert "does not name the encoder of the codebook; say --encoder." in capsys.readouterr().err
+    assert "does not name the encoder of the codebook; give --encoder." in capsys.readouterr().err
 
 
 def test_an_encoder_that_is_another_or_that_gives_nan_is_refused(drawn, run, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Where the images of a codebook come from: one sequence of images, whatever they lie in."""
+"""The images of a codebook as one sequence, whatever files they are stored in."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from ..images_unicode2 import MAX_PIXELS, decode_image, one_line
 from .names import IMAGE_SUFFIXES, LeftOut, expand, is_hidden, once, walk
 from .tars import check_tar, index_tar
 
-# Resident memory of one pixel, at most, while an image is decoded and resized: a JPEG 2000 with transparency takes 29.3.
+# Most resident memory per pixel while an image is decoded and resized. A JPEG 2000 with transparency takes 29.3 bytes.
 PIXEL_BYTES = 30
 COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|z|lzma))$")
 
@@ -24,16 +24,16 @@ class ImageSource:
     Images in a fixed order, read one after the other from any position.
 
     Args:
-        path (`str`): a folder, a file or a glob (`**` goes through folders) of image files; of parquet or arrow files, with an `image`
-            column; or of WebDataset tars. What else a folder or tar holds, and what is hidden, is counted in `left_out`. With
-            `streaming`, a data set that `datasets.load_dataset` knows by this name.
-        limit (`int`, *optional*): use the first so many images only. Required by `streaming`.
-        streaming (`bool`, *optional*, defaults to `False`): read a data set from its start on, without a copy on disk.
-        max_pixels (`int`, *optional*, defaults to `MAX_PIXELS`): larger images are unreadable; see `PIXEL_BYTES`.
+        path (`str`): a folder, a file or a glob (`**` crosses folders) of image files; of parquet or arrow files with
+            an `image` column; or of WebDataset tars. Other and hidden files are counted in `left_out`. With
+            `streaming`, the name of a data set for `datasets.load_dataset`.
+        limit (`int`, *optional*): use only the first N images. Required by `streaming`.
+        streaming (`bool`, *optional*, defaults to `False`): read a data set in order, without a copy on disk.
+        max_pixels (`int`, *optional*, defaults to `MAX_PIXELS`): larger images count as unreadable; see `PIXEL_BYTES`.
 
     Raises:
-        `FileNotFoundError`: no images. `ValueError`: kinds that are mixed, a tar or table that is damaged, cut short or compressed, a
-            column of no images, a stream without `limit`, a `limit` below 1.
+        `FileNotFoundError`: no images. `ValueError`: mixed kinds of files; a damaged, truncated or compressed tar or
+            table; a column without images; a stream without `limit`; a `limit` below 1.
     """
 
     def __init__(self, path: str, limit: int | None = None, streaming: bool = False, max_pixels: int = MAX_PIXELS):
@@ -42,7 +42,7 @@ class ImageSource:
             raise ValueError(f"--num-images is {limit}; it must be at least 1.")
         if streaming:
             if limit is None:
-                raise ValueError(f"The length of the stream {path} is unknown; say --num-images.")
+                raise ValueError(f"The length of the stream {path} is unknown; give --num-images.")
             self.files, self.kind, self.items, self.left_out = [], "stream", range(limit), LeftOut()
             self.stream = Stream(path)
             self.check_stream()
@@ -51,19 +51,19 @@ class ImageSource:
             self.items = self.index()
         self.length = len(self.items) if limit is None else min(limit, len(self.items))
         if self.length == 0:
+            left_out = f" ({self.left_out.sentence()})" if self.left_out else ""
             raise FileNotFoundError(
-                f"No images in {one_line(path)}: its {len(self.files)} {self.kind} files hold none."
-                + (f" ({self.left_out.sentence()})" if self.left_out else "")
+                f"No images in {one_line(path)}: its {len(self.files)} {self.kind} files hold none.{left_out}"
             )
 
     def check_stream(self) -> None:
-        """Raises `ValueError` on a local tar that is damaged, where `datasets` ends without a word."""
+        """Raises `ValueError` on a damaged local tar. `datasets` would silently stop there."""
         for file in map(Path, self.stream.list_files()):
             if file.suffix.lower() == ".tar" and file.is_file():
                 check_tar(file)
 
     def index(self) -> "list | Rows":
-        """Where each image is."""
+        """The place of each image."""
         if self.kind == "image":
             return self.files
         if self.kind == "tar":
@@ -74,10 +74,10 @@ class ImageSource:
         return self.length
 
     def listing(self, root: str = "") -> list[str]:
-        """Path, from the folder `root` on, size in bytes and time of change in nanoseconds of every file, also of those that tables name,
-        and the number of images.
+        """One line per file, including those that tables name: path relative to `root`, size in bytes, mtime in ns.
 
-        Of a stream its name, and its files with what tells their versions: a commit of the Hub, an ETag or a time of change.
+        The last line is the number of images. A stream lists its name, its files and their versions: a Hub commit, an
+        ETag or a modification time.
         """
         if self.streaming:
             files = self.stream.list_files()
@@ -89,12 +89,12 @@ class ImageSource:
         return [f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}" for name, stat in stats] + [str(len(self))]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the listing, with paths from the folder of all files on, so that the folder may be named in any way."""
+        """SHA-256 of the listing. Paths are relative to the common folder, whose own name does not matter."""
         root = "" if self.streaming else os.path.commonpath([file.resolve().parent for file in self.files]) + os.sep
         return hashlib.sha256("\n".join(self.listing(root)).encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes | ValueError]]:
-        """Name and file content of the images from `start` to `stop`; instead of the content why it cannot be read."""
+        """Yields name and file content of the images from `start` to `stop`, or the error in place of the content."""
         if self.streaming:
             yield from self.stream.read(start, stop)
         elif self.kind == "image":
@@ -105,19 +105,19 @@ class ImageSource:
             yield from self.items.read(start, min(stop, len(self)))
 
     def decode(self, content: bytes | ValueError) -> Image.Image:
-        """What `read` gave, as RGB. Raises `ValueError` when it cannot be read, or could not."""
+        """Decodes what `read` yielded to RGB. Raises `ValueError` when the image could not be read or decoded."""
         if isinstance(content, ValueError):
             raise content
         return decode_image(content, self.max_pixels)
 
 
 def fitting_pixels(memory: int) -> int:
-    """The largest images that are read within a budget in bytes, of which a third is for the one that is being read."""
+    """The most pixels an image may have within a memory budget in bytes; a third of it is for the current image."""
     return min(MAX_PIXELS, memory // 3 // PIXEL_BYTES)
 
 
 def find_files(path: str) -> tuple[list[Path], str, LeftOut]:
-    """The files behind a folder, a file or a glob, sorted, their kind: images, parquet, arrow or tar, and what is left out."""
+    """Sorted files of a folder, a file or a glob, their kind (image, parquet, arrow or tar), and what is left out."""
     found, left_out = {"parquet": [], "arrow": [], "tar": [], "image": []}, LeftOut()
     compressed = []
     for file, name in list_files(path):
@@ -131,15 +131,16 @@ def find_files(path: str) -> tuple[list[Path], str, LeftOut]:
         elif COMPRESSED_TAR.search(file.name.lower()) and not is_hidden(name):
             compressed.append(file)
     kinds = [kind for kind, files in found.items() if files]
-    # Beside images it is something else, beside tars it is a part of the data.
+    # Next to tars, a compressed file is part of the data. Next to images it is something else.
     if compressed and kinds in ([], ["tar"]):
         raise ValueError(
-            f"{one_line(str(compressed[0]))} is compressed; images are read from any position, so unpack it to a plain .tar."
+            f"{one_line(str(compressed[0]))} is compressed; images are read from any position, "
+            "so unpack it to a plain .tar."
         )
     if not kinds:
+        suffixes, others = ", ".join(sorted(IMAGE_SUFFIXES)), f" ({left_out.sentence()})" if left_out else ""
         raise FileNotFoundError(
-            f"No images in {one_line(path)}: it holds neither parquet, arrow or tar files nor {', '.join(sorted(IMAGE_SUFFIXES))} "
-            f"files{f' ({left_out.sentence()})' if left_out else ''}."
+            f"No images in {one_line(path)}: it holds neither parquet, arrow or tar files nor {suffixes} files{others}."
         )
     if len(kinds) > 1:
         counts = " and ".join(f"{len(found[kind])} {kind}" for kind in kinds)
@@ -150,7 +151,10 @@ def find_files(path: str) -> tuple[list[Path], str, LeftOut]:
 
 
 def list_files(path: str) -> list[tuple[Path, str]]:
-    """All files behind a folder, a file or a glob, with the name that tells whether one is hidden: not where it was asked for."""
+    """All files of a folder, a file or a glob, each with the name that decides whether it is hidden.
+
+    A file that was asked for is never hidden.
+    """
     place = Path(path)
     if place.is_dir():
         return once([(file, str(file.relative_to(place))) for file in walk(place)])
@@ -192,7 +196,7 @@ def read_file(file: Path) -> bytes:
 
 
 def attempt(read: Callable, *arguments) -> bytes | ValueError:
-    """What a function reads, or why it cannot."""
+    """Returns what a function reads, or the `ValueError` that it raises."""
     try:
         return read(*arguments)
     except ValueError as error:
@@ -208,13 +212,13 @@ def read_tars(items: list[tuple[Path, str, int, int]]) -> Iterator[tuple[str, by
 
 
 class Stream:
-    """A data set of `datasets.load_dataset` in its order; to read on from where the last reading ended costs nothing more."""
+    """A data set of `datasets.load_dataset` in its order. Reading on from the last position costs nothing extra."""
 
     def __init__(self, name: str):
         self.name, self.rows, self.position = name, None, 0
 
     def list_files(self):
-        """Paths or addresses of the files of the split that is read, as `datasets` has them, with their versions."""
+        """Paths or URLs of the files of the split, in the form of `datasets`, with their versions."""
         from datasets import load_dataset_builder
 
         files = load_dataset_builder(self.name).config.data_files
@@ -233,33 +237,38 @@ class Stream:
                 yield f"row {self.position - 1}", attempt(read_cell, self.find_image(row), folder)
 
     def find_image(self, row: dict):
-        """What the only image column of a row that holds anything holds. Raises `ValueError` when there is no such column, or several."""
+        """The value of the one image column of a row that is not empty; `None` if all are.
+
+        Raises `ValueError` when there is no image column, or when several hold something.
+        """
         columns = ["image"] if "image" in row else [name for name in row if f".{name.split('.')[-1]}" in IMAGE_SUFFIXES]
         if not columns:
             raise ValueError(f"{self.name} has the columns {', '.join(row)}, none of them image, jpg, png or the like.")
         held = [name for name in columns if row[name] is not None]
         if len(held) > 1:
             raise ValueError(
-                f"{self.name} has several images in row {self.position - 1}, {' and '.join(held)}; without --streaming each is read."
+                f"{self.name} has several images in row {self.position - 1}, {' and '.join(held)}; "
+                "without --streaming each is read."
             )
         return row[held[0]] if held else None
 
 
 def open_stream(name: str):
-    """The images of a data set, undecoded, to be iterated over."""
+    """The rows of a data set, with undecoded images, as an iterable."""
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
     splits = load_dataset(name, streaming=True)
     rows = splits[choose_split(name, splits)]
-    for column, feature in (rows.features or {}).items():  # a table without a schema of its own is not decoded
+    # Without a schema, nothing is decoded anyway.
+    for column, feature in (rows.features or {}).items():
         if isinstance(feature, ImageFeature):
             rows = rows.cast_column(column, ImageFeature(decode=False))
     return rows
 
 
 def choose_split(name: str, splits: dict) -> str:
-    """`train`, or the only split that there is; raises `ValueError` otherwise."""
+    """`train`, or the only split. Raises `ValueError` otherwise."""
     if "train" in splits or len(splits) == 1:
         return "train" if "train" in splits else next(iter(splits))
     raise ValueError(f"{name} has the splits {', '.join(map(str, splits))}, none of them named train.")

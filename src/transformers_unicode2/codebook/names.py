@@ -1,4 +1,4 @@
-"""Which files are images, and what is left out, in a sentence."""
+"""Finds image files, and says in a sentence what is left out."""
 
 import fnmatch
 import glob
@@ -15,10 +15,10 @@ READ_SUFFIXES = IMAGE_SUFFIXES | {".parquet", ".arrow", ".tar"}
 
 
 class LeftOut(Counter):
-    """How many files of which kind are left out."""
+    """Number of left-out files of each kind."""
 
     def keeps(self, name: str) -> bool:
-        """Whether a path, from the folder of all on, is that of an image; counts it if not."""
+        """Whether a path, relative to the folder of all files, is an image; counts it if not."""
         if is_hidden(name):
             self["hidden file"] += 1
         elif not self.is_image(name):
@@ -30,22 +30,22 @@ class LeftOut(Counter):
         return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
 
     def sentence(self) -> str:
-        """`left out: 3 hidden files, 2 .txt`, or nothing."""
+        """For example `left out: 3 hidden files, 2 .txt`; empty if nothing is left out."""
         plural = {"hidden file": "hidden files", "broken link": "broken links", "repeated link": "repeated links"}
         counts = [f"{count} {plural.get(kind, kind) if count > 1 else kind}" for kind, count in self.items()]
         return f"left out: {', '.join(counts)}" if counts else ""
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a path, from the folder of all on, has a part that begins with a dot."""
+    """Whether a path, relative to the folder of all files, has a part that begins with a dot."""
     return any(part.startswith(".") and part not in (".", "..") for part in PurePosixPath(name).parts)
 
 
 def walk(folder: Path) -> list[Path]:
-    """All files in a folder and in those that links in it lead to, each folder once, sorted.
+    """All files in a folder and in the folders that its links lead to, sorted. Each folder is visited once.
 
-    Of several names of a folder a visible one counts, and one without links before others. Raises `OSError` when a folder
-    cannot be read.
+    If a folder has several names, a visible one wins, then one without links. Raises `OSError` when a folder cannot be
+    read.
     """
 
     def fail(error: OSError):
@@ -71,7 +71,7 @@ def walk(folder: Path) -> list[Path]:
 
 
 def expand(pattern: str) -> list[Path]:
-    """Files that a glob finds. Behind `**` folders are visited by `walk`, as `glob` follows links in a circle."""
+    """Files that match a glob. `walk` visits the folders behind `**`, since `glob` would follow links in circles."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return [Path(name) for name in glob.glob(pattern)]
@@ -82,23 +82,23 @@ def expand(pattern: str) -> list[Path]:
 
 
 def matches(names: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
-    """Whether the parts of a path are those of a glob; what is hidden is found by a pattern that begins with a dot alone."""
+    """Whether the parts of a path match those of a glob. Hidden names match only patterns that begin with a dot."""
     if not patterns:
         return not names
     if patterns[0] == "**":
         seen = next((i for i, name in enumerate(names) if name.startswith(".")), len(names))
-        return any(matches(names[i:], patterns[1:]) for i in range(seen + 1)) or (
-            len(patterns) == 1 and seen == len(names)
-        )
+        if len(patterns) == 1 and seen == len(names):
+            return True
+        return any(matches(names[i:], patterns[1:]) for i in range(seen + 1))
     if not names or names[0].startswith(".") > patterns[0].startswith("."):
         return False
     return fnmatch.fnmatchcase(names[0], patterns[0]) and matches(names[1:], patterns[1:])
 
 
 def once(files: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """Files and their names for `LeftOut`, sorted, without those that are another by a link.
+    """Files and their names for `LeftOut`, sorted, without links to other files of the list.
 
-    Of several names of a file one that is read counts, and one without links before others.
+    If a file has several names, one that is read wins, then one without links.
     """
 
     def rank(pair: tuple[Path, str]) -> tuple:

@@ -1,8 +1,8 @@
-"""A mean thumbnail for each code, so that any codes have a mosaic without a decoder; and a picture of them.
+"""A mean thumbnail for each code, and a picture of them. Thumbnails show any codes as a mosaic, without a decoder.
 
     unicode2 codebook preview codebook --images images --output preview.png
 
-Without --images the picture shows the thumbnails that the codebook has; with them, they are made anew and stored in it.
+With --images, the thumbnails are computed and stored in the codebook. Without, the picture shows those that it has.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from .features import Encoder, encode_all, patch_thumbnails
 from .images import ImageSource
 from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
 
-MAX_SHOWN = 16384  # codes in the picture
+# Codes in the picture.
+MAX_SHOWN = 16384
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("codebook", help="folder that `unicode2 codebook build` wrote")
     parser.add_argument("--images", help="images to take the thumbnails from")
     parser.add_argument("--encoder", help="default: the encoder that the codebook was built with")
-    parser.add_argument("--num-images", type=at_least(1), help="use the first N images only")
+    parser.add_argument("--num-images", type=at_least(1), help="use only the first N images")
     parser.add_argument("--preview-size", type=at_least(1), default=8, help="side of a thumbnail in pixels")
     parser.add_argument("--output", help="PNG file (default: CODEBOOK/preview.png)")
     return parser
@@ -52,18 +53,17 @@ def preview(args: argparse.Namespace) -> None:
         kept = codebook.previews is not None and codebook.previews.shape[1] == args.preview_size
         if kept:
             previews[counts == 0] = codebook.previews.numpy()[counts == 0]
-        arrays = (codebook.codes, codebook.cell_centroids, codebook.cell_offsets, previews)
-        recall, codebook = codebook.probe_recall, codebook_from_arrays(*arrays)
+        recall, centroids, offsets = codebook.probe_recall, codebook.cell_centroids, codebook.cell_offsets
+        codebook = codebook_from_arrays(codebook.codes, centroids, offsets, previews)
         codebook.probe_recall = recall
-        save_codebook(
-            codebook, args.codebook, {**provenance, "previews": {"images": args.images, "num_images": len(source)}}
-        )
+        provenance["previews"] = {"images": args.images, "num_images": len(source)}
+        save_codebook(codebook, args.codebook, provenance)
         print(
-            f"{args.codebook}: thumbnails of {(counts > 0).sum()} of {len(counts)} codes; the others are not in the images and "
-            f"{'keep theirs' if kept else 'are black'}"
+            f"{args.codebook}: thumbnails of {(counts > 0).sum()} of {len(counts)} codes; "
+            f"the others are not in the images and {'keep theirs' if kept else 'are black'}"
         )
     elif codebook.previews is None:
-        raise ValueError(f"{args.codebook} has no thumbnails; say --images to make them.")
+        raise ValueError(f"{args.codebook} has no thumbnails; give --images to make them.")
     output = Path(args.output or Path(args.codebook) / "preview.png")
     make_folders(output.parent)
     write_file(output, draw_atlas(codebook))
@@ -71,7 +71,10 @@ def preview(args: argparse.Namespace) -> None:
 
 
 def compute_previews(source: ImageSource, encoder: Encoder, codebook, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean thumbnails, uint8 `(codebook_size, side, side, 3)`, black where a code does not occur, and how often each does."""
+    """Mean thumbnails, uint8 `(codebook_size, side, side, 3)`, and the uses of each code, int64 `(codebook_size,)`.
+
+    Unused codes are black.
+    """
     codebook, size = move_codebook(codebook, encoder.model.device), len(codebook.codes)
     sums, counts = np.zeros((size, side * side * 3)), np.zeros(size, np.int64)
     for _, features, pixels in encode_all(source, encoder):
@@ -84,7 +87,7 @@ def compute_previews(source: ImageSource, encoder: Encoder, codebook, side: int)
 
 
 def draw_atlas(codebook) -> bytes:
-    """Thumbnails in rows, in the order of the codes, as PNG; of a large codebook evenly many from everywhere."""
+    """Thumbnails in rows, in the order of the codes, as PNG. A large codebook shows evenly spaced codes."""
     shown = np.linspace(0, len(codebook.codes) - 1, min(MAX_SHOWN, len(codebook.codes))).round().astype(int)
     tiles = codebook.previews.numpy()[shown]
     side, columns = tiles.shape[1], int(np.ceil(len(tiles) ** 0.5))
@@ -93,8 +96,6 @@ def draw_atlas(codebook) -> bytes:
     atlas[: len(tiles)] = tiles
     atlas = atlas.reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 3)
     scale = max(1, 16 // side)
-    buffer = io.BytesIO()
-    Image.fromarray(atlas).resize((columns * side * scale, rows * side * scale), Image.Resampling.NEAREST).save(
-        buffer, "PNG"
-    )
+    size, buffer = (columns * side * scale, rows * side * scale), io.BytesIO()
+    Image.fromarray(atlas).resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()

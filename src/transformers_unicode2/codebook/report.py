@@ -1,4 +1,4 @@
-"""A page about a codebook: how images use it, and the patches behind any code (section 4.3 and Figure 5 of the paper).
+"""A page about a codebook: how images use it, and the patches of any code (section 4.3 and Figure 5 of the paper).
 
 unicode2 codebook report codebook --images held_out --encoder siglip --output report
 """
@@ -27,8 +27,10 @@ from .statistics import (
 )
 from .storage import load_codebook, load_encoder
 
-THUMBNAIL = 112  # side of an embedded image in pixels
-NUM_SAMPLED = 20_000  # features that Eq. 17 is fitted on
+# Side of an embedded image in pixels.
+THUMBNAIL = 112
+# Features that Eq. 17 is fitted to.
+NUM_SAMPLED = 20_000
 NUM_NEIGHBOURS = 5
 
 
@@ -38,14 +40,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("codebook", help="folder that `unicode2 codebook build` wrote")
     parser.add_argument("--images", required=True, help="images that it was not built from")
-    parser.add_argument("--encoder", help="default: the encoder that it was built with")
+    parser.add_argument("--encoder", help="default: the encoder that the codebook was built with")
+    parser.add_argument("--output", help="folder for the page, its curves and report.json (default: CODEBOOK/report)")
     parser.add_argument(
-        "--output", help="folder for report.html, the curves as PNG and report.json (default: CODEBOOK/report)"
+        "--num-images", type=at_least(1), help="use only the first N images; each patch takes about 50 bytes of memory"
     )
-    parser.add_argument(
-        "--num-images", type=at_least(1), help="use the first N images only; each patch takes some 50 bytes of memory"
-    )
-    parser.add_argument("--gallery-images", type=at_least(0), default=500, help="images that the page shows patches of")
+    parser.add_argument("--gallery-images", type=at_least(0), default=500, help="images whose patches the page shows")
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the entropy in Eq. 14")
     parser.add_argument("--seed", type=at_least(0), default=0)
     return parser
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> dict:
 
 
 def write_report(args: argparse.Namespace, codebook, encoder: Encoder, output: Path) -> dict:
-    """The page, its curves and its figures; returns the figures."""
+    """Writes the page, its curves and `report.json`; returns the content of the latter."""
     backend = make_backend("torch", str(encoder.model.device))
     source = ImageSource(args.images, args.num_images)
     codes, images, error, sample, gallery = read_images(source, encoder, codebook, args.gallery_images, args.seed)
@@ -73,17 +73,16 @@ def write_report(args: argparse.Namespace, codebook, encoder: Encoder, output: P
             (target / f"{name}.png").write_bytes(figure)
         (target / "report.json").write_text(json.dumps(report, indent=2))
         (target / "report.html").write_text(page)
-    print(
-        f"{output / 'report.html'}: " + ", ".join(f"{name} {value:.4g}" for name, value in report["statistics"].items())
-    )
+    statistics = ", ".join(f"{name} {value:.4g}" for name, value in report["statistics"].items())
+    print(f"{output / 'report.html'}: {statistics}")
     return report
 
 
 def read_images(source: ImageSource, encoder: Encoder, codebook, gallery_images: int, seed: int):
-    """Codes of all images.
+    """Codes of all readable images.
 
-    Returns int32 `codes` and `images` `(num_features,)`, the sum of squared distances, a seeded sample of features float32
-    `(num_sampled, dim)` and WebP thumbnails of the first `gallery_images` images. Images that cannot be read are left out.
+    Returns int32 `codes` and `images` `(num_features,)`, the sum of squared distances, a seeded sample of features,
+    float32 `(num_sampled, dim)`, and WebP thumbnails of the first `gallery_images` images.
     """
     codebook = move_codebook(codebook, encoder.model.device)
     codes, sample, gallery, error = [], [], [], 0.0
@@ -105,7 +104,7 @@ def read_images(source: ImageSource, encoder: Encoder, codebook, gallery_images:
 
 
 def encode_thumbnail(pixels) -> bytes:
-    """What the patches show, float32 `(3, side, side)` in [0, 1], as WebP."""
+    """Encodes what the patches show, float32 `(3, side, side)` in [0, 1], as WebP."""
     from PIL import Image
 
     array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
@@ -115,42 +114,49 @@ def encode_thumbnail(pixels) -> bytes:
 
 
 def compute_report(codebook, codes, images, error: float, sample, backend, beta: float, seed: int) -> dict:
-    size, offsets = len(codebook.codes), codebook.cell_offsets.numpy()
-    counts = np.bincount(codes, minlength=size)
+    """The numbers of the page, as JSON has them; the arguments are as `read_images` returns them."""
+    counts, table = np.bincount(codes, minlength=len(codebook.codes)), codebook.codes.numpy()
     statistics = compute_statistics(counts, error)
-    cells = np.add.reduceat(np.r_[counts, 0], offsets[:-1]) * (np.diff(offsets) > 0)
-    sizes = np.unique(np.geomspace(max(2, size // 256), size, 7).round().astype(int))
-    order = np.random.default_rng(seed).permutation(size)
-    table = codebook.codes.numpy()
-    points = backend.put(sample)
-    distortions = [float(backend.assign(points, table[np.sort(order[:n])])[1].mean()) for n in sizes]
+    ranks = np.unique(np.geomspace(1, len(counts), 200).astype(int))
     return {
         "num_images": int(images.max()) + 1,
-        "codebook_size": size,
+        "codebook_size": len(counts),
         "statistics": statistics,
         "objective": compute_objective(table, error, statistics["entropy"], len(codes), beta),
         "beta": beta,
-        "utilization": compute_utilization_curve(codes, images, size, seed=seed),
-        "rate_distortion": {
-            "sizes": sizes.tolist(),
-            "distortions": distortions,
-            **fit_rate_distortion(sizes, np.array(distortions)),
-        },
-        "cells": {
-            "num_cells": len(cells),
-            "codes_per_cell": np.percentile(np.diff(offsets), [0, 50, 100]).tolist(),
-            "gini": compute_gini(cells),
-            "largest_share": float(cells.max() / cells.sum()),
-        },
-        "usage": np.sort(counts)[::-1][np.unique(np.geomspace(1, size, 200).astype(int)) - 1].tolist(),
-        "usage_ranks": np.unique(np.geomspace(1, size, 200).astype(int)).tolist(),
+        "utilization": compute_utilization_curve(codes, images, len(counts), seed=seed),
+        "rate_distortion": compute_rate_distortion(table, sample, backend, seed),
+        "cells": describe_cells(counts, codebook.cell_offsets.numpy()),
+        "usage": np.sort(counts)[::-1][ranks - 1].tolist(),
+        "usage_ranks": ranks.tolist(),
+    }
+
+
+def compute_rate_distortion(table: np.ndarray, sample: np.ndarray, backend, seed: int) -> dict:
+    """Distortion of nested random parts of the codes `table` on a sample of features, and the fit of Eq. 17."""
+    sizes = np.unique(np.geomspace(max(2, len(table) // 256), len(table), 7).round().astype(int))
+    order = np.random.default_rng(seed).permutation(len(table))
+    points = backend.put(sample)
+    distortions = [float(backend.assign(points, table[np.sort(order[:n])])[1].mean()) for n in sizes]
+    fit = fit_rate_distortion(sizes, np.array(distortions))
+    return {"sizes": sizes.tolist(), "distortions": distortions, **fit}
+
+
+def describe_cells(counts: np.ndarray, offsets: np.ndarray) -> dict:
+    """How evenly codes and uses are spread over the cells."""
+    cells = np.add.reduceat(np.r_[counts, 0], offsets[:-1]) * (np.diff(offsets) > 0)
+    return {
+        "num_cells": len(cells),
+        "codes_per_cell": np.percentile(np.diff(offsets), [0, 50, 100]).tolist(),
+        "gini": compute_gini(cells),
+        "largest_share": float(cells.max() / cells.sum()),
     }
 
 
 def find_neighbours(codebook, num_cells: int = 4) -> np.ndarray:
-    """Nearest other codes of each code among those of its cell and of the cells nearest to that, int32 `(K, NUM_NEIGHBOURS)`.
+    """Nearest other codes of each code, int32 `(codebook_size, NUM_NEIGHBOURS)`, -1 where there are fewer.
 
-    -1 where there are fewer.
+    Looks at the codes of the `num_cells` cells with the centroids nearest to the code's cell, itself included.
     """
     import torch
 
@@ -171,51 +177,96 @@ def find_neighbours(codebook, num_cells: int = 4) -> np.ndarray:
 
 
 def draw_curves(report: dict) -> dict[str, bytes]:
-    """`utilization`, `usage` and `rate_distortion` as PNG."""
-    from matplotlib.figure import Figure
+    """The curves `utilization`, `usage` and `rate_distortion` as PNG."""
+    return {
+        "utilization": draw_utilization(report["utilization"]),
+        "usage": draw_usage(report["usage_ranks"], report["usage"]),
+        "rate_distortion": draw_rate_distortion(report["rate_distortion"]),
+    }
 
-    figures = {}
 
-    def start(name: str, title: str, x: str, y: str):
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        figures[name] = figure
-        axes = figure.subplots()
-        axes.set(title=title, xlabel=x, ylabel=y)
-        axes.grid(alpha=0.3)
-        return axes
-
-    axes = start("utilization", "Codes in use", "images", "share of the codes")
-    for n, curve in report["utilization"]["curves"].items():
-        axes.plot(report["utilization"]["num_images"], curve["mean"], label=f"used at least {n}×")
-        axes.fill_between(report["utilization"]["num_images"], curve["low"], curve["high"], alpha=0.2)
+def draw_utilization(utilization: dict) -> bytes:
+    figure, axes = start_figure("Codes in use", "images", "share of the codes")
+    for n, curve in utilization["curves"].items():
+        axes.plot(utilization["num_images"], curve["mean"], label=f"used at least {n}×")
+        axes.fill_between(utilization["num_images"], curve["low"], curve["high"], alpha=0.2)
     axes.set_xscale("log")
     axes.set_ylim(0, 1.02)
     axes.legend()
-    axes = start("usage", "How often each code is used", "code, most used first", "uses")
-    axes.loglog(report["usage_ranks"], np.maximum(report["usage"], 0.5))
-    fit = report["rate_distortion"]
-    axes = start(
-        "rate_distortion", "Distortion of nested parts of the codebook (Eq. 17)", "codes", "mean squared distance"
-    )
+    return save_figure(figure)
+
+
+def draw_usage(ranks: list[int], usage: list[int]) -> bytes:
+    figure, axes = start_figure("How often each code is used", "code, most used first", "uses")
+    axes.loglog(ranks, np.maximum(usage, 0.5))
+    return save_figure(figure)
+
+
+def draw_rate_distortion(fit: dict) -> bytes:
+    title = "Distortion of nested parts of the codebook (Eq. 17)"
+    figure, axes = start_figure(title, "codes", "mean squared distance")
     axes.loglog(fit["sizes"], fit["distortions"], "o")
     line = fit["constant"] * np.array(fit["sizes"], float) ** fit["exponent"]
     axes.loglog(fit["sizes"], line, label=f"K^{fit['exponent']:.3f}, as in dimension {fit['dimension']:.1f}")
     axes.legend()
-    output = {}
-    for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=110)
-        output[name] = buffer.getvalue()
-    return output
+    return save_figure(figure)
+
+
+def start_figure(title: str, x: str, y: str):
+    """A matplotlib figure and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def save_figure(figure) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    return buffer.getvalue()
 
 
 def make_page(report, figures: dict[str, bytes], codebook, codes, images, gallery, encoder: Encoder, neighbours) -> str:
-    """One HTML page that asks nothing of the network: figures, numbers and, for any code, its patches in their images."""
+    """One HTML page that loads nothing from the network: figures, numbers and, for any code, its patches in context."""
+    template = Template((Path(__file__).parent / "report.html").read_text())
+    data = collect_data(codebook, codes, images, gallery, encoder, neighbours)
+    rows = "".join(f"<tr><td>{name}</td><td>{value:.5g}</td></tr>" for name, value in list_numbers(report))
+    encoded = ((name, base64.b64encode(figure).decode()) for name, figure in figures.items())
+    pictures = "".join(f'<img alt="{name}" src="data:image/png;base64,{figure}">' for name, figure in encoded)
+    title = f"{len(codebook.codes):,} codes, {report['num_images']:,} images"
+    return template.substitute(title=title, table=rows, figures=pictures, data=json.dumps(data))
+
+
+def list_numbers(report: dict) -> list[tuple[str, float]]:
+    """The rows of the page's table."""
+    objective, cells = report["objective"], report["cells"]
+    least, median, most = cells["codes_per_cell"]
+    return [
+        *report["statistics"].items(),
+        ("Eq. 1 within", objective["within"]),
+        ("Eq. 1 spread", objective["spread"]),
+        (f"Eq. 14, beta {report['beta']:g}", objective["regularised"]),
+        ("Eq. 17 exponent", report["rate_distortion"]["exponent"]),
+        ("codes of a cell, least", least),
+        ("codes of a cell, median", median),
+        ("codes of a cell, most", most),
+        ("uses of cells, gini", cells["gini"]),
+        ("largest cell, share", cells["largest_share"]),
+    ]
+
+
+def collect_data(codebook, codes, images, gallery, encoder: Encoder, neighbours) -> dict:
+    """The data of the page's script."""
     shown = images < len(gallery)
-    order = np.argsort(codes[shown], kind="stable").astype(np.uint32)  # image * num_patches + patch, sorted by code
+    # image * num_patches + patch, sorted by code
+    order = np.argsort(codes[shown], kind="stable").astype(np.uint32)
     used = np.bincount(codes[shown], minlength=len(codebook.codes))
     counts = np.bincount(codes, minlength=len(codebook.codes))
-    data = {
+    return {
         "codebookSize": len(codebook.codes),
         "numPatches": encoder.num_patches,
         "thumbnail": THUMBNAIL,
@@ -227,27 +278,10 @@ def make_page(report, figures: dict[str, bytes], codebook, codes, images, galler
         "images": [base64.b64encode(image).decode() for image in gallery],
         **pack_previews(codebook.previews),
     }
-    template = Template((Path(__file__).parent / "report.html").read_text())
-    rows = [*report["statistics"].items(), *flatten("Eq. 1 ", report["objective"], ("within", "spread"))]
-    rows += [(f"Eq. 14, beta {report['beta']:g}", report["objective"]["regularised"])]
-    rows += [("Eq. 17 exponent", report["rate_distortion"]["exponent"])]
-    rows += [
-        *zip(
-            ("codes of a cell, least", "codes of a cell, median", "codes of a cell, most"),
-            report["cells"]["codes_per_cell"],
-        ),
-        ("uses of cells, gini", report["cells"]["gini"]),
-        ("largest cell, share", report["cells"]["largest_share"]),
-    ]
-    table = "".join(f"<tr><td>{name}</td><td>{value:.5g}</td></tr>" for name, value in rows)
-    encoded = ((name, base64.b64encode(figure).decode()) for name, figure in figures.items())
-    figures = "".join(f'<img alt="{name}" src="data:image/png;base64,{figure}">' for name, figure in encoded)
-    title = f"{len(codebook.codes):,} codes, {report['num_images']:,} images"
-    return template.substitute(title=title, table=table, figures=figures, data=json.dumps(data))
 
 
 def pack_previews(previews, max_bytes: int = 2**25) -> dict:
-    """Thumbnails for the page, halved in size until all of them fit `max_bytes`."""
+    """Thumbnails for the page; their side is halved until they fit `max_bytes`."""
     if previews is None:
         return {"previewSize": 0, "previews": ""}
     tiles = previews.numpy()
@@ -257,10 +291,6 @@ def pack_previews(previews, max_bytes: int = 2**25) -> dict:
     return {"previewSize": tiles.shape[1], "previews": pack(tiles)}
 
 
-def flatten(prefix: str, values: dict, names: tuple[str, ...]) -> list[tuple[str, float]]:
-    return [(prefix + name, values[name]) for name in names]
-
-
 def pack(array: np.ndarray) -> str:
-    """Little-endian bytes of an array as base64."""
+    """The little-endian bytes of an array as base64."""
     return base64.b64encode(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes()).decode()

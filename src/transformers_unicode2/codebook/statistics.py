@@ -1,4 +1,4 @@
-"""Numbers about how a codebook is used (sections 3.1 and 4 of the paper). Nothing here reads files."""
+"""Statistics of how a codebook is used (sections 3.1 and 4 of the paper). Nothing here reads files."""
 
 import numpy as np
 
@@ -6,15 +6,15 @@ from .clustering import find_codes
 
 
 def compute_statistics(counts: np.ndarray, squared_error: float) -> dict[str, float]:
-    """Utilization, entropy and distortion from how often each code was used.
+    """Utilization, entropy and distortion from the uses of each code.
 
     Args:
         counts: int array `(codebook_size,)`, uses of each code.
-        squared_error: sum over all features of the squared distance to their code, Eq. 2.
+        squared_error: sum over all features of the squared distance to their code (Eq. 2).
 
     Returns:
-        `num_features`, `utilization` (share of codes used at least once), `entropy` in nats (Eq. 3), `perplexity`, `gini` (0: all
-        codes equally often used) and `distortion`, the mean squared distance (Eq. 12).
+        `num_features`, `utilization` (share of codes used at least once), `entropy` in nats (Eq. 3), `perplexity`,
+        `gini` (0: all codes are used equally often) and `distortion`, the mean squared distance (Eq. 12).
     """
     used = counts[counts > 0] / counts.sum()
     entropy = float(-(used * np.log(used)).sum())
@@ -29,7 +29,7 @@ def compute_statistics(counts: np.ndarray, squared_error: float) -> dict[str, fl
 
 
 def compute_gini(counts: np.ndarray) -> float:
-    """Gini coefficient of counts `(num_groups,)`: 0 when all are equal, near 1 when one has everything."""
+    """Gini coefficient of counts `(num_groups,)`: 0 if all are equal, near 1 if one group has everything."""
     ordered = np.sort(counts).astype(np.float64)
     ranks = np.arange(1, len(ordered) + 1)
     return float((2 * ranks - len(ordered) - 1) @ ordered / (len(ordered) * ordered.sum()))
@@ -41,8 +41,9 @@ def compute_objective(
     """Both terms of Eq. 1, unweighted, and Eq. 14.
 
     Returns:
-        `within`, the first sum of Eq. 1; `spread`, the sum of squared distances of the codes to their mean, which Eq. 1 as printed
-        adds with the weight lambda though the text wants it large; `regularised`, D - beta H(q) of Eq. 14.
+        `within`, the first sum of Eq. 1; `spread`, the sum of squared distances of the codes to their mean; and
+        `regularised`, D - beta H(q) of Eq. 14. Eq. 1 as printed adds the spread, weighted by lambda, although the text
+        wants it large.
     """
     mean = codes.mean(0, dtype=np.float64)
     spread = sum(float(np.square(codes[i : i + 4096] - mean).sum()) for i in range(0, len(codes), 4096))
@@ -57,18 +58,17 @@ def compute_utilization_curve(
     num_orders: int = 20,
     seed: int = 0,
 ) -> dict:
-    """Share of the codes that the first n images use, for growing n, over random orders of the images.
+    """Share of the codes that the first n images use, for growing n, averaged over random orders of the images.
 
     Args:
-        codes, images: int arrays `(num_features,)`, the code of each feature and the number of its image, from 0 on.
+        codes, images: int arrays `(num_features,)`: the code of each feature, and the number of its image, from 0.
         codebook_size: number of codes.
-        at_least: a code counts as used from so many uses on.
+        at_least: a code counts as used after this many uses; one curve for each number.
         num_orders: random orders of the images.
 
     Returns:
-        `num_images`, list of n; and `curves`, for each of `at_least` the lists `mean`, `low` and `high`. The last two are a 90 % band for
-        n other images of the same kind: normal, from the spread over the orders, which share images, corrected for that as for
-        samples of a finite population. Beyond half of the images, where the orders share most, the spread at half stands.
+        `num_images`, the list of n; and `curves`, which maps each of `at_least` to the lists `mean`, `low` and `high`
+        (see `compute_band`).
     """
     total = int(images.max()) + 1
     points = np.unique(np.geomspace(1, total, 40).round().astype(int))
@@ -81,29 +81,38 @@ def compute_utilization_curve(
         starts = np.flatnonzero(np.r_[True, sorted_codes[1:] != sorted_codes[:-1]])
         sizes = np.diff(np.r_[starts, len(sorted_codes)])
         for n in at_least:
-            reached = np.sort(ranks[starts[sizes >= n] + n - 1])  # image that brings the n-th use of a code
+            # Ranks of the images that bring the n-th use of a code.
+            reached = np.sort(ranks[starts[sizes >= n] + n - 1])
             shares[n].append(np.searchsorted(reached, points) / codebook_size)
-    curves = {}
-    for n, rows in shares.items():
-        mean, spread = np.mean(rows, 0), np.std(rows, 0, ddof=1)
-        half = max(1, np.searchsorted(points, total / 2, side="right"))
-        spread[:half] /= np.sqrt(1 - points[:half] / total) if total > 1 else 1
-        spread[half:] = spread[half - 1]
-        low, high = (np.clip(mean + sign * 1.645 * spread, 0, 1) for sign in (-1, 1))
-        curves[n] = {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
-    return {"num_images": points.tolist(), "curves": curves}
+    return {"num_images": points.tolist(), "curves": {n: compute_band(rows, points) for n, rows in shares.items()}}
+
+
+def compute_band(shares: list[np.ndarray], points: np.ndarray) -> dict[str, list[float]]:
+    """`mean` and 90 % band (`low`, `high`) of shares over random orders, for `points` other images of the same kind.
+
+    The band is normal, from the spread over the orders. Orders share images, so the spread is corrected as for samples
+    of a finite population. Beyond half of the images, where they share most, the spread at half is used.
+    """
+    total = points[-1]
+    mean, spread = np.mean(shares, 0), np.std(shares, 0, ddof=1)
+    half = max(1, np.searchsorted(points, total / 2, side="right"))
+    spread[:half] /= np.sqrt(1 - points[:half] / total) if total > 1 else 1
+    spread[half:] = spread[half - 1]
+    low, high = (np.clip(mean + sign * 1.645 * spread, 0, 1) for sign in (-1, 1))
+    return {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
 
 
 def fit_rate_distortion(sizes: np.ndarray, distortions: np.ndarray) -> dict[str, float]:
-    """Exponent of Eq. 17, D = C K^(-2/d): the slope of log D over log K, and the dimension d that it stands for."""
+    """Fits Eq. 17, D = C K^(-2/d): `exponent`, the slope of log D over log K; `constant` C; and `dimension` d."""
     slope, intercept = np.polyfit(np.log(sizes), np.log(distortions), 1)
     return {"exponent": float(slope), "constant": float(np.exp(intercept)), "dimension": float(-2 / slope)}
 
 
 def compute_probe_recall(codebook, features: np.ndarray) -> dict[str, float]:
-    """Share of features `(num_features, dim)` whose nearest code of all lies in the 1, 2, 3 ... cells with the nearest centroids.
+    """Recall of the approximate search: share of features whose nearest code lies in the N nearest cells.
 
-    The keys are text, as JSON has them; from one to the next there are about a fifth more cells; the last one is all cells.
+    `features` are float `(num_features, dim)`. The keys are the numbers N as text, for JSON. Each is about a fifth
+    larger than the one before; the last is the number of cells.
     """
     import torch
 

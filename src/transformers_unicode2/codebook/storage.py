@@ -1,4 +1,4 @@
-"""The codebook folder: `codebook.safetensors`, `codebook.json` (its configuration and where it comes from) and a card, `README.md`."""
+"""The codebook folder: `codebook.safetensors`, `codebook.json` (configuration, provenance) and a card, `README.md`."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,11 @@ from ..loading_unicode2 import check_codebook, check_digests
 from ..quantization_unicode2 import UniCode2Codebook
 from .features import Encoder
 
-# What each kind of buffer may be stored as; bfloat16 is what the codes are rounded to.
+# The dtypes that each buffer may be stored in. The codes are rounded to bfloat16.
 STORED_AS = {torch.float32: ("F32", "BF16", "F16"), torch.int64: ("I64",), torch.uint8: ("U8",)}
+
+# Entries of a build's record that the card leaves out: local paths, and entries that are no options.
+NOT_IN_CARD = ("images", "encoder", "images_sha256", "encoder_sha256", "products")
 
 CARD = """---
 tags: [unicode2, codebook]
@@ -20,12 +23,13 @@ tags: [unicode2, codebook]
 
 # A codebook of {codebook_size:,} codes
 
-Codes of width {codebook_dim} in {num_cells:,} cells, for UniCode², built from the patch features of {num_images:,} images by
+Codes of width {codebook_dim} in {num_cells:,} cells, for UniCode², built from the patch features of {num_images:,}
+images by
 
     unicode2 codebook build {options}
 
-**The encoder in {dtype} defines the ids**: features that it computes in another dtype, or that another encoder computes, have other
-ids where two codes are about equally near. In a checkpoint the encoder and this codebook are kept in float32.{added}
+**The encoder in {dtype} defines the ids**: another encoder or dtype gives other ids where two codes are about equally
+near. A checkpoint keeps the encoder and this codebook in float32.{added}
 
 | of the features that it was built from ({scope}) | |
 | --- | ---: |
@@ -34,9 +38,9 @@ ids where two codes are about equally near. In a checkpoint the encoder and this
 
 
 def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: dict) -> None:
-    """Writes a codebook: both files under temporary names, which are renamed, the JSON last.
+    """Writes a codebook. Both files get temporary names and are then renamed, the JSON last.
 
-    Raises `NotWrittenError` when there is no room; what was there stays.
+    Raises `NotWrittenError` when there is no room; the files that were there stay.
     """
     from safetensors.torch import save_file
 
@@ -55,17 +59,10 @@ def save_codebook(codebook: UniCode2Codebook, folder: str | Path, provenance: di
 def make_card(config: dict, provenance: dict) -> str:
     """The text of a codebook's card."""
     command = provenance.get("command", {})
-    hidden = (
-        "images",
-        "encoder",
-        "images_sha256",
-        "encoder_sha256",
-        "products",
-    )  # paths of a machine, and what is no option
     options = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
         for name, value in command.items()
-        if name not in hidden and value is not None and value is not False
+        if name not in NOT_IN_CARD and value is not None and value is not False
     ]
     added = sum(report["added"] for report in provenance.get("grown", []))
     rows = [f"| {name} | {value:.5g} |" for name, value in provenance.get("statistics", {}).items()]
@@ -81,10 +78,10 @@ def make_card(config: dict, provenance: dict) -> str:
 
 
 def load_codebook(folder: str | Path) -> UniCode2Codebook:
-    """Reads what `unicode2 codebook build` wrote.
+    """Reads a codebook that `unicode2 codebook build` wrote.
 
-    Raises `FileNotFoundError` when a file is missing and `ValueError` when one is damaged or does not fit the other, see also
-    `check_codebook`.
+    Raises `FileNotFoundError` when a file is missing. Raises `ValueError` when one is damaged or they do not fit
+    together; see also `check_codebook`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -107,14 +104,11 @@ def load_codebook(folder: str | Path) -> UniCode2Codebook:
 
 
 def read_config(folder: Path) -> UniCode2CodebookConfig:
-    """The configuration of a codebook. Raises `ValueError` when `codebook.json` lacks a part of it or has one that is not known."""
+    """The configuration of a codebook. Raises `ValueError` when `codebook.json` lacks a field or has an unknown one."""
     config, file = read_description(folder, "config"), folder / "codebook.json"
     odd = [f"lacks {name}" for name in ("codebook_size", "codebook_dim", "num_cells") if name not in config]
-    odd += [
-        f"has {name!r}, which is not known here"
-        for name in config
-        if name not in UniCode2CodebookConfig.__annotations__
-    ]
+    unknown = [name for name in config if name not in UniCode2CodebookConfig.__annotations__]
+    odd += [f"has {name!r}, which is not known here" for name in unknown]
     if odd:
         raise ValueError(f"{file} is damaged or of a later version: its config {odd[0]}.")
     command = load_command(folder)
@@ -128,7 +122,7 @@ def read_config(folder: Path) -> UniCode2CodebookConfig:
 
 
 def check_tensors(file: Path, config: UniCode2CodebookConfig) -> None:
-    """Raises `ValueError` unless a file holds the buffers of a codebook, in their shapes and kinds of numbers; reads none of them."""
+    """Raises `ValueError` unless a file holds the buffers of a codebook with their shapes and dtypes. Reads no data."""
     from safetensors import safe_open
 
     with torch.device("meta"):
@@ -138,18 +132,19 @@ def check_tensors(file: Path, config: UniCode2CodebookConfig) -> None:
     odd = sorted(expected.keys() ^ stored.keys())
     if odd:
         raise ValueError(
-            f"{file} {'lacks' if odd[0] in expected else 'also holds'} {odd[0]}, unlike codebook.json says."
+            f"{file} {'lacks' if odd[0] in expected else 'also holds'} {odd[0]}, which contradicts codebook.json."
         )
     for name, buffer in expected.items():
         shape, dtype = tuple(stored[name].get_shape()), stored[name].get_dtype()
-        if shape != tuple(buffer.shape) or dtype not in STORED_AS[buffer.dtype]:
+        wanted = tuple(buffer.shape)
+        if shape != wanted or dtype not in STORED_AS[buffer.dtype]:
             raise ValueError(
-                f"{name} of {file} is {dtype} {shape}; codebook.json makes it {STORED_AS[buffer.dtype][0]} {tuple(buffer.shape)}."
+                f"{name} of {file} is {dtype} {shape}; codebook.json makes it {STORED_AS[buffer.dtype][0]} {wanted}."
             )
 
 
 def read_description(folder: str | Path, part: str) -> dict:
-    """`"config"` or `"provenance"` of a codebook. Raises `ValueError` when the file has none."""
+    """The part `"config"` or `"provenance"` of `codebook.json`. Raises `ValueError` when the file lacks it."""
     file = Path(folder) / "codebook.json"
     try:
         description = json.loads(file.read_text())
@@ -161,12 +156,12 @@ def read_description(folder: str | Path, part: str) -> dict:
 
 
 def load_provenance(folder: str | Path) -> dict:
-    """Where a codebook comes from, as `unicode2 codebook build` noted it."""
+    """The provenance of a codebook, as `unicode2 codebook build` recorded it."""
     return read_description(folder, "provenance")
 
 
 def load_command(folder: str | Path) -> dict:
-    """The options that a codebook was built with, nothing where it was not built. Raises `ValueError` on a damaged note of them."""
+    """The options that a codebook was built with, empty if unknown. Raises `ValueError` when they are damaged."""
     command = load_provenance(folder).get("command", {})
     if not isinstance(command, dict):
         raise ValueError(f"{Path(folder) / 'codebook.json'} is damaged: its command is {command!r}.")
@@ -177,29 +172,38 @@ def load_command(folder: str | Path) -> dict:
 
 
 def load_encoder(folder: str | Path, codebook: UniCode2Codebook, path: str | None = None) -> Encoder:
-    """The encoder that a codebook was built with, in the dtype of then, on a GPU if there is one.
+    """Loads the encoder that a codebook was built with, in the same dtype, on a GPU if there is one.
 
-    Raises `ValueError` when the encoder at `path`, or at the place of then, is another one, and when none is named.
+    `path` defaults to the recorded place. Raises `ValueError` when another encoder is there, or when no place is known.
     """
     command = load_command(folder)
     path = path or command.get("encoder")
     if path is None:
-        raise ValueError(f"{Path(folder) / 'codebook.json'} does not name the encoder of the codebook; say --encoder.")
+        raise ValueError(f"{Path(folder) / 'codebook.json'} does not name the encoder of the codebook; give --encoder.")
     encoder = Encoder(path, command.get("dtype", "float32"), "cuda" if torch.cuda.is_available() else "cpu")
     if encoder.dim != codebook.codes.shape[1]:
         raise ValueError(
-            f"The encoder {path} has features of width {encoder.dim}, the codebook codes of width {codebook.codes.shape[1]}."
+            f"The encoder {path} has features of width {encoder.dim}, "
+            f"the codebook codes of width {codebook.codes.shape[1]}."
         )
     known = command.get("encoder_sha256")
     if known and known != encoder.fingerprint():
         raise ValueError(
-            f"The encoder {path} is not the one that {folder} was built with (SHA-256 {encoder.fingerprint()[:12]}, then {known[:12]})."
+            f"The encoder {path} is not the one that {folder} was built with "
+            f"(SHA-256 {encoder.fingerprint()[:12]} now, {known[:12]} then)."
         )
     return encoder
 
 
 def codebook_from_arrays(codes, cell_centroids, cell_offsets, previews=None) -> UniCode2Codebook:
-    """A codebook on top of float32 `(K, d)` and `(K1, d)`, int64 `(K1 + 1,)` and, if any, uint8 `(K, side, side, 3)` arrays."""
+    """A codebook that shares the memory of the given arrays or tensors.
+
+    Args:
+        codes: float32 `(codebook_size, codebook_dim)`.
+        cell_centroids: float32 `(num_cells, codebook_dim)`.
+        cell_offsets: int64 `(num_cells + 1,)`.
+        previews: uint8 `(codebook_size, side, side, 3)`, or `None`.
+    """
     side = 0 if previews is None else previews.shape[1]
     config = UniCode2CodebookConfig(
         codebook_size=len(codes), codebook_dim=codes.shape[1], num_cells=len(cell_centroids), preview_size=side
@@ -207,5 +211,5 @@ def codebook_from_arrays(codes, cell_centroids, cell_offsets, previews=None) -> 
     codebook = UniCode2Codebook(config)
     arrays = {"codes": codes, "cell_centroids": cell_centroids, "cell_offsets": cell_offsets, "previews": previews}
     arrays = {name: torch.as_tensor(array) for name, array in arrays.items() if array is not None}
-    codebook.load_state_dict(arrays, assign=True)  # shares their memory
+    codebook.load_state_dict(arrays, assign=True)
     return codebook

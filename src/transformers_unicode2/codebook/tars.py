@@ -1,4 +1,4 @@
-"""The images of a tar, each with the place of its content: all that it holds, or a refusal."""
+"""All images of a tar, each with the place of its content. A tar that cannot be read in full is refused."""
 
 import os
 import posixpath
@@ -13,19 +13,20 @@ from .names import LeftOut
 BLOCK = tarfile.BLOCKSIZE
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"PK\x03\x04")
 WITHOUT_CONTENT = (tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
-MAX_LINKS = 40  # that are followed one after the other
+# Links that are followed one after the other.
+MAX_LINKS = 40
 
 
 def index_tar(file: Path, left_out: LeftOut) -> list[tuple[Path, str, int, int]]:
     """
-    Tar, name, offset and size in bytes of every image of a tar, or of several tars that were joined to one file.
+    Tar, name, offset and size in bytes of every image in a tar, or in several tars joined to one file.
 
     Args:
         file (`Path`): an uncompressed tar.
-        left_out (`LeftOut`): counts what is no image, and symbolic links to images that are there under their own names.
+        left_out (`LeftOut`): counts members that are no images, and symbolic links to images of the tar.
 
     Raises:
-        `ValueError`: when it is compressed, damaged, cut short, or holds images in a form that is not read.
+        `ValueError`: when the tar is compressed, damaged or truncated, or stores an image in an unsupported form.
     """
     entries, places = [], {}
     with named(file):
@@ -39,7 +40,7 @@ def index_tar(file: Path, left_out: LeftOut) -> list[tuple[Path, str, int, int]]
 
 
 def check_tar(file: Path) -> None:
-    """Raises `ValueError` when a tar is compressed, damaged or cut short."""
+    """Raises `ValueError` when a tar is compressed, damaged or truncated."""
     with named(file):
         for _ in read_members(file):
             pass
@@ -47,7 +48,7 @@ def check_tar(file: Path) -> None:
 
 @contextmanager
 def named(file: Path) -> Iterator[None]:
-    """Turns what is raised on a damaged tar into a `ValueError` with its name."""
+    """Turns the errors of a damaged tar into a `ValueError` with its name."""
     try:
         yield
     except (tarfile.TarError, OSError, ValueError) as error:
@@ -57,9 +58,9 @@ def named(file: Path) -> Iterator[None]:
 
 
 def find_image(name: str, place, kind: bytes, places: dict, left_out: LeftOut) -> tuple[str, int, int] | None:
-    """Name, offset and size of an image; `None` for a link that leads nowhere or to an image that is there under its own name.
+    """Name, offset and size of an image; `None` for a broken link, or for a link to an image of the tar.
 
-    Raises `ValueError` when it is stored in a form that is not read.
+    Raises `ValueError` when the image is stored in an unsupported form.
     """
     target, place = follow(name, place, places)
     if place is None and kind != tarfile.SYMTYPE:
@@ -74,9 +75,9 @@ def find_image(name: str, place, kind: bytes, places: dict, left_out: LeftOut) -
 
 
 def find_place(member: tarfile.TarInfo, places: dict) -> tuple[int, int] | str | None:
-    """Offset and size of a member's content; of a symbolic link its target; `None` when it is in no form that is read.
+    """Offset and size of a member's content, the target of a symbolic link, or `None` for an unsupported form.
 
-    Raises `ValueError` on a hard link to what is not before it.
+    Raises `ValueError` on a hard link whose target does not come before it.
     """
     if member.issym():
         return posixpath.normpath(posixpath.join(posixpath.dirname(member.name), member.linkname))
@@ -90,7 +91,7 @@ def find_place(member: tarfile.TarInfo, places: dict) -> tuple[int, int] | str |
 
 
 def follow(name: str, place, places: dict) -> tuple[str, tuple[int, int] | None]:
-    """The member that a name stands for at last, and its place, `None` when there is none."""
+    """The member at the end of a chain of links, and its place, or `None` if there is none."""
     for _ in range(MAX_LINKS):
         if not isinstance(place, str):
             return name, place
@@ -99,7 +100,10 @@ def follow(name: str, place, places: dict) -> tuple[str, tuple[int, int] | None]
 
 
 def read_members(file: Path) -> Iterator[tarfile.TarInfo]:
-    """All members. `tarfile` ends without a word at a damaged header and at the first end of several tars; this goes on or raises."""
+    """Yields all members of all joined tars; raises `ValueError` on damage.
+
+    `tarfile` would silently stop at a damaged header, and at the end of the first of several tars.
+    """
     length, position = file.stat().st_size, 0
     with open(file, "rb") as content:
         if content.read(6).startswith(COMPRESSED):
@@ -126,9 +130,10 @@ def read_members(file: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def check_padding(position: int, start: int, length: int) -> None:
-    """Raises `ValueError` when zeros from one byte to another are no end of a tar: two blocks, or up to a whole record.
+    """Raises `ValueError` when the zeros from `position` to `start` cannot be the end of a tar.
 
-    A download that broke off in a file of its full length, or a hole in one, looks like more.
+    An end has two blocks of zeros, or up to a whole record. More of them may be a hole, or a download that stopped in a
+    file of full length.
     """
     zeros = start - position
     is_end = start % tarfile.RECORDSIZE == 0 or start == length
@@ -137,7 +142,7 @@ def check_padding(position: int, start: int, length: int) -> None:
 
 
 def skip_zeros(content, position: int) -> int:
-    """The first block from a position on that is not all zeros, or the end of the file."""
+    """Position of the first block, from `position` on, that is not all zeros; else the end of the file."""
     content.seek(position)
     while block := content.read(BLOCK):
         if block.strip(b"\0"):
