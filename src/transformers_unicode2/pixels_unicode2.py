@@ -76,7 +76,8 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     tags = find_tags(image)
     bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, ())
     in_planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and len(bits) > 1
-    if in_planes and (set(bits) != {8} or image.mode not in ("RGB", "RGBA", "CMYK")):
+    # Of 8 bits Pillow can decode RGB and CMYK.
+    if in_planes and (set(bits) != {8} or tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) not in (2, 5)):
         raise ValueError(f"Pillow cannot decode a TIFF of {image.mode} in {bits[0]} bits with each channel in a plane")
     try:
         with whole_files_only():
