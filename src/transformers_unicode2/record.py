@@ -1,4 +1,4 @@
-"""What an output is made of: noted inside it, and compared before a command goes on there; one run at a time writes to it."""
+"""Records inside an output what it is made of. Commands compare the record before they resume, and lock the output."""
 
 import hashlib
 import json
@@ -9,27 +9,24 @@ from pathlib import Path
 
 from .files import TEMPORARY, WORK, explained, make_folders, remove, write_file
 
-CONTENT = (
-    ".json",
-    ".safetensors",
-    ".jinja",
-    ".txt",
-    ".model",
-)  # endings of the files of a checkpoint that its results depend on
-MOST = 5  # differences that are named
-# bytes of a block, and how many blocks of a file are read to tell whether it has changed
+# Suffixes of the files of a checkpoint that its results depend on.
+CONTENT = (".json", ".safetensors", ".jinja", ".txt", ".model")
+# Differences that an error names.
+MOST = 5
+# Size of a block in bytes, and the most blocks of a file that are read to tell whether it has changed.
 BLOCK, NUM_BLOCKS = 2**16, 64
-NOT_CONTENT = (WORK, "lost+found")  # the latter lies in the root of a disk
+# `lost+found` is in the root of a disk.
+NOT_CONTENT = (WORK, "lost+found")
 
 
 @contextmanager
 def held(folder: str | Path, option: str = "--output", work: str = WORK, doing: str = "writing to") -> Iterator[None]:
-    """Holds a folder for this run alone, by a lock in its folder `work`; a run that is killed lets go of it.
+    """Locks a folder for this run, with a lock file in its subfolder `work`. A killed run releases the lock.
 
-    Both folders are made if they are not there, and removed again at the end if nothing is in them.
+    Makes both folders if they are missing, and removes them at the end if they are empty.
 
     Raises:
-        `ValueError`: when another run holds it. `NotWrittenError`: when it cannot be written to.
+        `ValueError`: when another run holds the lock. `NotWrittenError`: when the folder cannot be written to.
     """
     from filelock import FileLock, Timeout
 
@@ -46,7 +43,8 @@ def held(folder: str | Path, option: str = "--output", work: str = WORK, doing: 
         try:
             yield
         finally:
-            remove(place / "lock")  # a run that waits for this file sees that it is gone
+            # Removed before the release, so that no other run can lock a file that is about to disappear.
+            remove(place / "lock")
             lock.release()
     finally:
         for empty in (place, folder) if made else (place,):
@@ -56,18 +54,18 @@ def held(folder: str | Path, option: str = "--output", work: str = WORK, doing: 
 
 class Record:
     r"""
-    What a folder, or a part of it, is made of.
+    The record of what a folder, or a part of it, is made of.
 
     Args:
         folder (`str` or `Path`): output of one command.
-        made_of (`dict`): everything that the content depends on, as JSON has it: options, and SHA-256 of files.
-        owns (`tuple[str]`): globs of what the command writes; where such files are and no record, something else made them.
-        part (`str`, *optional*, defaults to `"record"`): name of the part, as a split.
+        made_of (`dict`): everything that the content depends on, as JSON: options, and SHA-256 of files.
+        owns (`tuple[str]`): globs of the files that the command writes. Without a record, such files are foreign.
+        part (`str`, *optional*, defaults to `"record"`): name of the part, for example a split.
         option (`str`, *optional*, defaults to `"--output"`): the option that names the folder.
-        growing (`tuple[str]`, *optional*): entries of `made_of`, dictionaries, to which more may be added later.
-        free (`tuple[str]`, *optional*): entries of `made_of` that may change; the output is finished only as it was asked for.
-        passing (`tuple[str]`, *optional*): globs of what the command writes, too, and that may be removed at any time.
-        defaults (`dict`, *optional*): entries that a record may lack which an earlier version wrote, as they were then.
+        growing (`tuple[str]`, *optional*): dictionaries in `made_of` that may gain entries later.
+        free (`tuple[str]`, *optional*): entries of `made_of` that may change; the output is then unfinished again.
+        passing (`tuple[str]`, *optional*): globs of further files of the command that may disappear at any time.
+        defaults (`dict`, *optional*): values of entries that records of earlier versions lack.
     """
 
     def __init__(
@@ -89,12 +87,13 @@ class Record:
 
     @contextmanager
     def making(self) -> Iterator[bool]:
-        """Holds the folder while the output is made, and yields whether that is done already. At its end the output is whole.
+        """Locks the folder while the output is made, and yields whether it is finished. Marks it finished at the end.
 
         Raises:
-            `ValueError`: when another run holds the folder; see `check`, too.
+            `ValueError`: when another run holds the folder; see also `check`.
         """
-        if self.check():  # needs no lock, and no room to write
+        # A finished output needs neither a lock nor room to write.
+        if self.check():
             yield True
             return
         with held(self.folder, self.option):
@@ -113,10 +112,11 @@ class Record:
         """Whether the output is finished.
 
         Raises:
-            `ValueError`: when it was begun with something else, holds files that no record tells of, or was changed afterwards.
+            `ValueError`: when it was begun with other settings, has files but no record, or was changed afterwards.
         """
         there, known = self.find_files(self.owns + self.passing), read_record(self.folder, self.part)
-        if not there:  # whatever was begun, nothing of it can be mixed with anything
+        # Without files, nothing of an earlier run can mix with this one.
+        if not there:
             return False
         if known is None:
             raise ValueError(
@@ -145,7 +145,7 @@ class Record:
         return not changed
 
     def begin(self) -> None:
-        """Notes what the output is made of; nothing of a run that was killed is in the way."""
+        """Removes the unfinished files of a killed run, and records what the output is made of."""
         half = [file for file in self.folder.glob(".*.tmp") if TEMPORARY.match(file.name)]
         half += [folder for folder in (self.folder / WORK).glob("*") if folder.is_dir()]
         for path in half:
@@ -153,11 +153,10 @@ class Record:
         self.write(finished=False)
 
     def find_files(self, patterns: tuple[str, ...]) -> list[Path]:
-        """Files of the output, as far as they are there."""
+        """Sorted files of the output that match the patterns, or lie in a folder that does."""
         found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.name not in NOT_CONTENT}
-        files = {
-            file for path in found for file in (path.rglob("*") if path.is_dir() else (path,)) if not file.is_dir()
-        }
+        inside = {file for path in found if path.is_dir() for file in path.rglob("*")}
+        files = {path for path in found | inside if not path.is_dir()}
         return sorted(file for file in files if WORK not in file.relative_to(self.folder).parts)
 
     def write(self, finished: bool) -> None:
@@ -169,8 +168,10 @@ class Record:
 
 
 def read_record(folder: str | Path, part: str = "record") -> dict | None:
-    """`{"made_of": dict, "finished": bool, "files": dict}` of an output, `None` where there is none. Raises `ValueError` when it
-    is damaged."""
+    """The record of an output, `{"made_of": dict, "finished": bool, "files": dict}`, or `None` if there is none.
+
+    Raises `ValueError` when it is damaged.
+    """
     file = Path(folder) / WORK / f"{part}.json"
     if not file.is_file():
         return None
@@ -182,7 +183,7 @@ def read_record(folder: str | Path, part: str = "record") -> dict | None:
 
 
 def check_finished(folder: str | Path, part: str = "record") -> None:
-    """Raises `ValueError` when the command that writes to a folder was broken off there, as far as it keeps a record."""
+    """Raises `ValueError` when a folder has a record of an unfinished command."""
     known = read_record(folder, part)
     if known is not None and not known["finished"]:
         command = known["made_of"].get("command", "its command")
@@ -190,12 +191,12 @@ def check_finished(folder: str | Path, part: str = "record") -> None:
 
 
 def find_changed(folder: Path, files: dict[str, str]) -> list[str]:
-    """Names of the files of an output that are missing or not as they were noted, see `summarize`."""
+    """Names of the files of an output that are missing or differ from their recorded summary, see `summarize`."""
     return [name for name, note in files.items() if not (folder / name).is_file() or summarize(folder / name) != note]
 
 
 def summarize(file: Path) -> str:
-    """Size and CRC-32 of a file; of a large one, of `NUM_BLOCKS` blocks spread over it, so that it costs little."""
+    """Size and CRC-32 of a file. For a large file, the checksum is of `NUM_BLOCKS` evenly spaced blocks, for speed."""
     size, checksum = file.stat().st_size, 0
     starts = range(0, size, BLOCK)
     if size > NUM_BLOCKS * BLOCK:
@@ -208,7 +209,7 @@ def summarize(file: Path) -> str:
 
 
 def compare(before: dict, now: dict, growing: tuple[str, ...] = (), prefix: str = "") -> list[str]:
-    """One phrase for each entry that is not as it was, of dictionaries within as well; entries may be added to those in `growing`."""
+    """One phrase for each entry that differs, also inside dictionaries. Those in `growing` may gain entries."""
     changes = []
     for name in [*now, *(name for name in before if name not in now)]:
         old, new = before.get(name, "nothing"), now.get(name, "nothing")
@@ -221,19 +222,19 @@ def compare(before: dict, now: dict, growing: tuple[str, ...] = (), prefix: str 
 
 
 def shorten(value) -> str:
-    """A value as it is shown: of a SHA-256 its first 12 digits."""
+    """A value as text; a SHA-256 is cut to its first 12 digits."""
     text = str(value)
     return text[:12] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 
 
 def hash_file(file: str | Path) -> str:
-    """SHA-256 of the content of a file."""
+    """SHA-256 of a file's content."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def hash_files(files: Iterable[str | Path], root: str | Path) -> str:
-    """SHA-256 of the names, from `root` on, and contents of files, in the order of the names."""
+    """SHA-256 of the names, relative to `root`, and contents of files, in the order of the names."""
     digest = hashlib.sha256()
     for file in sorted(map(Path, files)):
         digest.update(str(file.relative_to(root)).encode(errors="surrogateescape") + b"\0")
@@ -242,14 +243,14 @@ def hash_files(files: Iterable[str | Path], root: str | Path) -> str:
 
 
 def hash_source(name: str, deep: bool = False) -> str:
-    """SHA-256 of the configurations, tokenizer and weights in the folder of a checkpoint, or the commit of one on the Hub.
+    """SHA-256 of the configurations, tokenizer and weights in a checkpoint folder, or the commit of a Hub checkpoint.
 
     Args:
         name: folder or Hub name.
-        deep: whether its parts lie in subfolders, as those of a pipeline; earlier states of a training do not count.
+        deep: whether to include subfolders, as a pipeline has them. Earlier training checkpoints do not count.
 
     Raises:
-        `FileNotFoundError`: when there is no such folder, nor such a name. `ValueError`: when the folder is not finished.
+        `FileNotFoundError`: when there is no such folder or name. `ValueError`: when the folder is not finished.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError

@@ -1,4 +1,4 @@
-"""A checkpoint for a codebook that was grown: a row of C2, and scores, for all that is new."""
+"""Grows a checkpoint with its codebook: new codes get rows of C2, new cells get scores."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from ..configuration_unicode2 import save_code
 
 
 def check_checkpoint(model: str, folder: str, codebook) -> None:
-    """Raises `ValueError` unless a checkpoint holds the codebook of a folder, with thumbnails of the same size."""
+    """Raises `ValueError` unless the checkpoint `model` holds the codebook of `folder` and equal thumbnail sizes."""
     name = "model.quantizer.codebook.codes"
     for file in sorted(Path(model).glob("*.safetensors")):
         with open_tensors(file) as tensors:
@@ -23,7 +23,7 @@ def check_checkpoint(model: str, folder: str, codebook) -> None:
 
 
 def check_thumbnails(model: str, folder: str, codebook) -> None:
-    """Raises `ValueError` when the thumbnails of the checkpoint are of another size than those of the codebook."""
+    """Raises `ValueError` when the thumbnails of the checkpoint and of the codebook differ in size."""
     config = json.loads((Path(model) / "config.json").read_text())["codebook_config"]
     own, other = config.get("preview_size", 0), 0 if codebook.previews is None else codebook.previews.shape[1]
     if own != other:
@@ -33,7 +33,7 @@ def check_thumbnails(model: str, folder: str, codebook) -> None:
 
 
 def open_tensors(file: Path):
-    """`safetensors.safe_open` for torch; raises `ValueError` on a damaged file."""
+    """`safetensors.safe_open` for torch. Raises `ValueError` on a damaged file."""
     from safetensors import safe_open
 
     try:
@@ -43,24 +43,18 @@ def open_tensors(file: Path):
 
 
 def grow_checkpoint(model: str, target: Path, before, after, parents: np.ndarray) -> None:
-    """A checkpoint with the larger codebook: C2 gets a row for each new code, a copy of its parent's, so do the scores of new cells.
-
-    Works file by file. Text ids and the visual ids that there are stay as they are.
+    """Writes the checkpoint with the larger codebook, file by file. Existing text and visual ids do not change.
 
     Args:
-        model: folder of the checkpoint; it has to hold the codebook `before`.
+        model: folder of the checkpoint; it must hold the codebook `before`.
         target: empty folder to write to.
         before, after: `UniCode2Codebook`.
         parents: int64 `(num_new,)`, the code that each new one was split from.
     """
-    import torch
     from safetensors.torch import load_file, save_file
 
     source = Path(model)
     config = json.loads((source / "config.json").read_text())
-    rows = torch.from_numpy(parents)
-    first_cell = len(before.cell_centroids)
-    cells = torch.from_numpy(np.searchsorted(before.cell_offsets.numpy(), parents, side="right") - 1).unique()
     changed = {f"model.quantizer.codebook.{name}": buffer for name, buffer in after.state_dict().items()}
     changed["visual_head.cell_offsets"] = after.cell_offsets
     for file in source.iterdir():
@@ -73,18 +67,32 @@ def grow_checkpoint(model: str, target: Path, before, after, parents: np.ndarray
             shutil.copyfile(file, target / file.name)
             continue
         state = load_file(file)
-        for name in state:
-            if name in changed:
-                state[name] = changed[name].clone()
-            elif name == "model.visual_embeddings.weight":
-                state[name] = torch.cat([state[name], state[name][rows]])
-            elif name.startswith("visual_head.linear.") and config.get("visual_head") == "two_level":
-                state[name] = torch.cat([state[name], state[name][len(state[name]) - first_cell + cells]])
+        grow_state(state, changed, before, parents, config.get("visual_head") == "two_level")
         save_file(state, target / file.name, metadata={"format": "pt"})
     config["codebook_config"] |= after.describe() | {"encoder_sha256": before.encoder_sha256}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_code(target)
-    if (source / "model.safetensors.index.json").exists():
-        index = json.loads((source / "model.safetensors.index.json").read_text())
+    index_file = target / "model.safetensors.index.json"
+    if index_file.exists():
+        index = json.loads(index_file.read_text())
         index["metadata"]["total_size"] = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        index_file.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def grow_state(state: dict, changed: dict, before, parents: np.ndarray, two_level: bool) -> None:
+    """Replaces the tensors `changed` of a state dict, and appends rows for new codes and new cells to the others.
+
+    A new code gets a copy of its parent's row of C2. A new cell gets a copy of the scores of its parents' cell.
+    """
+    import torch
+
+    num_cells, rows = len(before.cell_centroids), torch.from_numpy(parents)
+    cells = torch.from_numpy(np.searchsorted(before.cell_offsets.numpy(), parents, side="right") - 1).unique()
+    for name, tensor in state.items():
+        if name in changed:
+            state[name] = changed[name].clone()
+        elif name == "model.visual_embeddings.weight":
+            state[name] = torch.cat([tensor, tensor[rows]])
+        elif name.startswith("visual_head.linear.") and two_level:
+            # The scores of the cells are the last rows.
+            state[name] = torch.cat([tensor, tensor[len(tensor) - num_cells + cells]])
