@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: they are written under a temporary name and renamed, flushed to the disk."""
+"""Writes files and folders whole or not at all: under a temporary name, flushed to disk, then renamed."""
 
 import errno
 import os
@@ -8,29 +8,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-WORK = ".unicode2"  # folder inside an output: its lock, its record and what is not whole yet
-LAST = ("config.json", "adapter_config.json", "model_index.json")  # what the loaders of the libraries begin with
+# Folder inside an output for its lock, its record and its unfinished files.
+WORK = ".unicode2"
+# The files that the loaders of the libraries read first.
+LAST = ("config.json", "adapter_config.json", "model_index.json")
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# as the libraries put it that keep no error number: safetensors, datasets
+# Messages of libraries that drop the error number, such as safetensors and datasets.
 FULL_WORDS = ("No space left", "os error 28", "quota exceeded", "os error 122", "Not enough disk space")
 BLOCKED = (errno.EACCES, errno.EPERM, errno.EROFS)
-TEMPORARY = re.compile(r"^\.(.+)\.\d+\.tmp$")  # names that `whole_file` gives
-ROOM = 2**16  # bytes; with less of them free, a library that failed to write had too few
+# Temporary names of `whole_file`.
+TEMPORARY = re.compile(r"^\.(.+)\.\d+\.tmp$")
+# If fewer bytes are free, the disk counts as full when a write fails.
+ROOM = 2**16
+# Exact names of errors that libraries raise when a write fails; narrower classes have other causes.
+WRITE_ERRORS = ("RuntimeError", "SafetensorError", "ArrowException", "OSError")
 
 
 class NotWrittenError(OSError):
-    """What could not be written, why, and what to do, in one sentence."""
+    """Says in one sentence what could not be written, why, and what to do."""
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path to write to; what is there at the end takes the place of `path`. Nothing stays of a failed write.
+    """Yields a temporary path to write to. Its content then replaces `path`. A failed write leaves nothing behind.
 
     Raises:
         `NotWrittenError`: when the disk is full or the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of a process alone
+    # Each process has its own temporary name.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with explained(path):
             yield temporary
@@ -42,16 +49,16 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_file(path: str | Path, content: bytes) -> None:
-    """Writes all of a file or nothing, see `whole_file`."""
+    """Writes a whole file or nothing, see `whole_file`."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
 def whole_folder(folder: str | Path, last: tuple[str, ...] = LAST) -> Iterator[Path]:
-    """Yields an empty folder to fill, inside `folder`; its entries then move to `folder`, those named `last` after all others.
+    """Yields an empty folder inside `folder` to fill. Its entries then move to `folder`, those in `last` at the end.
 
-    A loader begins with what is named `last`, so it finds all of an output or nothing. What was in `folder` under other names stays.
+    A loader reads the files in `last` first, so it finds a whole output or none. Other files in `folder` stay.
     `folder` itself may be a mount point, which cannot be renamed.
 
     Raises:
@@ -61,7 +68,8 @@ def whole_folder(folder: str | Path, last: tuple[str, ...] = LAST) -> Iterator[P
     new = folder / WORK / "new"
     with explained(folder):
         try:
-            remove(new)  # of a run that was killed
+            # A killed run may have left it.
+            remove(new)
             new.mkdir(parents=True)
             yield new
             move_entries(new, folder, last)
@@ -70,7 +78,7 @@ def whole_folder(folder: str | Path, last: tuple[str, ...] = LAST) -> Iterator[P
 
 
 def move_entries(new: Path, folder: Path, last: tuple[str, ...] = LAST) -> None:
-    """Moves what lies in `new`, once the disk has it, to `folder`, in the place of what has these names there."""
+    """Flushes the entries of `new` to disk and moves them to `folder`, replacing entries of the same name."""
     for file in new.rglob("*"):
         if file.is_file():
             settle(file)
@@ -83,7 +91,7 @@ def move_entries(new: Path, folder: Path, last: tuple[str, ...] = LAST) -> None:
 
 @contextmanager
 def explained(path: str | Path) -> Iterator[None]:
-    """Turns what the libraries raise on a full disk, or when something under `path` cannot be written, into a `NotWrittenError`."""
+    """Turns the errors of libraries on a full disk, or on a failed write under `path`, into a `NotWrittenError`."""
     try:
         yield
     except NotWrittenError:
@@ -96,9 +104,10 @@ def explained(path: str | Path) -> Iterator[None]:
 
 
 def explain(error: Exception, path: Path) -> NotWrittenError | None:
-    """What `explained` raises in the place of an error; nothing for one that is not about writing."""
+    """The error that `explained` raises instead; `None` if the error is not about writing."""
     number, file = getattr(error, "errno", None), Path(getattr(error, "filename", None) or path)
-    file = file.with_name(TEMPORARY.sub(r"\1", file.name))  # what it would have become
+    # The final name in place of the temporary one.
+    file = file.with_name(TEMPORARY.sub(r"\1", file.name))
     again = "make room and run the same command again"
     if is_full_disk(error, path):
         explanation = NotWrittenError(f"The disk is full: {file} could not be written; {again}.")
@@ -113,13 +122,8 @@ def explain(error: Exception, path: Path) -> NotWrittenError | None:
 
 
 def is_full_disk(error: BaseException, path: Path) -> bool:
-    """Whether an error, or what it came from, says that a disk is full; where it says nothing, how much room `path` has."""
-    wrote = type(error).__name__ in (
-        "RuntimeError",
-        "SafetensorError",
-        "ArrowException",
-        "OSError",
-    )  # of no narrower class
+    """Whether an error or its causes say that the disk is full, or a write failed and `path` has hardly any room."""
+    wrote = type(error).__name__ in WRITE_ERRORS
     while error is not None:
         if getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL_WORDS):
             return True
@@ -129,7 +133,7 @@ def is_full_disk(error: BaseException, path: Path) -> bool:
 
 
 def make_folders(*folders: str | Path, option: str = "--output") -> None:
-    """Makes folders that are not there. Raises `NotWrittenError` when that cannot be done."""
+    """Makes missing folders. Raises `NotWrittenError` when that fails."""
     for folder in folders:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -139,14 +143,14 @@ def make_folders(*folders: str | Path, option: str = "--output") -> None:
 
 
 def settle(path: Path) -> None:
-    """Waits until the disk has a file, and lets it be read by whom other files may be read; safetensors keeps its own from all others."""
+    """Flushes a file to disk and gives it the usual permissions. Safetensors makes files that only the owner can read."""
     path.chmod(PLAIN)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder, if it is there."""
+    """Removes a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -154,7 +158,7 @@ def remove(path: Path) -> None:
 
 
 def plain_mode() -> int:
-    """Permissions that this process gives to a new file."""
+    """The permissions that this process gives to a new file."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask

@@ -1,4 +1,4 @@
-"""Images in tables: parquet and arrow files with a column of files' contents, of paths, or of both."""
+"""Images in tables: parquet and arrow files with a column of file contents, paths, or both."""
 
 import os
 from collections.abc import Iterator
@@ -9,9 +9,12 @@ from PIL import Image
 
 from .images_unicode2 import URLS, decode_image, fetch, one_line
 
-END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an arrow file; a reader does not ask for it
-MAX_PATH = 4096  # characters; what is longer names no file
-BATCH = 32  # rows that are held at a time
+# The end of an arrow stream, which readers of Arrow do not check.
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+# Longer text, in characters, is not a path.
+MAX_PATH = 4096
+# Rows held at a time.
+BATCH = 32
 
 
 class ImageTable:
@@ -19,10 +22,10 @@ class ImageTable:
     The column `image` of a parquet or arrow file, undecoded.
 
     Args:
-        file (`Path`): arrow files may be of either form, that for files and that for streams, which `datasets` writes.
+        file (`Path`): the table. Arrow files may have the file format or the stream format, which `datasets` writes.
 
     Raises:
-        `ValueError`: when the file is damaged or cut short, or its column is not there or no column of images.
+        `ValueError`: when the file is damaged or truncated, or has no column of images.
     """
 
     def __init__(self, file: Path):
@@ -49,9 +52,9 @@ class ImageTable:
         return parquet.ParquetFile(pa.OSFile(os.fsencode(self.file)))
 
     def read(self, start: int, stop: int) -> Iterator:
-        """What the rows from `start` to `stop` hold, see `read_cell`; of a parquet file one row group is opened at a time.
+        """Yields the values of the rows from `start` to `stop`, see `read_cell`. Opens one parquet row group at a time.
 
-        Raises `ValueError` where the file is damaged.
+        Raises `ValueError` when the file is damaged.
         """
         with named(self.file):
             yield from self.read_rows(start, stop)
@@ -73,13 +76,15 @@ class ImageTable:
                         break
 
     def batches(self, size: int) -> Iterator:
-        """All rows of a parquet file with all their columns, as record batches of at most `size` rows. Raises `ValueError` where it is
-        damaged."""
+        """Yields all rows and columns of a parquet file in record batches of at most `size` rows.
+
+        Raises `ValueError` when the file is damaged.
+        """
         with named(self.file):
             yield from self.open_parquet().iter_batches(size)
 
     def may_lack_contents(self) -> bool:
-        """Whether rows may hold no content but a path, or nothing: by the type of the column, and by how many values are missing."""
+        """Whether some rows may lack file contents, by the column's type and its number of missing values."""
         from pyarrow import compute, types
 
         kind = unwrap(self.schema.field("image").type)
@@ -107,7 +112,7 @@ class ImageTable:
         return False
 
     def files(self) -> Iterator[str]:
-        """The files that rows name, also of rows that hold a content, those that are there and inside the table's folder."""
+        """Yields the existing files inside the table's folder that rows name, even if the rows hold contents too."""
         from pyarrow import compute, types
 
         kind = unwrap(self.schema.field("image").type)
@@ -124,7 +129,10 @@ class ImageTable:
                     yield file
 
     def read_image(self, row: int, value) -> Image.Image:
-        """What a row holds, see `read_cell`, as RGB; its path may be absolute. Raises `ValueError` with file and row."""
+        """Decodes the value of a row to RGB, see `read_cell`. Its path may be absolute.
+
+        Raises `ValueError` that names file and row.
+        """
         try:
             return decode_image(read_cell(value, self.file.parent, absolute=True))
         except ValueError as error:
@@ -133,7 +141,7 @@ class ImageTable:
 
 @contextmanager
 def named(file: Path) -> Iterator[None]:
-    """Turns what Arrow raises on a damaged table into a `ValueError` with its name."""
+    """Turns the errors of Arrow on a damaged table into a `ValueError` with its name."""
     import pyarrow as pa
 
     try:
@@ -144,7 +152,7 @@ def named(file: Path) -> Iterator[None]:
 
 
 def open_arrow(file: Path):
-    """All rows, mapped into memory. Raises `pyarrow.ArrowInvalid` or `OSError` on a damaged file."""
+    """Maps all rows into memory. Raises `pyarrow.ArrowInvalid` or `OSError` on a damaged file."""
     import pyarrow as pa
 
     with open(file, "rb") as content:
@@ -157,7 +165,7 @@ def open_arrow(file: Path):
 
 
 def check_column(schema, file: Path) -> None:
-    """Raises `ValueError` when a schema has no column `image`, or one whose type can be no image."""
+    """Raises `ValueError` unless a schema has one column `image` of a type that can hold images."""
     names = [one_line(name) for name in schema.names]
     if schema.names.count("image") != 1:
         raise ValueError(
@@ -166,13 +174,13 @@ def check_column(schema, file: Path) -> None:
     kind = schema.field("image").type
     if not may_be_images(kind):
         raise ValueError(
-            f"{one_line(str(file))} has a column image of {kind}; it has to hold files' contents (binary), their paths (string) or "
-            "both (struct of bytes and path)."
+            f"{one_line(str(file))} has a column image of {kind}; it must hold file contents (binary), paths (string) "
+            "or both (struct of bytes and path)."
         )
 
 
 def may_be_images(kind) -> bool:
-    """Whether a column of an Arrow type may hold contents, paths, both or nothing."""
+    """Whether a column of this Arrow type may hold contents, paths, both or nothing."""
     from pyarrow import types
 
     kind = unwrap(kind)
@@ -191,7 +199,7 @@ def is_binary(kind) -> bool:
 
 
 def unwrap(kind):
-    """The Arrow type of the values of a dictionary or an extension."""
+    """The value type of an Arrow dictionary or extension type; other types stay as they are."""
     from pyarrow import BaseExtensionType, types
 
     kind = kind.storage_type if isinstance(kind, BaseExtensionType) else kind
@@ -200,15 +208,15 @@ def unwrap(kind):
 
 def read_cell(value, folder: Path | None, absolute: bool = False) -> bytes:
     """
-    An image file's content out of a table.
+    Reads the content of an image file from a value in a table.
 
     Args:
-        value: a file's content, its path, base64 or a data URI of it; or `{"bytes": ..., "path": ...}` as `datasets` has it.
-        folder (`Path`, *optional*): the table's own, which paths are relative to and must not lead out of, not by links either.
-        absolute (`bool`, *optional*, defaults to `False`): a path that begins at the root may lead anywhere.
+        value: the content; its path, base64 or data URI; or `{"bytes": ..., "path": ...}` as in `datasets`.
+        folder (`Path`, *optional*): the table's folder. Paths are relative to it and must stay inside, links included.
+        absolute (`bool`, *optional*, defaults to `False`): whether an absolute path may lead anywhere.
 
     Raises:
-        `ValueError`: when there is none, or it cannot be read.
+        `ValueError`: when there is no image, or it cannot be read.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -221,7 +229,7 @@ def read_cell(value, folder: Path | None, absolute: bool = False) -> bytes:
     path = find_file(value, folder, absolute)
     if path is None:
         if value.lower().startswith(URLS):
-            raise ValueError(f"{one_line(value)} is an address; fetch it before")
+            raise ValueError(f"{one_line(value)} is a URL; download it first")
         return fetch(value)[0]
     try:
         with open(path, "rb") as file:
@@ -231,7 +239,7 @@ def read_cell(value, folder: Path | None, absolute: bool = False) -> bytes:
 
 
 def find_file(value: str, folder: Path | None, absolute: bool = False) -> str | None:
-    """The file that a path in a table names, `None` if there is none. Raises `ValueError` when it is outside of the table's folder."""
+    """The file that a path in a table names, or `None`. Raises `ValueError` when it is outside the table's folder."""
     if folder is None or "\0" in value or len(value) > MAX_PATH:
         return None
     path, root = os.path.realpath(os.path.join(folder, value)), os.path.realpath(folder)
@@ -239,18 +247,18 @@ def find_file(value: str, folder: Path | None, absolute: bool = False) -> str | 
         return None
     is_inside = any(os.path.commonpath([path, place]) == place for place in [root, *find_blobs(root)])
     if not is_inside and not (absolute and os.path.isabs(value)):
-        raise ValueError(f"{one_line(value)} is outside of the table's folder, and only images inside are opened")
+        raise ValueError(f"{one_line(value)} is outside the table's folder, and only images inside are opened")
     return path
 
 
 def find_blobs(folder: str) -> list[str]:
-    """Where the Hub's cache keeps the contents of a snapshot, whose files are links, if the folder is in one."""
+    """The cache folders with the contents of a Hub snapshot, whose files are links; empty outside a snapshot."""
     places = [parent.parent / "blobs" for parent in Path(folder).parents if parent.name == "snapshots"]
     return [str(place) for place in places if place.is_dir()]
 
 
 def find_inside(value: str, folder: Path, absolute: bool = False) -> str | None:
-    """As `find_file`, `None` for a file outside, too: it is refused, with its row, when it is read."""
+    """Like `find_file`, but `None` for a file outside. Reading its row raises the error."""
     try:
         return find_file(value, folder, absolute)
     except ValueError:
@@ -258,5 +266,5 @@ def find_inside(value: str, folder: Path, absolute: bool = False) -> str | None:
 
 
 def first_words(error: Exception) -> str:
-    """What an error says, in one line and without a full stop."""
+    """The first line of an error's message, without a full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Processes that do one thing together: they wait for each other a few minutes, hear what the first one decides, and end with their launcher."""
+"""Processes of one run: they find each other, follow the decisions of the main one, and end with their launcher."""
 
 import os
 import sys
@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-RENDEZVOUS = timedelta(minutes=10)  # a process whose peers do not come within it ends
-PATIENCE = timedelta(days=7)  # for what one process does alone, while the others wait
+# A process ends if its peers do not start within this time.
+RENDEZVOUS = timedelta(minutes=10)
+# One process may work alone for this long while the others wait.
+PATIENCE = timedelta(days=7)
 
 
 def read_command(pid: int) -> list[str]:
-    """The command line of a process; empty when it is gone or of another user."""
+    """The command line of a process; empty if it has ended or belongs to another user."""
     import psutil
 
     try:
@@ -24,20 +26,21 @@ def read_command(pid: int) -> list[str]:
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 PARENT = os.getppid()
-PARENT_WORDS = (
-    read_command(PARENT) if LAUNCHED else []
-)  # read at once, since it may be killed while this process begins
+# Read at import, since the launcher may be killed while this process starts.
+PARENT_WORDS = read_command(PARENT) if LAUNCHED else []
 
 
 def follow_launcher(seconds: float = 2.0) -> None:
-    """Lets this process end with the `torchrun` or `accelerate launch` that started it, which looks every few `seconds`.
+    """Ends this process when the `torchrun` or `accelerate launch` that started it ends. Checks every `seconds`.
 
-    A launcher that is killed leaves its workers waiting for peers that never come. What a shell started goes on without the shell.
+    A killed launcher would leave its workers waiting for peers that never start. A process that a shell started
+    outlives the shell.
     """
     by_python = bool(PARENT_WORDS) and os.path.basename(PARENT_WORDS[0]).startswith("python")
     by_accelerate = by_python and any("accelerate" in word for word in PARENT_WORDS[1:3])
     by_torch = "TORCHELASTIC_RUN_ID" in os.environ
-    if by_torch and not by_python:  # what it sees is who took it over
+    # The launcher has already ended, and another process has adopted this one.
+    if by_torch and not by_python:
         end_orphan()
     if by_torch or by_accelerate:
         threading.Thread(target=watch, args=(PARENT, seconds), daemon=True).start()
@@ -55,10 +58,12 @@ def end_orphan() -> None:
 
 
 def join(**options):
-    """`accelerate.PartialState(**options)` whose processes come within `RENDEZVOUS` and wait for each other up to `PATIENCE` later.
+    """Returns `accelerate.PartialState(**options)` once all processes have started, within `RENDEZVOUS`.
+
+    After that they wait for each other for up to `PATIENCE`.
 
     Raises:
-        `TimeoutError`: when one of them does not come.
+        `TimeoutError`: when a process does not start in time.
     """
     import torch.distributed as dist
     from accelerate import PartialState
@@ -73,7 +78,7 @@ def join(**options):
 
 @contextmanager
 def expected_peers() -> Iterator[None]:
-    """Turns what torch raises when a process of this run does not come into a `TimeoutError` of one sentence."""
+    """Turns the error of torch for a missing process into a `TimeoutError` of one sentence."""
     import torch.distributed as dist
 
     try:
@@ -87,7 +92,7 @@ def expected_peers() -> Iterator[None]:
 
 
 def agree(decide: Callable):
-    """What `decide` returns on the main process, on all of them. Where it raises there, the others end without a word of their own."""
+    """Returns what `decide` returns on the main process to all of them. If it raises, the others exit silently."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
