@@ -143,7 +143,7 @@ def make_folders(*folders: str | Path, option: str = "--output") -> None:
 
 
 def settle(path: Path) -> None:
-    """Flushes a file to disk and gives it the usual permissions. Safetensors makes files that only the owner can read."""
+    """Flushes a file to disk with the usual permissions. Safetensors makes files that only the owner can read."""
     path.chmod(PLAIN)
     with open(path, "rb") as file:
         os.fsync(file.fileno())

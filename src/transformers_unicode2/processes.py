@@ -86,8 +86,9 @@ def expected_peers() -> Iterator[None]:
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ or not isinstance(error, dist.DistError):
             raise
+        reason = str(error).splitlines()[0]
         raise TimeoutError(
-            f"The processes of this run did not find each other ({str(error).splitlines()[0]}); start all of them again."
+            f"The processes of this run did not find each other ({reason}); start all of them again."
         ) from error
 
 
