@@ -12,6 +12,7 @@ from transformers_unicode2.training.mapper import (
     check_arguments,
     contrastive_loss,
     main,
+    make_mapper,
     start_from,
 )
 
@@ -80,6 +81,20 @@ def test_regression_is_the_relative_distance_to_the_image_prompts():
     own = mapper(embeddings[codes]).prompt_embeds.detach()
     assert model(codes, prompt_embeds=own)["loss"] == 0
     assert model(codes, prompt_embeds=own + own.std())["loss"].item() == pytest.approx(2, rel=1e-4)
+
+
+def test_a_mapper_that_continues_begins_as_it_was(tiny_checkpoint, tmp_path):
+    """Also with another layer, which begins as the identity; other sizes are refused."""
+    sizes = {"visual_dim": 24, "output_dim": 16, "pooled_dim": 8, "num_visual_tokens": 4, "num_attention_heads": 2}
+    before = UniCode2ConditionMapper(**sizes, hidden_dim=16, num_layers=1, output_scale=3.0)
+    before.save_pretrained(tmp_path)
+    embeds, places = torch.randn(2, 4, 24), {"data": "d", "tokens": "t", "model": "m", "start": str(tmp_path)}
+    for fields in ({}, {"num_layers": 2}):
+        after = make_mapper(MapperArguments(**places, mapper=fields), {}, None).eval()
+        for one, other in zip(before.eval()(embeds).values(), after(embeds).values()):
+            torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match=r"`start` has .* which these fields of `mapper` leave out"):
+        make_mapper(MapperArguments(**places, mapper={"hidden_dim": 32}), {}, None)
 
 
 def test_mapper_learns_image_prompts_without_a_decoder(tiny_checkpoint, tmp_path):

@@ -13,6 +13,7 @@ learns.
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -29,8 +30,17 @@ class MapperArguments:
     decoder: str | None = field(
         default=None, metadata={"help": "frozen FLUX pipeline with its text encoders; regression alone needs none"}
     )
+    start: str | None = field(
+        default=None,
+        metadata={
+            "help": "UniCode2ConditionMapper to continue from, as it is or with more layers; without `image_prompts`, "
+            "regression draws to what it makes of the patch features"
+        },
+    )
     caption_column: str = field(default="caption", metadata={"help": "column of the captions"})
-    mapper: dict = field(default_factory=dict, metadata={"help": "fields of UniCode2ConditionMapper"})
+    mapper: dict = field(
+        default_factory=dict, metadata={"help": "fields of UniCode2ConditionMapper (default: of `start`)"}
+    )
     contrastive_weight: float = 1.0
     flow_matching_weight: float = 1.0
     flow_matching_share: float = field(
@@ -152,33 +162,57 @@ class MapperWithLosses(torch.nn.Module):
 
 def check_arguments(args: MapperArguments) -> None:
     """Raises `ValueError` when what a loss needs is not given, or when nothing would be learnt."""
-    if args.encoder and not args.image_prompts:
+    teacher = args.image_prompts or args.start
+    if args.encoder and not teacher:
         raise ValueError("`encoder` makes the patch features for `image_prompts`, which is not given.")
     weights = {name: getattr(args, f"{name}_weight") for name in ("contrastive", "flow_matching", "regression")}
     given = ", ".join(f"`{name}_weight` {value:g}" for name, value in weights.items())
     if not args.decoder and (weights["contrastive"] or weights["flow_matching"]):
         raise ValueError(f"Without a `decoder` there is regression only; got {given}.")
-    learnt = weights["contrastive"] or weights["flow_matching"] or weights["regression"] and args.image_prompts
+    learnt = weights["contrastive"] or weights["flow_matching"] or weights["regression"] and teacher
     if min(weights.values()) < 0 or not learnt:
         raise ValueError(
-            f"There is nothing to learn: {given}; none may be negative, and regression needs `image_prompts`."
+            f"There is nothing to learn: {given}; none may be negative, and regression needs `image_prompts` or `start`."
         )
     if not 0 <= args.code_noise <= 1:
         raise ValueError(f"`code_noise` is {args.code_noise:g}; it must be in [0, 1].")
 
 
-def start_from(mapper: torch.nn.Module, other: torch.nn.Module) -> None:
+def start_from(mapper: torch.nn.Module, other: torch.nn.Module, whole: bool = False) -> None:
     """Copies the weights of `other` that make `prompt_embeds`, as far as `mapper` has them in the same shape.
 
-    Transformer layers that only `mapper` has begin as the identity.
+    With `whole`, all of its weights are copied. Transformer layers that only `mapper` has begin as the identity.
+
+    Raises:
+        `ValueError`: with `whole`, when `mapper` has no place for a weight.
     """
+    own, given = mapper.state_dict(), other.state_dict()
+    fitting = {name: weight for name, weight in given.items() if name in own and weight.shape == own[name].shape}
+    if whole and len(fitting) < len(given):
+        name = next(name for name in given if name not in fitting)
+        raise ValueError(f"`start` has {name} {tuple(given[name].shape)}, which these fields of `mapper` leave out.")
     for layer in mapper.layers[len(other.layers) :]:
         for last in (layer.self_attn.out_proj, layer.linear2):
             torch.nn.init.zeros_(last.weight)
             torch.nn.init.zeros_(last.bias)
-    own = mapper.state_dict()
-    fitting = {k: v for k, v in other.state_dict().items() if k in own and v.shape == own[k].shape}
-    mapper.load_state_dict({**own, **{k: v for k, v in fitting.items() if not k.startswith("pool")}})
+    copied = {name: weight for name, weight in fitting.items() if whole or not name.startswith("pool")}
+    mapper.load_state_dict({**mapper.state_dict(), **copied})
+
+
+def make_mapper(args: MapperArguments, scales: dict[str, float], teacher: torch.nn.Module | None) -> torch.nn.Module:
+    """The mapper that learns: from scratch, from what makes image prompts, or as `start` has it."""
+    from transformers_unicode2 import UniCode2ConditionMapper
+
+    if not args.start:
+        mapper = UniCode2ConditionMapper(**{**scales, **args.mapper})
+        if teacher:
+            start_from(mapper, teacher)
+        return mapper
+    start = UniCode2ConditionMapper.from_pretrained(args.start).float()
+    fields = {name: start.config[name] for name in signature(UniCode2ConditionMapper).parameters}
+    mapper = UniCode2ConditionMapper(**{**fields, **args.mapper})
+    start_from(mapper, start, whole=True)
+    return mapper
 
 
 def main(args: MapperArguments, training_args) -> None:
@@ -194,7 +228,7 @@ def main(args: MapperArguments, training_args) -> None:
 
     def hash_all() -> dict:
         check_same_rows(images, tokens)
-        checkpoints = ("model", "image_prompts", "encoder")
+        checkpoints = ("model", "start", "image_prompts", "encoder")
         return hash_inputs(args, images=("data",), tokens=("tokens",), checkpoints=checkpoints, pipelines=("decoder",))
 
     with stage("mapper", args, training_args, hash_all) as held:
@@ -205,7 +239,7 @@ def main(args: MapperArguments, training_args) -> None:
 def train(args: MapperArguments, training_args, tokens: list[Path], held) -> None:
     from transformers import set_seed
 
-    from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ForConditionalGeneration
+    from transformers_unicode2 import UniCode2ForConditionalGeneration
 
     from ..processes import agree
     from .data import load_images_with_codes
@@ -221,9 +255,7 @@ def train(args: MapperArguments, training_args, tokens: list[Path], held) -> Non
     decoder = load_decoder(args.decoder, training_args.device) if args.decoder else None
     collate = MapperCollator(args, training_args, decoder, source)
     scales = measure_scales(decoder, rows[args.caption_column][:64]) if decoder else {}
-    mapper = UniCode2ConditionMapper(**{**scales, **args.mapper})
-    if collate.teacher:
-        start_from(mapper, collate.teacher)
+    mapper = make_mapper(args, scales, collate.teacher)
     visual_embeddings = source.model.visual_embeddings.weight.detach().to(training_args.device)
     model = MapperWithLosses(mapper, decoder, visual_embeddings, args)
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("down", "pool")) if args.muon else None
@@ -259,7 +291,7 @@ class MapperCollator:
     def __init__(self, args: MapperArguments, training_args, decoder, source):
         self.device, self.bf16, self.decoder = training_args.device, training_args.bf16, decoder
         self.caption_column, self.teacher, self.encoder = args.caption_column, None, None
-        if args.image_prompts:
+        if args.image_prompts or args.start and args.regression_weight:
             self.load_teacher(args, source)
 
     def load_teacher(self, args: MapperArguments, source) -> None:
@@ -268,7 +300,7 @@ class MapperCollator:
 
         from transformers_unicode2 import UniCode2ConditionMapper
 
-        teacher = UniCode2ConditionMapper.from_pretrained(args.image_prompts).float()
+        teacher = UniCode2ConditionMapper.from_pretrained(args.image_prompts or args.start).float()
         encoder = SiglipVisionModel.from_pretrained(args.encoder) if args.encoder else None
         encoder = encoder or source.get_quantizer().vision_model
         self.teacher, self.encoder = (part.requires_grad_(False).eval().to(self.device) for part in (teacher, encoder))
