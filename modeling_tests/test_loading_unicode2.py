@@ -43,7 +43,7 @@ def change(model, tmp_path):
 
 
 def forget_digests(settings):
-    for name in ("codes_sha256", "cells_sha256", "vision_sha256"):
+    for name in [name for name in settings["codebook_config"] if name.endswith("_sha256")]:
         settings["codebook_config"].pop(name)
 
 
@@ -134,6 +134,7 @@ FLIPPED = {
     "codes": CODEBOOK + "codes",
     "cells": CODEBOOK + "cell_centroids",
     "weights of the encoder": ENCODER + "encoder.layers.0.mlp.fc1.weight",
+    "thumbnails": CODEBOOK + "previews",
 }
 
 
@@ -141,8 +142,8 @@ FLIPPED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_flipped_bit_is_noticed_however_it_is_stored(change, part, dtype):
     def flip(state):
-        rounded = state[FLIPPED[part]].to(dtype)
-        rounded.view(torch.int16)[3, 5] ^= 1
+        rounded = state[FLIPPED[part]] if part == "thumbnails" else state[FLIPPED[part]].to(dtype)
+        rounded.view(torch.uint8 if part == "thumbnails" else torch.int16)[3, 1] ^= 1
         state[FLIPPED[part]] = rounded
 
     folder = change(flip)
@@ -162,6 +163,79 @@ def test_rounding_all_tensors_of_a_file_is_noticed(change, part):
     else:
         with pytest.raises(ValueError, match="weights of the encoder in .* damaged, rounded or others"):
             UniCode2Quantizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"layer_norm_eps": 0.1}, {"hidden_act": "relu"}, {"num_attention_heads": 4}, {"hidden_act": "gelu"}]
+)
+def test_an_encoder_that_computes_something_else_is_noticed(change, settings):
+    folder = change(config=lambda config: config["vision_config"].update(settings))
+    for loader in ALL:
+        with pytest.raises(ValueError, match="The `vision_config` of .* is not that which its codebook was saved with"):
+            loader.from_pretrained(folder)
+
+
+def test_settings_that_no_feature_depends_on_are_free(change):
+    others = {"dtype": "float16", "attention_dropout": 0.5, "transformers_version": "5.20.0", "initializer_range": 1.0}
+    others |= {"output_hidden_states": True, "_attn_implementation": "eager", "architectures": ["SiglipModel"]}
+
+    def write_otherwise(config):
+        config["vision_config"].update(others)
+        for usual in ("layer_norm_eps", "num_channels", "chunk_size_feed_forward"):
+            config["vision_config"].pop(usual, None)
+
+    for loader in ALL:
+        loader.from_pretrained(change(config=write_otherwise))
+
+
+def cut(file, share):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.json", ""),
+        ("config.json", "[]"),
+        ("config.json", '{"model_type": '),
+        ("model.safetensors.index.json", ""),
+        ("model.safetensors.index.json", "{}"),
+        ("model.safetensors", ""),
+        ("model.safetensors", 0.5),
+        ("model-00002-of-00005.safetensors", 0.99),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_by_every_loader(model, tmp_path, name, content):
+    model.save_pretrained(tmp_path, max_shard_size="1GB" if name == "model.safetensors" else "100KB")
+    if isinstance(content, float):
+        cut(tmp_path / name, content)
+    else:
+        (tmp_path / name).write_text(content)
+    for loader in (UniCode2ForConditionalGeneration, UniCode2Model, UniCode2Quantizer):
+        with pytest.raises(ValueError, match=f"{tmp_path / name} is damaged") as caught:
+            loader.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_one_of_its_parts_says_so(change):
+    folder = change(config=lambda config: config.pop("codebook_config"))
+    with pytest.raises(ValueError, match="config.json of .* lacks `codebook_config`"):
+        UniCode2Quantizer.from_pretrained(folder)
+
+
+def test_weights_of_another_size_are_named_with_both_sizes(change):
+    folder = change(config=lambda config: config["codebook_config"].update(codebook_size=48))
+    for loader in ALL:
+        with pytest.raises(ValueError, match=r"codebook.codes, \(96, 16\) there and \(48, 16\) in the configuration"):
+            loader.from_pretrained(folder)
+    folder = change(config=lambda config: config["text_config"].update(vocab_size=800))
+    for loader in WHOLE:
+        with pytest.raises(ValueError, match=r"weight, \(768, 32\) there and \(800, 32\)"):
+            loader.from_pretrained(folder)
+        with pytest.raises(ValueError, match="another size"):
+            loader.from_pretrained(folder, output_loading_info=True)
+    UniCode2Quantizer.from_pretrained(folder)
 
 
 def test_digests_are_of_what_is_saved(model, tmp_path):

@@ -73,6 +73,10 @@ class UniCode2CodebookConfig(PreTrainedConfig):
             The same of the cells: their centroids and offsets.
         vision_sha256 (`str`, *optional*):
             The same of the weights of the encoder that a checkpoint holds.
+        vision_config_sha256 (`str`, *optional*):
+            SHA-256 of what the encoder computes by its configuration, see `hash_settings`.
+        previews_sha256 (`str`, *optional*):
+            SHA-256 of the thumbnails.
         encoder_sha256 (`str`, *optional*):
             SHA-256 of the encoder and image processor that `unicode2 codebook build` used.
     """
@@ -88,6 +92,8 @@ class UniCode2CodebookConfig(PreTrainedConfig):
     codes_sha256: str | None = None
     cells_sha256: str | None = None
     vision_sha256: str | None = None
+    vision_config_sha256: str | None = None
+    previews_sha256: str | None = None
     encoder_sha256: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -153,8 +159,12 @@ class UniCode2QuantizerConfig(UniCode2ConfigMixin, PreTrainedConfig):
     def get_config_dict(cls, *args, **kwargs):
         """The dictionary of a quantizer, or of the quantizer in a whole checkpoint."""
         config, rest = super().get_config_dict(*args, **kwargs)
-        if config.get("model_type") == UniCode2Config.model_type:
-            config = {name: config[name] for name in ("vision_config", "codebook_config")}
+        if isinstance(config, dict) and config.get("model_type") == UniCode2Config.model_type:
+            parts = ("vision_config", "codebook_config")
+            absent = [name for name in parts if name not in config]
+            if absent:
+                raise ValueError(f"The config.json of {args[0] if args else 'a checkpoint'} lacks `{absent[0]}`.")
+            config = {name: config[name] for name in parts}
         return config, rest
 
 
@@ -273,7 +283,7 @@ def check_codebook_config(settings: dict) -> None:
                 f"`probe_recall` of the codebook has {share!r} for {count!r} cells; it must map numbers of cells to "
                 "shares in [0, 1]."
             )
-    for name in ("codes_sha256", "cells_sha256", "vision_sha256", "encoder_sha256"):
+    for name in (name for name in UniCode2CodebookConfig.__annotations__ if name.endswith("_sha256")):
         value = settings.get(name)
         if not (value is None or isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
             raise ValueError(f"`{name}` of the codebook is {value!r}; it must be 64 hexadecimal digits.")

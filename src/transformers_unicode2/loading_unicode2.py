@@ -1,23 +1,42 @@
 """What every loader checks: nothing that defines the codes of an image is missing, damaged, rounded or exchanged."""
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 AGAIN = "Copy or build it again."
 # What each digest in a codebook's configuration is of: names of weights, as they end.
 DIGESTS = {
     "codes_sha256": r"codebook\.codes",
     "cells_sha256": r"codebook\.cell_(?:centroids|offsets)",
     "vision_sha256": r"vision_model\..+",
+    "previews_sha256": r"codebook\.previews",
 }
+# Entries of a configuration that do not change what the model computes.
+NOT_HASHED = ("transformers_version", "dtype", "architectures", "processor_class")
+# Those that do not change the features of a frozen encoder either. Not every version of Transformers writes all of
+# them.
+NOT_FEATURES = (
+    *NOT_HASHED,
+    *("attention_dropout", "initializer_factor", "initializer_range", "projection_dim", "vision_use_head"),
+    *("chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id", "output_attentions"),
+    *("output_hidden_states", "problem_type", "return_dict", "tie_word_embeddings"),
+)
+# What modules with weights of their own say of their size, as linear layers, convolutions, embeddings and norms do.
+SIZES = ("in_features", "in_channels", "num_embeddings", "normalized_shape")
 
 
 def find_digests(tensors: dict[str, torch.Tensor], wanted: Iterable[str] = tuple(DIGESTS)) -> dict[str, str]:
-    """The digests of codes, cells and encoder, as far as they are among the weights of a quantizer or a model."""
+    """The digests of codes, cells, encoder and thumbnails, as far as a quantizer or a model has them in its weights."""
     digests = {}
     for digest in wanted:
         matches = {name: re.search(rf"(?:^|\.)({DIGESTS[digest]})$", name) for name in tensors}
@@ -28,13 +47,15 @@ def find_digests(tensors: dict[str, torch.Tensor], wanted: Iterable[str] = tuple
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names, shapes and values, as little-endian float32 or int64, whatever dtype holds them.
+    """SHA-256 of names, shapes and values: bytes, or little-endian float32 or int64, whatever dtype holds them.
 
     500K codes of width 1152 take 1.2 s, a third of what it takes to read them from a disk at 0.7 GB/s.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         kind, dtype = ("<f4", torch.float32) if tensor.is_floating_point() else ("<i8", torch.int64)
+        if tensor.dtype == torch.uint8:
+            kind, dtype = "|u1", torch.uint8
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         for part in tensor.detach().reshape(-1).split(2**22):
             digest.update(part.to("cpu", dtype).numpy().astype(kind, copy=False))
@@ -46,12 +67,32 @@ def check_digests(tensors: dict[str, torch.Tensor], config, source: str) -> None
     wanted = {name: getattr(config, name) for name in DIGESTS if getattr(config, name)}
     for digest, found in find_digests(tensors, wanted).items():
         if found != wanted[digest]:
-            part = {"codes_sha256": "codes", "cells_sha256": "cells", "vision_sha256": "weights of the encoder"}[digest]
+            parts = {"vision_sha256": "weights of the encoder", "previews_sha256": "thumbnails"}
+            part = parts.get(digest, digest.removesuffix("_sha256"))
             raise ValueError(
                 f"The {part} in {source} are not those that its configuration names (SHA-256 {found[:12]}, there "
                 f"{wanted[digest][:12]}): they are damaged, rounded or others. If that is on purpose, set `{digest}` "
                 "to null there."
             )
+
+
+def hash_settings(config) -> str:
+    """SHA-256 of what the features of an encoder depend on in its configuration, as far as it is not the default."""
+    usual, own = type(config)().to_dict(), config.to_dict()
+    kept = {name: value for name, value in own.items() if name not in NOT_FEATURES and not name.startswith("_")}
+    kept = {name: value for name, value in kept.items() if name == "model_type" or value != usual.get(name)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_settings(vision_config, codebook_config, source: str) -> None:
+    """Raises `ValueError` when the encoder's configuration has another digest than the codebook's names."""
+    found, wanted = hash_settings(vision_config), codebook_config.vision_config_sha256
+    if wanted not in (None, found):
+        raise ValueError(
+            f"The `vision_config` of {source} is not that which its codebook was saved with (SHA-256 {found[:12]}, then "
+            f"{wanted[:12]}), so images would get other codes. If that is on purpose, set `vision_config_sha256` to "
+            "null there."
+        )
 
 
 def check_codebook(codebook: nn.Module, source: str) -> None:
@@ -93,6 +134,73 @@ def check_finite(name: str, rows: torch.Tensor, source: str) -> None:
         )
 
 
+def load_whole(load: Callable, source, *args, **kwargs):
+    """A model, or with `output_loading_info` a model and the report, that was loaded and checked, its quantizer frozen.
+
+    Args:
+        load (`Callable`): stock `from_pretrained`.
+        source (`str` or `Path`, *optional*): folder or Hub name.
+
+    Raises:
+        `ValueError`: on a file that is damaged, on weights of another size, and see `check_loaded`.
+    """
+    want_info, ignored = (kwargs.pop(name, False) for name in ("output_loading_info", "ignore_mismatched_sizes"))
+    with damage_named(source, kwargs):
+        # Sizes are compared below, where both can be told.
+        model, info = load(source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    if not ignored:
+        check_sizes(info, "the state dict" if source is None else str(source))
+    check_loaded(model, info, source, want_info)
+    model.get_quantizer().freeze()
+    return (model, info) if want_info else model
+
+
+@contextmanager
+def damage_named(source, options: dict) -> Iterator[None]:
+    """Has an error name the damaged file that it came from, if there is one in a folder or Hub repository `source`."""
+    try:
+        yield
+    except Exception:
+        hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        config = source and cached_file(source, CONFIG_NAME, **quiet, **hub)
+        if config:
+            check_files(Path(config).parent)
+        raise
+
+
+def check_files(folder: Path) -> None:
+    """Raises `ValueError` when the configuration, the index or the weights in a folder cannot be read; reads no weight."""
+    for name in (CONFIG_NAME, "generation_config.json", SAFE_WEIGHTS_INDEX_NAME, "*.safetensors"):
+        for file in sorted(folder.glob(name)):
+            try:
+                check_file(file)
+            except (ValueError, SafetensorError) as error:
+                raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}). {AGAIN}") from error
+
+
+def check_file(file: Path) -> None:
+    """Raises `ValueError` or `SafetensorError` when a JSON object or a file of weights cannot be read."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt"):
+            return
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    if file.name == SAFE_WEIGHTS_INDEX_NAME and not isinstance(content.get("weight_map"), dict):
+        raise ValueError("it has no weight_map")
+
+
+def check_sizes(info: dict, source: str) -> None:
+    """Raises `ValueError` when loading reports weights of another size than the configuration gives them."""
+    if info["mismatched_keys"]:
+        name, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{len(info['mismatched_keys'])} weights in {source} have another size than in its configuration; the "
+            f"first is {name}, {tuple(stored)} there and {tuple(expected)} in the configuration."
+        )
+
+
 def check_loaded(model, info: dict, source: str | None, want_info: bool) -> None:
     """Raises `ValueError` when a model that was loaded gives images other codes than its checkpoint, or is random.
 
@@ -108,8 +216,9 @@ def check_loaded(model, info: dict, source: str | None, want_info: bool) -> None
     part = "" if model is quantizer else "quantizer."
     if not want_info:
         check_keys(info, source, part)
+    check_settings(model.config.vision_config, config, source)
     if getattr(model, "is_quantized", False):
-        check_full_precision(quantizer, model.quantization_method.value)
+        check_full_precision(quantizer.vision_model, f"would be quantized by {model.quantization_method.value}")
     absent = {*info["missing_keys"], *(key for key, _, _ in info["mismatched_keys"])}
     if not any("codebook." in key for key in absent):
         check_codebook(quantizer.codebook, source)
@@ -161,13 +270,26 @@ def check_head(model: nn.Module, codebook: nn.Module, absent: set[str], source: 
         )
 
 
-def check_full_precision(quantizer: nn.Module, method: str) -> None:
-    """Raises `ValueError` when a weight of the frozen encoder has been quantized."""
-    weights = dict(quantizer.named_parameters())
-    changed = [name for name, w in weights.items() if type(w) is not nn.Parameter or not w.is_floating_point()]
-    if changed:
+def check_full_precision(encoder: nn.Module, what: str = "are not in float32 any more") -> None:
+    """Raises `ValueError` when weights of the frozen encoder were converted, or its layers exchanged.
+
+    Looks at types alone, so that the weights may be anywhere, as on the meta device while they are offloaded.
+    """
+    if torch.compiler.is_compiling():
+        return
+    weights = dict(encoder.named_parameters())
+    # Those of torch itself, as a `DTensor`, hold the same values.
+    changed = [n for n, w in weights.items() if w.dtype.itemsize < 4 or not is_of_torch(w) or not w.is_floating_point()]
+    layers = [n for n, m in encoder.named_modules() if any(hasattr(m, size) for size in SIZES) and not is_of_torch(m)]
+    if changed or layers:
+        count = f"{len(changed)} of {len(weights)} weights" if changed else f"{len(layers)} layers"
         raise ValueError(
-            f"{len(changed)} of {len(weights)} weights of the frozen encoder would be quantized by {method}, which "
-            f"changes the codes; the first is {changed[0]}. Name `vision_model` among the modules that it leaves "
-            "alone, or quantize another way."
+            f"{count} of the frozen encoder {what}, which changes the codes; the first is {(changed or layers)[0]}. "
+            "Leave `vision_model` out of what is quantized or converted, and load the model again."
         )
+
+
+def is_of_torch(value) -> bool:
+    """Whether the class of a weight or a layer is one of torch's, and none that quantizes."""
+    name = f"{type(value).__module__}.{type(value).__name__}"
+    return name.startswith(("torch.nn.", "torch.distributed.", "torch._", "torch.Tensor"))

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2Config
 from .generation_unicode2 import UniCode2GenerationMixin
-from .loading_unicode2 import check_loaded
+from .loading_unicode2 import load_whole
 from .planning_unicode2 import CACHE_NAME, name_cache
 from .processing_unicode2 import UniCode2Processor  # noqa: F401, so that its file travels with this one
 from .quantization_unicode2 import UniCode2Quantizer, equal_cells, init_codebook, note_digests
@@ -115,12 +115,8 @@ class UniCode2PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads a checkpoint and freezes its quantizer. Raises `ValueError` as `check_loaded` does."""
-        want_info, source = kwargs.pop("output_loading_info", False), pretrained_model_name_or_path
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        check_loaded(model, info, source, want_info)
-        model.get_quantizer().freeze()
-        return (model, info) if want_info else model
+        """Loads a checkpoint and freezes its quantizer. Raises `ValueError` as `load_whole` does."""
+        return load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
         """Saves with the digests of the quantizer's parts."""

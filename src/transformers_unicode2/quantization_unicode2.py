@@ -17,11 +17,10 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
 from .images_unicode2 import read_pixels_of
-from .loading_unicode2 import check_loaded, find_digests
+from .loading_unicode2 import HUB_OPTIONS, check_full_precision, find_digests, hash_settings, load_whole
 from .search_unicode2 import WORKSPACE, check_num_probes, find_nearest
 
 logger = logging.get_logger(__name__)
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -256,23 +255,21 @@ class UniCode2Quantizer(PreTrainedModel):
 
         Of a whole checkpoint in several files, only those that hold a part of the quantizer are fetched and read.
 
-        Raises `ValueError` when something in it is missing, damaged or of another size, see `check_loaded`.
+        Raises `ValueError` when something in it is missing, damaged or of another size, see `load_whole`.
         """
-        want_info, source = kwargs.pop("output_loading_info", False), pretrained_model_name_or_path
         kwargs.setdefault("key_mapping", {r"^(model\.)?quantizer\.": ""})
-        state = read_quantizer(pretrained_model_name_or_path, kwargs)
-        if state:
-            if "config" not in kwargs:
-                kwargs["config"] = cls.config_class.from_pretrained(
-                    pretrained_model_name_or_path, **{k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
-                )
-            kwargs["state_dict"], pretrained_model_name_or_path = state, None
-        quantizer, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        check_loaded(quantizer, info, source, want_info)
-        quantizer.freeze()
-        return (quantizer, info) if want_info else quantizer
+        stock = super().from_pretrained
+
+        def load(source, *args, **kwargs):
+            state = read_quantizer(source, kwargs)
+            if state:
+                if "config" not in kwargs:
+                    hub = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+                    kwargs["config"] = cls.config_class.from_pretrained(source, **hub)
+                kwargs["state_dict"], source = state, None
+            return stock(source, *args, **kwargs)
+
+        return load_whole(load, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
         """Saves under its own names, wherever the weights came from, with the digests of its parts."""
@@ -304,6 +301,7 @@ class UniCode2Quantizer(PreTrainedModel):
                 f"`pixel_values` are {pixel_values.dtype}; rounded pixels get other codes. Give them in float32, as "
                 "the processor does, or give visual token ids."
             )
+        check_full_precision(self.vision_model)
         kwargs["return_dict"] = True
         with torch.autocast(pixel_values.device.type, enabled=False):
             return self.vision_model(pixel_values.to(self.vision_model.dtype), **kwargs)
@@ -374,6 +372,7 @@ def note_digests(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | N
     """Writes the digests of what will be saved, the state dict or the model's own weights, to a model's
     configuration."""
     weights = model.get_quantizer().state_dict() if state_dict is None else state_dict
+    model.config.codebook_config.vision_config_sha256 = hash_settings(model.config.vision_config)
     for name, digest in find_digests(weights).items():
         setattr(model.config.codebook_config, name, digest)
 

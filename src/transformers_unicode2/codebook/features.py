@@ -13,13 +13,12 @@ import numpy as np
 from ..checkpoints import check_encoder_keys
 from ..files import write_file
 from ..images_unicode2 import one_line
+from ..loading_unicode2 import NOT_HASHED
 from .images import ImageSource
 
 # A build makes the files of these folders again when they are missing.
 MADE_AGAIN = ("features", "cells", "fine")
 CLIP_TYPES = ("clip", "clip_vision_model")
-# Entries of a configuration that do not change what the model computes.
-NOT_HASHED = ("transformers_version", "dtype", "architectures", "processor_class")
 
 
 class Encoder:
@@ -47,7 +46,8 @@ class Encoder:
             self.model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
             check_encoder_keys(info, path)
             self.model.eval().to(device)
-            self.image_processor = AutoImageProcessor.from_pretrained(path)
+            # torchvision resizes otherwise, and checkpoints resize with Pillow
+            self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be used as an encoder: {str(error).strip().splitlines()[0]}") from error
         config = self.model.config

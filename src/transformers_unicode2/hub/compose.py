@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ..checkpoints import check_encoder_keys, find_safetensors
 from ..configuration_unicode2 import VISUAL_HEADS
 from ..files import whole_folder
-from ..loading_unicode2 import find_digests
+from ..loading_unicode2 import find_digests, hash_settings
 from ..record import Record, hash_source, shorten
 from .shards import ShardWriter
 
@@ -73,7 +73,7 @@ def compose_checkpoint(
 
 def build_parts(llm: str, vision: str, codebook: str, visual_head: str) -> tuple:
     """The model on the meta device, its processor, the stored codebook, and the weights of the encoder."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     from ..codebook.storage import load_codebook
     from ..configuration_unicode2 import UniCode2CodebookConfig, UniCode2Config
@@ -82,20 +82,17 @@ def build_parts(llm: str, vision: str, codebook: str, visual_head: str) -> tuple
 
     tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
     text_config = AutoConfig.from_pretrained(llm)
+    check_language_model(llm, text_config)
     encoder = load_vision_model(vision)
     vision_state = {f"vision_model.{name}": value for name, value in encoder.state_dict().items()}
     stored = load_codebook(codebook)
     check_encoder(vision, codebook)
-    prefix = AutoModelForCausalLM._model_mapping[type(text_config)].base_model_prefix
-    if prefix != "model":
-        raise ValueError(
-            f"{llm} is a {text_config.model_type} model, whose weights begin with {prefix!r}, not with 'model'."
-        )
     processor = UniCode2Processor(AutoImageProcessor.from_pretrained(vision), tokenizer, encoder.config.patch_size)
+    digests = {**find_digests(vision_state), "vision_config_sha256": hash_settings(encoder.config)}
     config = UniCode2Config(
         text_config=text_config,
         vision_config=encoder.config,
-        codebook_config=UniCode2CodebookConfig(**stored.describe(), **find_digests(vision_state)),
+        codebook_config=UniCode2CodebookConfig(**stored.describe(), **digests),
         image_token_id=processor.image_token_id,
         boi_token_id=processor.boi_token_id,
         eoi_token_id=processor.eoi_token_id,
@@ -144,6 +141,20 @@ def write_configurations(model, processor, image_generation: dict | None, output
         **sampling,
     ).save_pretrained(output)
     processor.save_pretrained(output)
+
+
+def check_language_model(llm: str, config) -> None:
+    """Raises `ValueError` on a model that is no causal language model, or is not built as Qwen2 or Llama are."""
+    from transformers import AutoModelForCausalLM
+
+    models = AutoModelForCausalLM._model_mapping
+    if type(config) not in models:
+        raise ValueError(f"{llm} is a {config.model_type} model; --llm must be a causal language model.")
+    prefix = models[type(config)].base_model_prefix
+    if prefix != "model":
+        raise ValueError(
+            f"{llm} is a {config.model_type} model, whose weights begin with {prefix!r}, not with 'model'."
+        )
 
 
 def load_vision_model(vision: str):
