@@ -81,3 +81,52 @@ def test_an_encoder_that_is_quantized_all_the_same_is_refused(model, monkeypatch
     monkeypatch.setattr(UniCode2Quantizer, "_keep_in_fp32_modules", None)  # as for a quantizer that does not ask
     with pytest.raises(ValueError, match="12 of 37 weights of the frozen encoder would be quantized by torchao"):
         UniCode2Model.from_pretrained(tmp_path, quantization_config=make_torchao("Int8WeightOnlyConfig", None))
+
+
+def quantize_with_torchao(model, layers=None):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), layers)
+
+
+def cast_layerwise(model):
+    hooks = pytest.importorskip("diffusers.hooks")
+    hooks.apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32)
+
+
+CONVERSIONS = {
+    "torchao": quantize_with_torchao,
+    "dynamic": lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True),
+    "layerwise casting": cast_layerwise,
+    "bfloat16": lambda model: model.get_quantizer().vision_model.to(torch.bfloat16),
+    "one weight": lambda model: model.get_quantizer().vision_model.post_layernorm.half(),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_an_encoder_that_is_converted_after_loading_is_refused_where_it_is_used(model, pixel_values, name):
+    CONVERSIONS[name](model)
+    quantizer = model.get_quantizer()
+    calls = (quantizer, quantizer.encode_images, quantizer.get_image_features, model.get_image_features)
+    for call in (*calls, model.get_image_tokens, model.model.get_image_features):
+        with pytest.raises(ValueError, match="of the frozen encoder are not as they were loaded.*changes the codes"):
+            call(pixel_values)
+
+
+def test_what_leaves_the_encoder_alone_keeps_the_codes(model, pixel_values):
+    right = model.get_image_tokens(pixel_values)
+    language_model = model.model.language_model
+    torch.ao.quantization.quantize_dynamic(language_model, {torch.nn.Linear}, inplace=True)
+    assert torch.equal(model.get_image_tokens(pixel_values), right)
+    for convert in (model.bfloat16, model.half):
+        assert torch.equal(convert().get_image_tokens(pixel_values), right)
+    compiled = torch.compile(model.get_quantizer().vision_model, backend="eager")
+    model.get_quantizer().vision_model = compiled
+    assert torch.equal(model.get_image_tokens(pixel_values), right)
+
+
+def test_an_encoder_whose_weights_are_offloaded_keeps_the_codes(model, pixel_values):
+    accelerate = pytest.importorskip("accelerate")
+    right = model.get_image_tokens(pixel_values)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.get_quantizer().vision_model.parameters())
+    assert torch.equal(model.get_image_tokens(pixel_values), right)

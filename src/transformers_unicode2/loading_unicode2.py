@@ -270,7 +270,7 @@ def check_head(model: nn.Module, codebook: nn.Module, absent: set[str], source: 
         )
 
 
-def check_full_precision(encoder: nn.Module, what: str = "are not in float32 any more") -> None:
+def check_full_precision(encoder: nn.Module, what: str = "are not as they were loaded") -> None:
     """Raises `ValueError` when weights of the frozen encoder were converted, or its layers exchanged.
 
     Looks at types alone, so that the weights may be anywhere, as on the meta device while they are offloaded.
