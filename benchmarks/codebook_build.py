@@ -1,15 +1,17 @@
-"""How good, how fast and how large is the two-stage builder beside FAISS? On the same features and the same cores.
+"""Distortion, time and memory of the two-stage builder beside FAISS, on the same features and the same cores.
 
     python benchmarks/codebook_build.py --features outputs/features --num-features 1000000 --codebook-size 4096
 
-Peers: flat `faiss.Kmeans` and `faiss.contrib.clustering.two_level_clustering` with their defaults, 25 iterations of all features. The builder
-comes plain (20 iterations, on all features in the cells), and with fewer iterations in the cells and Lloyd passes across their borders.
+Peers: flat `faiss.Kmeans` and `faiss.contrib.clustering.two_level_clustering` with their defaults, 25 iterations over
+all features. The builder runs plain (20 iterations on all features of each cell), and with fewer iterations in the
+cells followed by Lloyd passes across cell borders.
 
-Each method runs in a process of its own, whose peak resident memory is told. The peers' seconds are those of their call alone, on
-float32 features in memory; the builder's are those of all its phases after the features, from shards of float16 on disk to the
-codebook on disk. Distortion is the mean squared distance of an even sample of the features to the nearest of all codes, exact, by the
-same function for all. Each number of cells is a comparison of its own; flat k-means has none. Where `two_level_clustering` allots a small cell no centroid, at which it dies, that cell gets none here and the
-table says so. Finished rows are kept: the same command goes on.
+Each method runs in its own process, whose peak resident memory is reported. The peers' time is that of their call
+alone, on float32 features in memory. The builder's time is that of all phases after feature extraction, from float16
+shards on disk to the codebook on disk. Distortion is the exact mean squared distance of an evenly spaced sample of the
+features to the nearest code, by the same function for all methods. Each number of cells is a separate comparison; flat
+k-means has no cells. `two_level_clustering` crashes if it allots no centroid to a small cell. Here that cell gets none,
+and the table says so. Finished rows are kept: after a kill, the same command resumes.
 """
 
 import argparse
@@ -27,18 +29,20 @@ import numpy as np
 from real_features import load_features, read_float32
 from rows import Rows, describe_run
 
-METHODS = {  # of the builder: backend, iterations and Lloyd passes across the borders
+# Methods of the builder: backend, iterations and Lloyd passes across cell borders.
+METHODS = {
     "ours, faiss": ("faiss", 20, 0),
     "ours, torch": ("torch", 20, 0),
     "ours, torch, 5 iterations": ("torch", 5, 0),
     "ours, torch, 8 iterations": ("torch", 8, 0),
     "ours, torch, 8 iterations, polish 3": ("torch", 8, 3),
 }
-SHARD = 50_000  # features
+# Features in a shard.
+SHARD = 50_000
 
 
 def write_shards(folder: str, num_features: int) -> None:
-    """The features as the first phase of a build leaves them: of these files each build gets links."""
+    """Writes the features in the form of the first phase of a build. Each build links to these files."""
     from transformers_unicode2.codebook.features import shard_path, write_arrays
 
     shards = Path(folder) / "shards"
@@ -51,17 +55,16 @@ def write_shards(folder: str, num_features: int) -> None:
             write_arrays(path, {"features": np.array(rows)})
 
 
-def build_ours(
-    folder: str, num_features: int, codebook_size: int, num_cells: int, method: tuple, memory: float, said: list
-) -> np.ndarray:
-    """All phases of `unicode2 codebook build` after the features; what the build says of its phases is added to `said`."""
-    from transformers_unicode2.codebook.build import Build, make_parser
+def define_build(folder: str, num_features: int, said: list) -> type:
+    """A `Build` that starts from the files of `write_shards` and appends its messages to `said`."""
+    from transformers_unicode2.codebook.build import Build
     from transformers_unicode2.codebook.features import read_rows, shard_path, write_arrays, write_file
-    from transformers_unicode2.codebook.storage import load_codebook
+
+    dim = load_features(folder)[0].shape[1]
 
     class FeatureBuild(Build):
         def prepare(self):
-            self.source, self.encoder = SimpleNamespace(listing=list), None
+            self.source, self.encoder = SimpleNamespace(listing=list, left_out=None), None
             self.record, self.num_images = {}, num_features
             self.num_rows, self.dim = num_features, dim
             self.shard_bytes, self.images_per_shard = 2 * dim, SHARD
@@ -79,7 +82,16 @@ def build_ours(
         def say(self, text):
             said.append(text)
 
-    dim = load_features(folder)[0].shape[1]
+    return FeatureBuild
+
+
+def build_ours(
+    folder: str, num_features: int, codebook_size: int, num_cells: int, method: tuple, memory: float, said: list
+) -> np.ndarray:
+    """All phases of `unicode2 codebook build` after feature extraction; appends the build's messages to `said`."""
+    from transformers_unicode2.codebook.build import make_parser
+    from transformers_unicode2.codebook.storage import load_codebook
+
     backend, iterations, polish = method
     with tempfile.TemporaryDirectory(dir=folder) as output:
         options = {"images": "-", "encoder": "-", "output": output, "preview-size": 0, "backend": backend}
@@ -88,12 +100,12 @@ def build_ours(
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         alone = {"process_index": 0, "num_processes": 1, "is_main_process": True, "device": "cpu"}
         state = SimpleNamespace(**alone, wait_for_everyone=lambda: None)
-        Build.run(FeatureBuild(make_parser().parse_args(words), state))
+        define_build(folder, num_features, said)(make_parser().parse_args(words), state).run()
         return load_codebook(output).codes.numpy()
 
 
 def run_two_level(points: np.ndarray, args: argparse.Namespace, said: list) -> np.ndarray:
-    """Centroids of `two_level_clustering`, with cells that have none instead of an error."""
+    """Centroids of `two_level_clustering`. Cells without a centroid stay empty instead of raising an error."""
     import faiss
     from faiss.contrib.clustering import two_level_clustering
 
@@ -113,7 +125,7 @@ def run_two_level(points: np.ndarray, args: argparse.Namespace, said: list) -> n
 
 
 def run_method(args: argparse.Namespace) -> dict:
-    """One method in this process: seconds, peak memory in GiB, distortion and, of ours, what it said of its phases."""
+    """Runs one method in this process: seconds, peak memory in GiB, distortion and messages."""
     import faiss
     import torch
 
@@ -124,8 +136,8 @@ def run_method(args: argparse.Namespace) -> dict:
     said = []
     if args.method in METHODS:
         method, start = METHODS[args.method], time.perf_counter()
-        size = (args.num_features, args.codebook_size, args.num_cells[0])
-        codes = build_ours(args.features, *size, method, args.max_memory_gib, said)
+        count, size, cells = args.num_features, args.codebook_size, args.num_cells[0]
+        codes = build_ours(args.features, count, size, cells, method, args.max_memory_gib, said)
     else:
         points = read_float32(args.features, args.num_features)
         start = time.perf_counter()
@@ -147,7 +159,7 @@ def run_method(args: argparse.Namespace) -> dict:
 
 
 def run_in_process(method: str, **options) -> dict:
-    """`run_method` in a process of its own; what that prints goes to the standard error."""
+    """Runs `run_method` in its own process. What that prints goes to standard error."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, str(Path(__file__)), "--method", method, "--row", f"{folder}/row.json"]
         words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -156,7 +168,7 @@ def run_in_process(method: str, **options) -> dict:
 
 
 def measure_rate(threads: int) -> float:
-    """Operations a second of a large float32 product."""
+    """Operations per second of a large float32 product."""
     import torch
 
     torch.set_num_threads(threads)
@@ -171,14 +183,14 @@ def measure_rate(threads: int) -> float:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--features", default="outputs/features", help="folder that real_features.py wrote")
-    parser.add_argument("--results", help="file for finished rows; default: FEATURES/codebook_build.json")
+    parser.add_argument("--results", help="file for finished rows (default: FEATURES/codebook_build.json)")
     parser.add_argument("--num-features", type=int, default=1_000_000)
     parser.add_argument("--codebook-size", type=int, default=4096)
-    parser.add_argument("--num-cells", type=int, nargs="+", default=[64, 8], help="8 of 512 codes, as in the paper")
+    parser.add_argument("--num-cells", type=int, nargs="+", default=[64, 8], help="one comparison each")
     parser.add_argument("--max-memory-gib", type=float, default=8.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--num-measured", type=int, default=250_000, help="features to measure the distortion on")
-    parser.add_argument("--method", help="run this method alone, its figures to --row")
+    parser.add_argument("--method", help="run only this method and write its figures to --row")
     parser.add_argument("--row", help="file for the figures of --method")
     return parser
 
@@ -191,9 +203,8 @@ def main() -> None:
     dim = load_features(args.features)[0].shape[1]
     count = len(load_features(args.features, args.num_features)[0])
     write_shards(args.features, count)
-    setting = {
-        name: value for name, value in vars(args).items() if name not in ("results", "method", "row", "num_cells")
-    }
+    not_setting = ("results", "method", "row", "num_cells")
+    setting = {name: value for name, value in vars(args).items() if name not in not_setting}
     setting["num_features"] = count
     rows = Rows(args.results or f"{args.features}/codebook_build.json", setting)
 
@@ -201,17 +212,15 @@ def main() -> None:
         name = f"{method}, {num_cells} cells"
         return rows.measure(name, lambda: run_in_process(method, **setting, num_cells=num_cells))
 
-    table = {
-        num_cells: {method: measure(method, num_cells) for method in ("two_level_clustering", *METHODS)}
-        for num_cells in args.num_cells
-    }
+    table = {}
+    for num_cells in args.num_cells:
+        table[num_cells] = {method: measure(method, num_cells) for method in ("two_level_clustering", *METHODS)}
     flat = measure("faiss.Kmeans", 1)
     rate = rows.measure("rate", lambda: {"rate": measure_rate(args.threads)})["rate"]
     products = 2.0 * min(count, 512 * args.codebook_size) * args.codebook_size * dim * 25
     print(describe_run(args.threads, "faiss-cpu"))
-    print(
-        f"\n{count} features of width {dim}, {args.codebook_size} codes; distortion of {min(count, args.num_measured)} of them."
-    )
+    measured = min(count, args.num_measured)
+    print(f"\n{count} features of width {dim}, {args.codebook_size} codes; distortion of {measured} of them.")
     print(f"The products of flat k-means alone: {products / rate:.0f} s.\n")
     print("| cells | method | s | times as fast as two_level | peak GiB | distortion | of flat | of two_level |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -223,16 +232,13 @@ def main() -> None:
     for num_cells, methods in table.items():
         died = methods["two_level_clustering"]["said"]
         if died:
-            print(f"\nOf {num_cells} cells `two_level_clustering` would have died at {len(died)}: {', '.join(died)}.")
+            print(f"\n`two_level_clustering` would crash at {len(died)} of {num_cells} cells: {', '.join(died)}.")
 
 
 def format_row(row: dict, flat: dict, peer: dict | None = None) -> str:
-    """The cells of a table from the seconds on, the last of them empty without a peer."""
-    faster, of_peer = (
-        (f"{peer['seconds'] / row['seconds']:.2f}", f"{row['distortion'] / peer['distortion']:.4f}")
-        if peer
-        else ("", "")
-    )
+    """The columns of a row from the seconds on. Those that compare with a peer are empty without one."""
+    faster = f"{peer['seconds'] / row['seconds']:.2f}" if peer else ""
+    of_peer = f"{row['distortion'] / peer['distortion']:.4f}" if peer else ""
     shared = f"{row['memory']:.2f} | {row['distortion']:.5g} | {row['distortion'] / flat['distortion']:.4f}"
     return f"| {row['seconds']:.1f} | {faster} | {shared} | {of_peer} |"
 

@@ -1,12 +1,12 @@
-"""How do time and memory of the codebook builder grow, and what does that say of the paper's 500,000 codes?
+"""How time and memory of the codebook builder grow, projected to the paper's 500,000 codes.
 
     python benchmarks/codebook_growth.py --features outputs/features
 
-The builder's phases after the features, with the torch backend, on growing numbers of features and codes, each in a process of its
-own. Sizes that there are too few features for, or that would not fit --max-minutes, are left out and named. The last line scales the
-largest size to the paper's: of each phase's seconds those that its products take, at the rate of a large float32 product, by the
-products, and the rest by the numbers that it reads.
-Finished rows are kept: the same command goes on.
+Runs the builder's phases after feature extraction, with the torch backend, on growing numbers of features and codes.
+Each size runs in its own process. Sizes with too few features, or too long for --max-minutes, are left out and named.
+The last row projects the largest size to the paper's. The part of a phase that its products take, at the rate of a
+large float32 product, grows with the products; the rest grows with the numbers that the phase reads.
+Finished rows are kept: after a kill, the same command resumes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ METHOD = "ours, torch"
 
 
 def count_products(num_features: int, codebook_size: int, num_cells: int, dim: int) -> dict[str, float]:
-    """Multiplications of each phase: 20 iterations on at most 512 points a centroid, and two passes over all features."""
+    """Multiplications of each phase: 20 iterations on at most 512 points per centroid, two passes over all features."""
     sampled = min(num_features, 512 * num_cells)
     per_cell = codebook_size / num_cells
     return {
@@ -32,7 +32,7 @@ def count_products(num_features: int, codebook_size: int, num_cells: int, dim: i
 
 
 def count_numbers(num_features: int, num_cells: int, dim: int) -> dict[str, int]:
-    """Numbers that each phase reads, up to a factor."""
+    """Numbers that each phase reads, up to a constant factor."""
     sampled = min(num_features, 512 * num_cells)
     return {"train cells": sampled * dim, "sort": num_features * dim, "train codes": num_features * dim}
 
@@ -45,7 +45,7 @@ def read_seconds(row: dict) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--features", default="outputs/features", help="folder that real_features.py wrote")
-    parser.add_argument("--results", help="file for finished rows; default: FEATURES/codebook_growth.json")
+    parser.add_argument("--results", help="file for finished rows (default: FEATURES/codebook_growth.json)")
     sizes = [250_000, 500_000, 1_000_000, 2_000_000, 4_000_000]
     parser.add_argument("--num-features", type=int, nargs="+", default=sizes)
     parser.add_argument("--codebook-sizes", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
@@ -61,13 +61,14 @@ def main() -> None:
     for count, size in zip(args.num_features, args.codebook_sizes):
         name, products = f"{count} features, {size} codes", count_products(count, size, args.num_cells, dim)
         if count > total:
-            notes.append(f"{name}: left out, there are {total} features.")
+            notes.append(f"{name}: left out, since there are only {total} features.")
             continue
         if done and name not in rows.rows:
-            before = count_products(*done[-1][:2], args.num_cells, dim)
-            expected = done[-1][2]["seconds"] * sum(products.values()) / sum(before.values())
+            last_count, last_size, last_row = done[-1]
+            before = count_products(last_count, last_size, args.num_cells, dim)
+            expected = last_row["seconds"] * sum(products.values()) / sum(before.values())
             if time.monotonic() - begun + expected > 60 * args.max_minutes:
-                notes.append(f"{name}: left out, it would take some {expected / 60:.0f} minutes.")
+                notes.append(f"{name}: left out, since it would take about {expected / 60:.0f} minutes.")
                 continue
         write_shards(args.features, count)
         options = common | {"num_features": count, "codebook_size": size, "num_measured": 0}

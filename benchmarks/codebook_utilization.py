@@ -1,13 +1,15 @@
-"""How much of a codebook do held-out images use? Clustered codes beside learnt ones (the paper's Table 3), on real features.
+"""How much of a codebook held-out images use: clustered codes beside learnt ones (Table 3), on real features.
 
     python benchmarks/codebook_utilization.py --features outputs/features --codebook-sizes 1000 10000 100000
 
-Ours is the builder of `unicode2 codebook build`. The peer is `VectorQuantize` of vector-quantize-pytorch, from its random start,
-trained by moving averages on the same features, without and with its revival of codes that are used less than a tenth as often as even
-use would have it, for --vq-epochs or --vq-minutes, whichever ends first; the table says how often a code was shown a feature, where each
-pass of ours over them counts. Utilization is the share of codes that the features of the held-out images use at
-least once; of as many features that use all codes alike, the column "even use" would be in use. Distortion is their mean squared
-distance to the nearest code. Finished rows are kept: the same command goes on.
+Ours is the builder of `unicode2 codebook build`. The peer is `VectorQuantize` of vector-quantize-pytorch, with a random
+start, trained by moving averages on the same features. It runs with and without its revival of codes that are used less
+than a tenth as often as under even use. Training stops after --vq-epochs or --vq-minutes, whichever comes first.
+
+The column "seen a code" is the number of features shown per code; for ours, each pass over the features counts.
+Utilization is the share of codes that the held-out features use at least once. The column "even use" is the share that
+as many features would use if all codes were equally likely. Distortion is the mean squared distance of the held-out
+features to the nearest code. Finished rows are kept: after a kill, the same command resumes.
 """
 
 import argparse
@@ -27,21 +29,23 @@ from transformers_unicode2.codebook.statistics import compute_statistics
 
 
 def train_ours(count: int, size: int, args: argparse.Namespace) -> tuple[np.ndarray, int]:
-    """Codes of the builder, and how many features it saw in 8 iterations inside the cells and in the passes across their borders."""
+    """Codes of the builder, and the features that it saw in 8 iterations inside cells and the passes across borders."""
     cells = max(16, round(size**0.5 / 2))
     codes = build_ours(args.features, count, size, cells, ("torch", 8, args.polish), args.max_memory_gib, [])
     return codes, (8 + args.polish) * count
 
 
 def train_vq(features: np.ndarray, size: int, args: argparse.Namespace, revive: float) -> tuple[np.ndarray, int]:
-    """Codes of a `VectorQuantize`, and how many features it saw, in random order."""
+    """Codes of a `VectorQuantize`, and the number of features that it saw, in random order."""
     from vector_quantize_pytorch import VectorQuantize
 
     torch.manual_seed(0)
-    even = args.vq_batch_size / size  # uses of a code in a batch
+    # Uses of a code per batch under even use.
+    even = args.vq_batch_size / size
     options = {"codebook_size": size, "decay": args.vq_decay, "threshold_ema_dead_code": revive * even}
     vq = VectorQuantize(features.shape[1], **options).train()
-    vq._codebook.reset_cluster_size = even  # a code that starts again has some batches to be used in
+    # Gives a revived code some batches to be used in.
+    vq._codebook.reset_cluster_size = even
     rng, end, seen = np.random.default_rng(0), time.monotonic() + 60 * args.vq_minutes, 0
     for epoch in range(args.vq_epochs):
         order = rng.permutation(len(features))
@@ -56,7 +60,7 @@ def train_vq(features: np.ndarray, size: int, args: argparse.Namespace, revive: 
 
 
 def measure(train, held_out: np.ndarray) -> dict[str, float]:
-    """Statistics of the held-out features, seconds and number of features of the training."""
+    """Statistics of the held-out features; seconds, and number of features seen, of the training."""
     start = time.perf_counter()
     codes, seen = train()
     seconds = time.perf_counter() - start
@@ -72,7 +76,7 @@ def measure(train, held_out: np.ndarray) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--features", default="outputs/features", help="folder that real_features.py wrote")
-    parser.add_argument("--results", help="file for finished rows; default: FEATURES/codebook_utilization.json")
+    parser.add_argument("--results", help="file for finished rows (default: FEATURES/codebook_utilization.json)")
     parser.add_argument("--codebook-sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--num-features", type=int, default=1_000_000)
     parser.add_argument("--max-memory-gib", type=float, default=8.0)
@@ -80,10 +84,10 @@ def main() -> None:
     parser.add_argument("--vq-epochs", type=int, default=2)
     parser.add_argument("--vq-minutes", type=float, default=4)
     parser.add_argument("--vq-batch-size", type=int, default=2048)
-    parser.add_argument("--vq-decay", type=float, default=0.8, help="of the moving averages; the library's default")
     parser.add_argument(
-        "--vq-revive", type=float, default=0.1, help="codes used less often, in parts of even use, start again"
+        "--vq-decay", type=float, default=0.8, help="decay of the moving averages (the library's default)"
     )
+    parser.add_argument("--vq-revive", type=float, default=0.1, help="share of even use below which a code is revived")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,13 +1,13 @@
-"""What does a visual token cost beside a token of the plain language model? Random weights, real shapes.
+"""Cost of a visual token beside a token of the plain language model. Random weights, real shapes.
 
     python benchmarks/decode_step.py --config hub_configs/unicode2-7b --device cuda
-    python benchmarks/decode_step.py --config hub_configs/unicode2-7b --num-hidden-layers 1  # what a CPU can hold
+    python benchmarks/decode_step.py --config hub_configs/unicode2-7b --num-hidden-layers 1  # fits a CPU
 
-The peer is `Qwen2ForCausalLM` with the very same layers and text head. Both decode behind the same prompt, an image and a question,
-with `generate`, sampling from all scores; a token's time is the median over the steps of a run, the first left out. The physical limit is the
-time to read once, from memory, the weights that the step needs, at the bandwidth measured by a copy in the same run.
-With fewer layers than the configuration has, the last column adds the missing ones to both sides, each at the time that a layer
-takes for one row, or for two with guidance.
+The peer is `Qwen2ForCausalLM` with the same layers and text head. Both decode after the same prompt, an image and a
+question, with `generate`, sampling from all scores. A token's time is the median over the steps of a run without the
+first. The physical limit is the time to read the weights of the step from memory once, at the bandwidth of a copy in
+the same run. With fewer layers than the configuration has, the last column adds the missing ones to both sides. Each
+counts as the time of one layer for one row, or for two with guidance.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from transformers_unicode2.quantization_unicode2 import equal_cells
 
 
 def make_model(config, device: str) -> UniCode2ForConditionalGeneration:
-    """A model with random weights, made on `device` without a copy elsewhere."""
+    """A model with random weights, created on `device` without a copy elsewhere."""
     with torch.device("meta"):
         model = UniCode2ForConditionalGeneration(config).to(config.dtype)
     model.get_quantizer().to(torch.float32)
@@ -42,11 +42,13 @@ def make_model(config, device: str) -> UniCode2ForConditionalGeneration:
         elif "norm" in name and name.endswith("weight"):
             tensor.fill_(1)
         elif tensor.is_floating_point():
-            for part in tensor.view(-1).split(len(noise)):  # repeats itself, which no timing sees
+            # The noise repeats, which does not affect timings.
+            for part in tensor.view(-1).split(len(noise)):
                 part.copy_(noise[: len(part)])
         else:
             tensor.zero_()
-    for module in model.modules():  # tables that no checkpoint holds
+    # Tables that are not in a checkpoint.
+    for module in model.modules():
         if hasattr(module, "inv_freq") or hasattr(module, "position_ids"):
             module._init_weights(module) if hasattr(module, "_init_weights") else model._init_weights(module)
     model.tie_weights()
@@ -54,7 +56,7 @@ def make_model(config, device: str) -> UniCode2ForConditionalGeneration:
 
 
 def make_peer(model) -> Qwen2ForCausalLM:
-    """The plain language model: the same modules, without anything visual."""
+    """The plain language model: the same modules without the visual ones."""
     with torch.device("meta"):
         peer = Qwen2ForCausalLM(model.config.text_config)
     peer.model, peer.lm_head = model.model.language_model, model.lm_head
@@ -62,7 +64,7 @@ def make_peer(model) -> Qwen2ForCausalLM:
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token is there, and stops nothing."""
+    """Records the time of each token, and never stops."""
 
     def __init__(self, device: str):
         self.device, self.times = device, []
@@ -74,7 +76,7 @@ class Clock(StoppingCriteria):
 
 
 def time_tokens(generate, length: int, device: str) -> float:
-    """Seconds a token: the median over the steps of `generate(length, stopping_criteria=...)`."""
+    """Seconds per token: the median over the steps of `generate(length, stopping_criteria=...)`."""
     clock = Clock(device)
     generate(length, stopping_criteria=[clock])
     return statistics.median(later - sooner for sooner, later in pairwise(clock.times))
@@ -82,7 +84,7 @@ def time_tokens(generate, length: int, device: str) -> float:
 
 @torch.no_grad()
 def time_layer(peer: Qwen2ForCausalLM, rows: int, device: str, repeats: int = 50) -> float:
-    """Seconds that a decoder layer takes for one token in each of `rows` sequences, the median of `repeats`."""
+    """Seconds of a decoder layer for one token in each of `rows` sequences; the median of `repeats` runs."""
     layer, size, dtype = peer.model.layers[0], peer.config.hidden_size, peer.dtype
     hidden = torch.randn(rows, 1, size, device=device, dtype=dtype)
     place = peer.model.rotary_emb(hidden, torch.full((rows, 1), 800, device=device))
@@ -102,7 +104,7 @@ def synchronize(device: str) -> None:
 
 
 def measure_bandwidth(device: str) -> float:
-    """Bytes a second of a large copy, read and written."""
+    """Bytes per second, read plus written, of a large copy."""
     source = torch.empty(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -135,8 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", default="hub_configs/unicode2-7b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--num-hidden-layers", type=int, help="fewer layers than the configuration has")
-    parser.add_argument("--length", type=int, help="tokens of a run, a square number (default: an image)")
+    parser.add_argument("--num-hidden-layers", type=int, help="use fewer layers than the configuration has")
+    parser.add_argument("--length", type=int, help="tokens per run, a square number (default: one image)")
     args = parser.parse_args()
     rows, bandwidth = [], measure_bandwidth(args.device)
     for head in ("flat", "two_level"):
@@ -194,7 +196,7 @@ def main() -> None:
 
 @contextmanager
 def fixed_length(model, length: int):
-    """Inside, an image has `length` tokens, a square number, so that runs of two lengths can be compared."""
+    """Inside the context, an image has `length` tokens, a square number."""
     config = model.config.vision_config
     kept, config.image_size = config.image_size, math.isqrt(length) * config.patch_size
     try:

@@ -1,19 +1,19 @@
-"""What does the nearest code cost, exactly and approximately, beside FAISS, and are the ids right?
+"""Cost of the nearest code, by exact and approximate search, beside FAISS; and whether the ids are right.
 
     python benchmarks/nearest_code.py --features outputs/features --images images --encoder clip-vit-b16
     python benchmarks/nearest_code.py --quick  # synthetic data only, small
 
 Peers in the same run, with the same threads: `faiss.IndexFlatL2`, and `faiss.IndexIVFFlat` over the same cells with as
-many probes as the approximate search. For the smallest batch, the plain search that travels with a checkpoint is timed,
-too.
+many probes as the approximate search. For the smallest batch, the plain search that travels with a checkpoint is also
+timed.
 
-Real codes come from k-means of the features that `real_features.py` keeps (`real_codebook.py`, kept beside them). More
-than 125,000 are a seeded sample of the features instead, and the table says so. All are rounded to bfloat16. The
-queries are features of other images. Synthetic codes are clusters whose spectrum falls as that of real features does.
-Cells come from k-means. The approximate search looks into as few cells as hold the nearest code of 99.9 % of other
-queries than those that are timed. Ids are compared with brute force in float64; a tie counts as equal. The limit is
-the time of the flat search's products alone at the rate of a large float32 matrix product, measured in the same run.
-On a GPU the peer is the flat product in bfloat16.
+Real codes come from k-means of the features of `real_features.py` (see `real_codebook.py`). Above 125,000 codes, they
+are a seeded sample of the features instead, and the table says so. All are rounded to bfloat16. The queries are
+features of other images. Synthetic codes lie in clusters with a spectrum like that of real features. Cells come from
+k-means. The approximate search probes the fewest cells that hold the nearest code of 99.9 % of the calibration queries,
+which are not timed. Ids are compared with brute force in float64; a tie counts as equal. The limit is the time of the
+flat search's products alone, at the rate of a large float32 matrix product in the same run. On a GPU the peer is the
+flat product in bfloat16.
 
 Finished codebooks are kept in a JSON file beside the features: after a kill, the same command resumes.
 """
@@ -38,14 +38,14 @@ from transformers_unicode2.search_unicode2 import find_nearest
 
 # Queries whose ids are compared with brute force.
 NUM_CHECKED = 196
-# Queries that tell the number of probes.
+# Queries that determine the number of probes.
 NUM_CALIBRATED = 4096
-# Real codes that k-means makes in minutes.
+# The most real codes that k-means makes within minutes.
 MOST_KMEANS = 125_000
 
 
 def draw_synthetic(size: int, num_queries: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Points of clusters in clusters, with standard deviations that fall as i ** -0.5 over rotated directions."""
+    """Points in nested clusters, with standard deviations i ** -0.5 along rotated directions."""
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, dim + 1) ** -0.5
     turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
@@ -60,8 +60,10 @@ def draw_synthetic(size: int, num_queries: int, dim: int, seed: int = 0) -> tupl
 
 
 def draw_adversarial(name: str, size: int, num_queries: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points without structure (`sphere`), all the same (`equal rows`), or each eight times (`duplicates`), and
-    queries on a sphere."""
+    """Codes without structure (`sphere`), all equal (`equal rows`), or each eight times (`duplicates`).
+
+    The queries lie on a sphere.
+    """
     points = torch.randn(size + num_queries, dim, generator=torch.Generator().manual_seed(0))
     points = torch.nn.functional.normalize(points, dim=-1)
     codes, queries = points[:size], points[size:]
@@ -73,7 +75,7 @@ def draw_adversarial(name: str, size: int, num_queries: int, dim: int) -> tuple[
 
 
 def make_codebook(points: np.ndarray) -> UniCode2Codebook:
-    """Points as codes, rounded to bfloat16, sorted by cell; a cell has 500 codes on average."""
+    """A codebook of the points, rounded to bfloat16 and sorted by cell, with 500 codes per cell on average."""
     backend, count = FaissBackend(max_points_per_centroid=64), max(16, len(points) // 500)
     sample = points[np.random.default_rng(0).permutation(len(points))[: 64 * count]]
     centroids = backend.kmeans(np.ascontiguousarray(sample), count, 0, 8)
@@ -85,7 +87,7 @@ def make_codebook(points: np.ndarray) -> UniCode2Codebook:
 
 
 class Memory:
-    """Inside, notes the most resident memory above what there was before, in MiB."""
+    """Inside the context, records the peak of resident memory above its value before, in MiB."""
 
     def __enter__(self) -> "Memory":
         self.before, self.most, self.done = self.resident(), 0.0, threading.Event()
@@ -106,7 +108,7 @@ class Memory:
 
 
 def measure(function, repeats: int) -> float:
-    """Least seconds of calls that come after a first one."""
+    """Least seconds of `repeats` calls."""
     seconds = []
     for _ in range(repeats):
         synchronize()
@@ -123,13 +125,13 @@ def synchronize() -> None:
 
 
 def measure_rate(dtype: torch.dtype, device: str, size: int) -> float:
-    """Operations a second of a large matrix product."""
+    """Operations per second of a large matrix product."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / measure(lambda: a @ b, 5)
 
 
 def share_equal(queries: torch.Tensor, codes: torch.Tensor, found: torch.Tensor) -> float:
-    """Share of queries whose code is as near as the nearest in float64, by products of all with all."""
+    """Share of queries whose code is as near as the nearest one, found by brute force in float64."""
     queries, found = queries[:NUM_CHECKED].double(), found[:NUM_CHECKED]
     best, nearest = torch.full_like(queries[:, 0], torch.inf), torch.zeros_like(found)
     for start in range(0, len(codes), 16384):
@@ -141,27 +143,31 @@ def share_equal(queries: torch.Tensor, codes: torch.Tensor, found: torch.Tensor)
     return (ours <= reference).double().mean().item()
 
 
-def compare(
-    name: str, codebook: UniCode2Codebook, queries: np.ndarray, sizes: list[int], rate: float, approximate: bool = True
-):
-    """Rows of the table for one codebook: how long each search takes for each number of queries."""
-    codes, (size, dim) = codebook.codes, codebook.codes.shape
-    start = time.perf_counter()
-    codebook.encode(torch.from_numpy(queries[:1]))
-    built, tables = time.perf_counter() - start, codebook.tables.auxiliary_bytes() / codes.nbytes
-    searches = {}
+def make_searches(codebook: UniCode2Codebook, queries: np.ndarray, approximate: bool) -> dict:
+    """The searches to compare, by name, the baseline first; the last queries calibrate the approximate ones."""
+    flat = make_index(codebook)
+    searches = {
+        "FAISS flat": lambda x: torch.from_numpy(flat.search(x.numpy(), 1)[1][:, 0]),
+        "ours, exact": codebook.encode,
+    }
     if approximate:
         codebook.probe_recall = compute_probe_recall(codebook, queries[-NUM_CALIBRATED:])
         probes = codebook.num_probes_for(0.999)
         index = make_index(codebook, "ivf", probes)
         searches[f"ours, {probes} probes"] = lambda x: codebook.encode(x, num_probes=probes)
         searches[f"FAISS IVF, {probes} probes"] = lambda x: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0])
-    flat = make_index(codebook)
-    searches = {
-        "FAISS flat": lambda x: torch.from_numpy(flat.search(x.numpy(), 1)[1][:, 0]),
-        "ours, exact": codebook.encode,
-        **searches,
-    }
+    return searches
+
+
+def compare(
+    name: str, codebook: UniCode2Codebook, queries: np.ndarray, sizes: list[int], rate: float, approximate: bool = True
+):
+    """Yields the rows of the table for one codebook: the time of each search for each number of queries."""
+    codes, (size, dim) = codebook.codes, codebook.codes.shape
+    start = time.perf_counter()
+    codebook.encode(torch.from_numpy(queries[:1]))
+    built, tables = time.perf_counter() - start, codebook.tables.auxiliary_bytes() / codes.nbytes
+    searches = make_searches(codebook, queries, approximate)
     for count in sizes:
         batch, baseline = torch.from_numpy(queries[:count]), None
         plain = {"plain, exact": lambda x: find_nearest(x, *codebook.buffers_to_search())} if count == sizes[0] else {}
@@ -204,7 +210,7 @@ def print_table(rows: list[tuple]) -> None:
 
 @torch.no_grad()
 def compare_encoders(args: argparse.Namespace, codebook: UniCode2Codebook, num_images: int) -> None:
-    """Ids of the same images by dtype and device of the encoder, beside those of float32 on the CPU."""
+    """Compares the ids of the same images by dtype and device of the encoder with those of float32 on the CPU."""
     from transformers_unicode2.codebook.features import Encoder, read_batches
     from transformers_unicode2.codebook.images import ImageSource
 
@@ -227,7 +233,7 @@ def compare_encoders(args: argparse.Namespace, codebook: UniCode2Codebook, num_i
         farther = (other / own - 1)[differs]
         figures = farther.quantile(torch.tensor([0.5, 0.99]).double()).tolist() if differs.any() else (0.0, 0.0)
         rows.append((f"{device} {dtype}", 100 * (~differs).double().mean().item(), *(100 * value for value in figures)))
-    print(f"Encoder of {len(pixels)} images and {len(codebook.codes):,} codes, beside float32 on the CPU:\n")
+    print(f"Encoder on {len(pixels)} images and {len(codebook.codes):,} codes, beside float32 on the CPU:\n")
     print("| encoder | equal ids, % | where not: farther by, %, median | 99th percentile |")
     print("| --- | ---: | ---: | ---: |")
     for name, equal, median, most in rows:
@@ -239,7 +245,7 @@ def compare_encoders(args: argparse.Namespace, codebook: UniCode2Codebook, num_i
 def compare_on_gpu(
     name: str, codebook: UniCode2Codebook, queries: np.ndarray, count: int, encoder_seconds: float
 ) -> None:
-    """One line each for the flat bfloat16 product, the exact and the approximate search."""
+    """Prints one line each for the flat bfloat16 product, the exact and the approximate search."""
     codebook.probe_recall = compute_probe_recall(codebook, queries[-NUM_CALIBRATED:])
     probes = codebook.num_probes_for(0.999)
     codebook.to("cuda")
@@ -268,7 +274,7 @@ def compare_on_gpu(
 
 @torch.no_grad()
 def time_encoder() -> float:
-    """Seconds of a so400m-384 forward for one image, random weights in bfloat16."""
+    """Seconds of a forward pass of so400m-384 for one image, with random bfloat16 weights."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     from transformers_unicode2.configuration_unicode2 import SIGLIP_SO400M_384
@@ -281,7 +287,7 @@ def time_encoder() -> float:
 
 
 def draw_real(folder: str, size: int, num_queries: int) -> tuple[str, UniCode2Codebook, np.ndarray]:
-    """What the codes are, the codebook, and a seeded sample of the held-out features as queries."""
+    """Name of the codes, the codebook, and a seeded sample of the held-out features as queries."""
     from real_codebook import load_real_codebook
     from real_features import load_features
 
@@ -299,12 +305,12 @@ def draw_real(folder: str, size: int, num_queries: int) -> tuple[str, UniCode2Co
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", help="folder of images, for the table of encoders")
-    parser.add_argument("--encoder", help="CLIP or SigLIP vision encoder, for the same")
-    parser.add_argument("--features", help="folder that real_features.py wrote; synthetic features alone without it")
+    parser.add_argument("--encoder", help="CLIP or SigLIP vision encoder, for the same table")
+    parser.add_argument("--features", help="folder that real_features.py wrote (default: synthetic features only)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[31_000, 125_000, 500_000], help="numbers of codes")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images of a batch (default: 1 and 16)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images per batch (default: 1 and 16)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", help="file of finished rows; by default beside the features")
+    parser.add_argument("--results", help="file for finished rows (default: beside the features)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to check the script")
     args = parser.parse_args()
     import faiss
@@ -314,13 +320,10 @@ def main() -> None:
     images = (1, 2) if args.quick else args.batches
     sizes, adversarial_size = ([9_000, 18_000], 9_000) if args.quick else (args.sizes, 31_000)
     dim, num_patches = (256, 196) if args.quick else (1152, 729)
-    kept = Rows(
-        args.results or f"{args.features or 'outputs'}/nearest_code.json",
-        {"threads": args.threads, "quick": args.quick, "batches": args.batches},
-    )
-    rate = kept.measure("rate", lambda: {"rate": measure_rate(torch.float32, "cpu", 512 if args.quick else 2048)})[
-        "rate"
-    ]
+    results = args.results or f"{args.features or 'outputs'}/nearest_code.json"
+    kept = Rows(results, {"threads": args.threads, "quick": args.quick, "batches": args.batches})
+    side = 512 if args.quick else 2048
+    rate = kept.measure("rate", lambda: {"rate": measure_rate(torch.float32, "cpu", side)})["rate"]
     print(describe_run(args.threads, "faiss-cpu") + f"\nfloat32 products {rate / 1e9:.0f} GFLOP/s\n", flush=True)
 
     def draw(name: str, size: int, images: int = 16) -> tuple[str, UniCode2Codebook, np.ndarray]:
@@ -351,7 +354,8 @@ def main() -> None:
             compare_on_gpu(*draw(name, size, 1), num_queries[name][0], encoder_seconds)
         print()
     if args.images and args.features:
-        size = min(sizes[-1], MOST_KMEANS)  # codes that are features themselves can be as good as equal to one
+        # Codes that are sampled features can almost equal a query.
+        size = min(sizes[-1], MOST_KMEANS)
         compare_encoders(args, draw_real(args.features, size, 1)[1], 4 if args.quick else 32)
 
 

@@ -1,4 +1,4 @@
-"""Codebooks of the features that `real_features.py` keeps, for benchmarks, each kept in a file beside the features."""
+"""Codebooks of the features of `real_features.py`, for benchmarks. Each is kept in a file beside the features."""
 
 from pathlib import Path
 
@@ -10,12 +10,14 @@ from transformers_unicode2.codebook.clustering import TorchBackend, allocate, cl
 from transformers_unicode2.codebook.storage import codebook_from_arrays
 
 CODES_PER_CELL = 500
-ITERATIONS = 10  # of k-means: half of those of `unicode2 codebook build`
-ROWS = 16384  # features in float32 at a time
+# Half the k-means iterations of `unicode2 codebook build`.
+ITERATIONS = 10
+# Features held in float32 at a time.
+ROWS = 16384
 
 
 def load_real_codebook(folder: str, size: int) -> UniCode2Codebook:
-    """Codes by k-means in two stages, as `unicode2 codebook build` makes them, in cells of 500 codes on average."""
+    """A codebook by two-stage k-means, as in `unicode2 codebook build`, with 500 codes per cell on average."""
     from safetensors.numpy import load_file, save_file
 
     file = Path(folder) / f"codebook-{size}.safetensors"

@@ -1,10 +1,10 @@
-"""Patch features of real images, read once and kept on disk, for the benchmarks of codebooks.
+"""Patch features of real images, computed once and kept on disk, for the codebook benchmarks.
 
     python benchmarks/real_features.py --images emoji clipart --encoder clip-vit-b16 --num-patches 1000000
-    python benchmarks/real_features.py --synthetic 4000000 --dim 768 --features outputs/synthetic  # where images are too few
+    python benchmarks/real_features.py --synthetic 4000000 --dim 768 --features outputs/synthetic  # too few images
 
-The images come in a random order. Every 20th is held out; the others are for fitting, first as they are, then, if these are too few,
-mirrored. Killed, the same command goes on; with a larger --num-patches it adds to what there is.
+Images come in random order. Every 20th is held out. The others are for fitting, first as they are, then mirrored if
+more are needed. After a kill, the same command resumes. With a larger --num-patches it adds features.
 """
 
 import argparse
@@ -14,16 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
-HELD_OUT = 20  # every so many-th image
-BATCH = 32  # images that are encoded, and then counted as done, together
-BLOCK = 50_000  # synthetic features that are drawn at a time
+# Every 20th image is held out.
+HELD_OUT = 20
+# Images that are encoded, and then counted as done, together.
+BATCH = 32
+# Synthetic features drawn at a time.
+BLOCK = 50_000
 
 
 def load_features(folder: str, num_features: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Features to fit and held-out ones, both float16 `(num_features, dim)`, mapped from the files that this script wrote."""
+    """Features to fit and held-out features, both float16 `(num_features, dim)`, memory-mapped."""
     place = Path(folder)
     if not (place / "features.json").exists():
-        raise SystemExit(f"{folder} holds no features; make them by benchmarks/real_features.py.")
+        raise SystemExit(f"{folder} holds no features; make them with benchmarks/real_features.py.")
     dim = json.loads((place / "features.json").read_text())["dim"]
     fit, held_out = (
         np.memmap(file, np.float16, "r", shape=(file.stat().st_size // (2 * dim), dim))
@@ -33,7 +36,7 @@ def load_features(folder: str, num_features: int | None = None) -> tuple[np.ndar
 
 
 def read_float32(folder: str, num_features: int) -> np.ndarray:
-    """The first features to fit, float32 in memory, without the pages of the file beside them."""
+    """The first features to fit, float32 `(num_features, dim)`. Read, not mapped, so that the file takes no memory."""
     fit = load_features(folder, num_features)[0]
     points = np.empty(fit.shape, np.float32)
     with open(Path(folder) / "fit.float16", "rb") as file:
@@ -44,7 +47,7 @@ def read_float32(folder: str, num_features: int) -> np.ndarray:
 
 
 class Files:
-    """The two files, and how far they are: what a killed run left half-written is cut off."""
+    """The two feature files and their progress. Cuts off what a killed run left half-written."""
 
     def __init__(self, folder: Path, begun: dict):
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,7 @@ class Files:
 
 
 def write_features(images: list[str], encoder_path: str, folder: Path, num_patches: int, max_pixels: int) -> None:
-    from PIL import ImageOps
+    """Encodes images until the folder has `num_patches` features to fit, or none are left."""
     from tqdm import tqdm
 
     from transformers_unicode2.codebook.features import Encoder
@@ -85,25 +88,18 @@ def write_features(images: list[str], encoder_path: str, folder: Path, num_patch
     fingerprint = [encoder.fingerprint()[:16], *(source.fingerprint()[:16] for source in sources)]
     files = Files(folder, {"dim": encoder.dim, "images": len(places), "made from": fingerprint})
     order = np.random.default_rng(0).permutation(len(places))
-    with tqdm(
-        total=num_patches, unit="patch", desc="features", initial=files.state["fit.float16"] // 2 // encoder.dim
-    ) as bar:
+    num_done = files.state["fit.float16"] // 2 // encoder.dim
+    with tqdm(total=num_patches, unit="patch", desc="features", initial=num_done) as bar:
         for start in range(files.state["done"], 2 * len(order), BATCH):
             if bar.n >= num_patches:
                 return
             kept = {"fit.float16": [], "held_out.float16": []}
             for position in range(start, min(start + BATCH, 2 * len(order))):
                 mirrored, number = divmod(position, len(order))
-                held_out = number % HELD_OUT == 0
-                if held_out and mirrored:
-                    continue
-                source, index = places[order[number]]
-                try:
-                    image = source.decode(next(source.read(index, index + 1))[1])
-                    image = encoder.preprocess(ImageOps.mirror(image) if mirrored else image)
-                    kept["held_out.float16" if held_out else "fit.float16"].append(image)
-                except ValueError:
-                    files.state["unreadable"] += 1
+                name = "fit.float16" if number % HELD_OUT else "held_out.float16"
+                if name == "fit.float16" or not mirrored:
+                    source, index = places[order[number]]
+                    kept[name] += read_image(source, index, encoder, bool(mirrored), files)
             for name, batch in kept.items():
                 if batch:
                     features = encoder(batch)[0].reshape(-1, encoder.dim)
@@ -113,8 +109,20 @@ def write_features(images: list[str], encoder_path: str, folder: Path, num_patch
     print(f"all images are read, also mirrored: {bar.n} features, fewer than {num_patches}")
 
 
+def read_image(source, index: int, encoder, mirrored: bool, files: Files) -> list:
+    """A list of one preprocessed image, empty if it is unreadable, which `files` counts."""
+    from PIL import ImageOps
+
+    try:
+        image = source.decode(next(source.read(index, index + 1))[1])
+        return [encoder.preprocess(ImageOps.mirror(image) if mirrored else image)]
+    except ValueError:
+        files.state["unreadable"] += 1
+        return []
+
+
 def write_synthetic(folder: Path, num_patches: int, dim: int) -> None:
-    """Random features with clusters within clusters and variances that fall by a power law, as those of encoders do."""
+    """Writes random features in nested clusters whose variances follow a power law, like those of encoders."""
     from tqdm import tqdm
 
     rng = np.random.default_rng(0)
@@ -137,9 +145,11 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", help="folders, files or globs of images")
     parser.add_argument("--encoder", help="SigLIP or CLIP vision encoder")
     parser.add_argument("--features", default="outputs/features", help="folder for the features")
-    parser.add_argument("--num-patches", type=int, default=1_000_000, help="features to fit, beside those held out")
-    parser.add_argument("--max-pixels", type=int, default=20_000_000, help="images with more are left out")
-    parser.add_argument("--synthetic", type=int, metavar="N", help="so many random features instead")
+    parser.add_argument(
+        "--num-patches", type=int, default=1_000_000, help="features to fit, not counting held-out ones"
+    )
+    parser.add_argument("--max-pixels", type=int, default=20_000_000, help="larger images are left out")
+    parser.add_argument("--synthetic", type=int, metavar="N", help="write N random features instead")
     parser.add_argument("--dim", type=int, default=768, help="width of the random features")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

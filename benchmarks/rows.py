@@ -1,4 +1,4 @@
-"""Rows of a table that takes long: each is kept in a JSON file as soon as it is measured, so that a killed benchmark goes on."""
+"""Rows of a slow table. Each is kept in a JSON file once it is measured, so that a killed benchmark resumes."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class Rows:
-    """Finished rows by name, of one setting; those of another setting, or of another commit, are measured again."""
+    """Finished rows of one setting, by name. Another setting or another commit measures them again."""
 
     def __init__(self, path: str, setting: dict):
         self.path = Path(path)
@@ -34,7 +34,7 @@ class Rows:
 
 
 def find_commit() -> str:
-    """The commit, and of files that have changed since a hash."""
+    """The commit, followed by a hash of uncommitted changes if there are any."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     changes = subprocess.run(["git", "diff", "HEAD"], capture_output=True).stdout
     return f"{commit}-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else commit
@@ -47,7 +47,7 @@ def name_processor() -> str:
 
 
 def describe_run(threads: int, *packages: str) -> str:
-    """Date, hardware, commit, versions and command, of folders the names alone, for the head of a table."""
+    """Date, hardware, commit, versions and command for the head of a table. Paths are cut to their last part."""
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", *packages))
     options = [Path(option).name if "/" in option else option for option in sys.argv[1:]]
     command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *options])
