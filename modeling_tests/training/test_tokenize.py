@@ -27,3 +27,21 @@ def test_codes_of_two_codebooks_do_not_mix(tiny_checkpoint, tmp_path, photo):
         tokenize.main(tokenize.make_parser().parse_args([*arguments, str(tmp_path / "other")]))
     after = {path.name: path.read_bytes() for path in (tmp_path / "tokens").rglob("*") if path.is_file()}
     assert before == after
+
+
+def test_an_encoder_that_computes_something_else_is_another_quantizer(tiny_checkpoint, tmp_path):
+    from transformers_unicode2.training.tokens import hash_quantizer
+
+    def hash_with(**settings):
+        model.config.vision_config.update(settings)
+        model.save_pretrained(tmp_path)
+        return hash_quantizer(str(tmp_path))
+
+    model = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    own = hash_quantizer(str(tiny_checkpoint))
+    assert hash_with(attention_dropout=0.1) == own
+    model.get_quantizer().save_pretrained(tmp_path / "quantizer")
+    assert hash_quantizer(str(tmp_path / "quantizer")) == own
+    assert (
+        len({own, hash_with(layer_norm_eps=0.1), hash_with(num_attention_heads=6), hash_with(hidden_act="relu")}) == 4
+    )

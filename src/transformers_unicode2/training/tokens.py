@@ -22,6 +22,8 @@ PIXELS = (
 def hash_quantizer(model: str) -> str:
     """SHA-256 of what makes codes of pixels: encoder and codes of a checkpoint, in float32, read tensor by tensor.
 
+    What the encoder computes by its configuration counts too, see `hash_settings`.
+
     Args:
         model: folder or Hub name of a UniCode² checkpoint, or of a quantizer alone.
 
@@ -31,6 +33,8 @@ def hash_quantizer(model: str) -> str:
     from safetensors import safe_open
 
     from ..checkpoints import find_safetensors
+    from ..configuration_unicode2 import UniCode2QuantizerConfig
+    from ..loading_unicode2 import hash_settings
 
     places = {}
     for file in find_safetensors(model):
@@ -41,7 +45,8 @@ def hash_quantizer(model: str) -> str:
                     places[part] = file, name
     if "codebook.codes" not in places:
         raise ValueError(f"{model} has no codebook; give a UniCode² checkpoint.")
-    digest = hashlib.sha256()
+    settings = hash_settings(UniCode2QuantizerConfig.from_pretrained(model).vision_config)
+    digest = hashlib.sha256(bytes.fromhex(settings))
     for part, (file, name) in sorted(places.items()):
         with safe_open(file, framework="pt") as tensors:
             tensor = tensors.get_tensor(name).float()
