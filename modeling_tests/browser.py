@@ -1,4 +1,4 @@
-"""A real headless browser: one that is installed, or the Chromium of the npm package @sparticuz/chromium, fetched once into a cache."""
+"""A real headless browser: an installed one, or the Chromium of the npm package @sparticuz/chromium, cached once."""
 
 import io
 import os
@@ -16,7 +16,7 @@ OPTIONS = ["--no-sandbox", "--disable-gpu", "--use-gl=angle", "--use-angle=swift
 
 
 def find_chromium() -> str:
-    """Path of a browser; skips the test where there is none and npm is missing too."""
+    """Path of a browser. Skips the test if there is none and npm is missing too."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if shutil.which(name):
             return shutil.which(name)
@@ -47,13 +47,14 @@ def fetch_chromium(cache: Path, target: Path) -> None:
                     (made / name).chmod(0o755)
         try:
             made.rename(target)
-        except OSError:  # another process was faster
+        except OSError:
+            # Another process was faster.
             shutil.rmtree(made)
 
 
 @contextmanager
 def open_page(file: Path):
-    """A page of the browser on a local file; yields it with the lists of its errors and of the addresses that it asked for."""
+    """Opens a local file; yields the page with the lists of its errors and of the URLs that it requested."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

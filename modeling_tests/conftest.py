@@ -34,7 +34,7 @@ def tiny_model(tiny_checkpoint):
 
 @pytest.fixture(scope="session")
 def make_config():
-    """Makes configurations of a few thousand weights: images of 16 tokens, 768 text ids, 96 codes in 4 cells."""
+    """Makes configurations with a few thousand weights: 16 tokens per image, 768 text ids, 96 codes in 4 cells."""
     settings = dict(
         text_config={
             "model_type": "qwen2",
@@ -90,7 +90,7 @@ def pixel_values():
 
 @pytest.fixture
 def prompt(config):
-    """One prompt with an image of 16 tokens and one left-padded twin: `input_ids` and `attention_mask`, `(2, 21)`."""
+    """A prompt with an image of 16 tokens, and a left-padded twin: `input_ids` and `attention_mask`, `(2, 21)`."""
     block = [config.boi_token_id] + [config.image_token_id] * config.num_image_tokens + [config.eoi_token_id]
     input_ids = torch.tensor([[20, *block, 21, 22], [0, *block, 23, 24]])
     return {"input_ids": input_ids, "attention_mask": (input_ids != 0).long()}

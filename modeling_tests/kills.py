@@ -1,9 +1,10 @@
-"""Runs a command again and again, kills it while it writes, and tells whether it went on to the same bytes.
+"""Runs a command repeatedly, kills it while it writes, and reports whether it resumed to the same bytes.
 
     python modeling_tests/kills.py COMMAND NUM_KILLS FOLDER WORDS...
 
-One process imports all that is slow and forks a child for each run. It watches the output: everything that appears, grows or goes there is
-one event, and a child is killed at an event that is drawn beforehand. `{}` in the words stands for the output. Prints JSON.
+One process does the slow imports and forks a child for each run. It watches the output: each entry that appears,
+changes size or disappears is an event. A child is killed at an event drawn beforehand. `{}` in the words stands for the
+output. Prints JSON.
 """
 
 import json
@@ -24,7 +25,7 @@ from transformers_unicode2.training.stage import run
 
 
 def work(command: str, words: list[str], log: Path) -> None:
-    """One run, in a child of its own; never returns."""
+    """One run, in its own child process. Never returns."""
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -51,7 +52,7 @@ def work(command: str, words: list[str], log: Path) -> None:
 
 
 def look(folder: Path) -> dict[str, int]:
-    """Sizes of all files of an output, and -1 of its folders."""
+    """Sizes of all files of an output, and -1 for its folders."""
     state, left = {}, [str(folder)]
     while left:
         try:
@@ -66,7 +67,10 @@ def look(folder: Path) -> dict[str, int]:
 
 
 def follow(pid: int, folder: Path, kill_at: int) -> tuple[int, int | None]:
-    """Counts the events in an output until its run ends, or kills it at one of them; the count and the exit status, if it has one."""
+    """Counts the events in an output until its run ends, or kills the run at event `kill_at`.
+
+    Returns the count and the exit status, `None` for a killed run.
+    """
     events, before = 0, look(folder)
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -89,7 +93,7 @@ def start(command: str, words: list[str], output: Path, kill_at: int = sys.maxsi
 
 
 def read(output: Path) -> dict[str, bytes]:
-    """The result in an output: what belongs to a run alone, and code that is copied as it is, are left out."""
+    """The result in an output, without the files of a single run and without copied code."""
     files = [path for path in output.rglob("*") if path.is_file() and path.suffix != ".py"]
     names = {path: path.relative_to(output) for path in files}
     return {

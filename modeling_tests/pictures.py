@@ -1,4 +1,4 @@
-"""One picture in every kind of file that people bring, each beside the RGB that a viewer shows, computed with NumPy alone."""
+"""One picture in every common kind of file, each beside the RGB that a viewer shows, computed with NumPy alone."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ from PIL import Image, TiffImagePlugin
 
 SIDE = 64
 ORIENTATION = 0x0112
-# EXIF orientation: from the stored picture to the one that is shown
+# By EXIF orientation: from the stored picture to the one that is shown.
 TURNS: dict[int, Callable] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -21,7 +21,8 @@ TURNS: dict[int, Callable] = {
     7: lambda a: np.rot90(a.swapaxes(0, 1), 2),
     8: lambda a: np.rot90(a),
 }
-Picture = tuple[bytes, np.ndarray, int]  # content, RGB, tolerance in levels
+# Content, RGB, tolerance in levels.
+Picture = tuple[bytes, np.ndarray, int]
 
 
 def ramp() -> np.ndarray:
@@ -63,7 +64,7 @@ def turned(orientation: int) -> Image.Exif:
 
 
 def png(depth: int, color: int, rows: list[bytes], *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG by hand, for what Pillow does not write: `color` 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGB and alpha."""
+    """A PNG that Pillow does not write. `color` is 0 grey, 2 RGB, 3 palette, 4 grey and alpha, or 6 RGB and alpha."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -76,7 +77,7 @@ def png(depth: int, color: int, rows: list[bytes], *chunks: tuple[bytes, bytes])
 def tiff(
     values: np.ndarray, bits: int, sample_format: int = 1, photometric: int = 1, data: bytes | None = None
 ) -> bytes:
-    """A grey TIFF by hand, in the byte order of the array."""
+    """A grey TIFF that Pillow does not write, in the byte order of the array."""
     order = ">" if values.dtype.byteorder == ">" else "<"
     data = values.tobytes() if data is None else data
     tags = {
@@ -118,82 +119,76 @@ def pack(values: np.ndarray, bits: int) -> list[bytes]:
     return [np.packbits(row.ravel()).tobytes() for row in digits.astype(np.uint8)]
 
 
+def reduce_colors(rgb: np.ndarray, count: int) -> tuple[Image.Image, np.ndarray]:
+    """A palette image with `count` colors, and the RGB that it shows."""
+    palette = Image.fromarray(rgb).quantize(count)
+    return palette, np.array(palette.getpalette("RGB"), np.uint8).reshape(-1, 3)[np.asarray(palette)]
+
+
 def make_pngs() -> dict[str, Picture]:
-    rgb, opacity, level = colors(), alpha(), ramp()
-    palette = Image.fromarray(rgb).quantize(200)
-    shown = np.array(palette.getpalette("RGB"), np.uint8).reshape(-1, 3)[np.asarray(palette)]
-    clear = np.asarray(palette) == 5
-    wide = level.astype(np.uint16) * 257
+    rgb, opacity = colors(), alpha()
     wide_rgb, wide_alpha = rgb.astype(">u2") * 257, opacity.astype(">u2") * 257
-    few = level // 64  # 0 to 3
-    dots = level > 100
     second = Image.fromarray(255 - rgb)
-    steps = np.linspace(255, 0, 200).round().astype(np.uint8)
+    corner = np.where((rgb == rgb[3, 3]).all(-1, keepdims=True), 255, rgb).astype(np.uint8)
+    clear, clear_wide = tuple(rgb[3, 3].tolist()), (b"tRNS", wide_rgb[3, 3].tobytes())
+    deep = list(map(bytes, wide_rgb))
+    deep_alpha = list(map(bytes, np.dstack([wide_rgb, wide_alpha])))
     return {
         "png": (save(rgb, "PNG"), rgb, 0),
         "png alpha": (save(np.dstack([rgb, opacity]), "PNG"), on_white(rgb, opacity), 1),
+        "png clear color": (save(rgb, "PNG", transparency=clear), corner, 0),
+        "png rgb 16 bits": (png(16, 2, deep), rgb, 0),
+        "png rgb 16 bits clear color": (png(16, 2, deep, clear_wide), corner, 0),
+        "png rgb 16 bits alpha": (png(16, 6, deep_alpha), on_white(rgb, opacity), 1),
+        "png turned": (save(rgb, "PNG", exif=turned(6)), TURNS[6](rgb), 0),
+        "apng": (save(rgb, "PNG", save_all=True, append_images=[second]), rgb, 0),
+    }
+
+
+def make_grey_pngs() -> dict[str, Picture]:
+    opacity, level = alpha(), ramp()
+    wide = level.astype(np.uint16) * 257
+    # Values from 0 to 3, from 0 to 15, and from 0 to 1.
+    few, some, dots = level // 64, level // 16, level > 100
+    without_100 = grey(np.where(level == 100, 255, level))
+    deep, clear_wide = list(map(bytes, wide.astype(">u2"))), (b"tRNS", struct.pack(">H", 100 * 257))
+    deep_alpha = list(map(bytes, np.dstack([wide.astype(">u2"), opacity.astype(">u2") * 257])))
+    clear_dots = png(1, 0, pack(dots, 1), (b"tRNS", b"\0\0"))
+    clear_few = png(2, 0, pack(few, 2), (b"tRNS", b"\0\1"))
+    clear_some = png(4, 0, pack(some, 4), (b"tRNS", b"\0\3"))
+    return {
         "png grey": (save(level, "PNG"), grey(level), 0),
         "png grey alpha": (save(np.dstack([level, opacity]), "PNG"), on_white(grey(level), opacity), 1),
-        "png grey clear value": (
-            save(level, "PNG", transparency=100),
-            grey(np.where(level == 100, 255, level)),
-            0,
-        ),
+        "png grey clear value": (save(level, "PNG", transparency=100), without_100, 0),
         "png 1 bit": (save(dots, "PNG"), grey(dots * 255), 0),
-        "png 1 bit clear value": (png(1, 0, pack(dots, 1), (b"tRNS", b"\0\0")), grey(np.full_like(level, 255)), 0),
+        "png 1 bit clear value": (clear_dots, grey(np.full_like(level, 255)), 0),
         "png 2 bits": (png(2, 0, pack(few, 2)), grey(few * 85), 0),
-        "png 2 bits clear value": (
-            png(2, 0, pack(few, 2), (b"tRNS", b"\0\1")),
-            grey(np.where(few == 1, 255, few * 85)),
-            0,
-        ),
-        "png 4 bits": (png(4, 0, pack(level // 16, 4)), grey(level // 16 * 17), 0),
-        "png 4 bits clear value": (
-            png(4, 0, pack(level // 16, 4), (b"tRNS", b"\0\3")),
-            grey(np.where(level // 16 == 3, 255, level // 16 * 17)),
-            0,
-        ),
-        "png palette": (save(palette, "PNG"), shown, 0),
-        "png palette clear entry": (
-            save(palette, "PNG", transparency=5),
-            np.where(clear[..., None], 255, shown).astype(np.uint8),
-            0,
-        ),
-        "png palette alpha": (
-            save(palette, "PNG", transparency=steps.tobytes()),
-            on_white(shown, steps[np.asarray(palette)]),
-            1,
-        ),
-        "png clear color": (
-            save(rgb, "PNG", transparency=tuple(rgb[3, 3].tolist())),
-            np.where((rgb == rgb[3, 3]).all(-1, keepdims=True), 255, rgb).astype(np.uint8),
-            0,
-        ),
+        "png 2 bits clear value": (clear_few, grey(np.where(few == 1, 255, few * 85)), 0),
+        "png 4 bits": (png(4, 0, pack(some, 4)), grey(some * 17), 0),
+        "png 4 bits clear value": (clear_some, grey(np.where(some == 3, 255, some * 17)), 0),
         "png 16 bits": (save(wide, "PNG"), grey(level), 0),
-        "png 16 bits clear value": (
-            png(16, 0, list(map(bytes, wide.astype(">u2"))), (b"tRNS", struct.pack(">H", 100 * 257))),
-            grey(np.where(level == 100, 255, level)),
-            0,
-        ),
-        "png 16 bits alpha": (
-            png(16, 4, list(map(bytes, np.dstack([wide.astype(">u2"), wide_alpha])))),
-            on_white(grey(level), opacity),
-            1,
-        ),
-        "png rgb 16 bits": (png(16, 2, list(map(bytes, wide_rgb))), rgb, 0),
-        "png rgb 16 bits clear color": (
-            png(16, 2, list(map(bytes, wide_rgb)), (b"tRNS", wide_rgb[3, 3].tobytes())),
-            np.where((rgb == rgb[3, 3]).all(-1, keepdims=True), 255, rgb).astype(np.uint8),
-            0,
-        ),
-        "png rgb 16 bits alpha": (
-            png(16, 6, list(map(bytes, np.dstack([wide_rgb, wide_alpha])))),
-            on_white(rgb, opacity),
-            1,
-        ),
-        "png turned": (save(rgb, "PNG", exif=turned(6)), TURNS[6](rgb), 0),
+        "png 16 bits clear value": (png(16, 0, deep, clear_wide), without_100, 0),
+        "png 16 bits alpha": (png(16, 4, deep_alpha), on_white(grey(level), opacity), 1),
         "png 16 bits turned": (save(wide, "PNG", exif=turned(5)), grey(TURNS[5](level)), 0),
-        "apng": (save(rgb, "PNG", save_all=True, append_images=[second]), rgb, 0),
+    }
+
+
+def make_palettes() -> dict[str, Picture]:
+    palette, shown = reduce_colors(colors(), 200)
+    second = Image.fromarray(255 - colors()).quantize(100)
+    hole = np.where((np.asarray(palette) == 5)[..., None], 255, shown).astype(np.uint8)
+    steps = np.linspace(255, 0, 200).round().astype(np.uint8)
+    faded = on_white(shown, steps[np.asarray(palette)])
+    few, few_shown = reduce_colors(colors(), 64)
+    return {
+        "png palette": (save(palette, "PNG"), shown, 0),
+        "png palette clear entry": (save(palette, "PNG", transparency=5), hole, 0),
+        "png palette alpha": (save(palette, "PNG", transparency=steps.tobytes()), faded, 1),
+        "tiff palette": (save(few, "TIFF"), few_shown, 0),
+        "gif": (save(palette, "GIF"), shown, 0),
+        "gif clear entry": (save(palette, "GIF", transparency=5), hole, 0),
+        "gif animated": (save(palette, "GIF", save_all=True, append_images=[second]), shown, 0),
+        "bmp palette": (save(palette, "BMP"), shown, 0),
     }
 
 
@@ -224,13 +219,9 @@ def make_photos() -> dict[str, Picture]:
 
 def make_tiffs() -> dict[str, Picture]:
     rgb, opacity, level = colors(), alpha(), ramp()
-    image, wide = Image.fromarray(rgb), level.astype(np.uint16) * 257
-    palette = image.quantize(64)
-    shown = np.array(palette.getpalette("RGB"), np.uint8).reshape(-1, 3)[np.asarray(palette)]
+    image = Image.fromarray(rgb)
     turn = TiffImagePlugin.ImageFileDirectory_v2()
     turn[ORIENTATION] = 6
-    lab = image.convert("LAB")
-    whole = level.astype(np.uint32) * 16843009  # 255 is 2**32 - 1
     return {
         "tiff": (save(rgb, "TIFF"), rgb, 0),
         "tiff lzw": (save(rgb, "TIFF", compression="tiff_lzw"), rgb, 0),
@@ -240,55 +231,41 @@ def make_tiffs() -> dict[str, Picture]:
         "tiff rgb 16 bits": (tiff_of_channels(rgb.astype("<u2") * 257, 2), rgb, 0),
         "tiff pages": (save(rgb, "TIFF", save_all=True, append_images=[Image.fromarray(255 - rgb)]), rgb, 0),
         "tiff cmyk": (save(image.convert("CMYK"), "TIFF"), rgb, 2),
-        "tiff lab": (save(lab, "TIFF"), rgb, 24),  # of some colors it has none
-        "tiff palette": (save(palette, "TIFF"), shown, 0),
+        # Lab lacks some of the colors.
+        "tiff lab": (save(image.convert("LAB"), "TIFF"), rgb, 24),
         "tiff 1 bit": (save(level > 100, "TIFF", compression="group4"), grey((level > 100) * 255), 0),
-        "tiff 12 bits": (
-            tiff(level.astype("<u2") * 16, 12, data=b"".join(pack(level.astype(int) * 16, 12))),
-            grey(np.rint(level * (16 * 255 / 4095))),
-            1,
-        ),
+    }
+
+
+def make_grey_tiffs() -> dict[str, Picture]:
+    level = ramp()
+    wide, stretched = level.astype(np.uint16) * 257, grey(np.rint(level * (255 / level.max())))
+    # 255 becomes 2**32 - 1.
+    whole = level.astype(np.uint32) * 16843009
+    packed = tiff(level.astype("<u2") * 16, 12, data=b"".join(pack(level.astype(int) * 16, 12)))
+    return {
+        "tiff 12 bits": (packed, grey(np.rint(level * (16 * 255 / 4095))), 1),
         "tiff 16 bits": (tiff(wide.astype("<u2"), 16), grey(level), 0),
         "tiff 16 bits, largest byte first": (tiff(wide.astype(">u2"), 16), grey(level), 0),
         "tiff 16 bits, 0 is white": (tiff(wide.astype("<u2"), 16, photometric=0), grey(255 - level), 0),
         "tiff 32 bits of 8": (tiff(level.astype("<i4"), 32, 2), grey(level), 0),
         "tiff 32 bits of 16": (tiff(wide.astype("<i4"), 32, 2), grey(level), 0),
         "tiff 32 bits, largest byte first": (tiff(wide.astype(">i4"), 32, 2), grey(level), 0),
-        "tiff 32 bits unsigned": (tiff(whole.astype("<u4"), 32), grey(np.rint(level * (255 / level.max()))), 1),
-        "tiff 32 bits negative": (
-            tiff(level.astype("<i4") * 1000 - 100_000, 32, 2),
-            grey(np.rint(level * (255 / level.max()))),
-            1,
-        ),
+        "tiff 32 bits unsigned": (tiff(whole.astype("<u4"), 32), stretched, 1),
+        "tiff 32 bits negative": (tiff(level.astype("<i4") * 1000 - 100_000, 32, 2), stretched, 1),
         "tiff floats to 1": (tiff((level / 255).astype("<f4"), 32, 3), grey(level), 0),
         "tiff floats to 255": (tiff(level.astype("<f4"), 32, 3), grey(level), 0),
         "tiff floats, largest byte first": (tiff((level / 255).astype(">f4"), 32, 3), grey(level), 0),
-        "tiff floats beyond": (
-            tiff(level.astype("<f4") * 9 - 300, 32, 3),
-            grey(np.rint(level * (255 / level.max()))),
-            1,
-        ),
+        "tiff floats beyond": (tiff(level.astype("<f4") * 9 - 300, 32, 3), stretched, 1),
     }
 
 
 def make_others() -> dict[str, Picture]:
     rgb, opacity, level = colors(), alpha(), ramp()
-    image, second = Image.fromarray(rgb), Image.fromarray(255 - rgb)
     clear = np.dstack([rgb, opacity])
-    palette = image.quantize(200)
-    shown = np.array(palette.getpalette("RGB"), np.uint8).reshape(-1, 3)[np.asarray(palette)]
-    hole = np.asarray(palette) == 5
     wide = level.astype(np.uint16) * 257
     return {
-        "gif": (save(palette, "GIF"), shown, 0),
-        "gif clear entry": (
-            save(palette, "GIF", transparency=5),
-            np.where(hole[..., None], 255, shown).astype(np.uint8),
-            0,
-        ),
-        "gif animated": (save(palette, "GIF", save_all=True, append_images=[second.quantize(100)]), shown, 0),
         "bmp": (save(rgb, "BMP"), rgb, 0),
-        "bmp palette": (save(palette, "BMP"), shown, 0),
         "bmp 1 bit": (save(level > 100, "BMP"), grey((level > 100) * 255), 0),
         "tga": (save(rgb, "TGA"), rgb, 0),
         "tga alpha": (save(clear, "TGA", compression="tga_rle"), on_white(rgb, opacity), 1),
@@ -310,4 +287,5 @@ def make_others() -> dict[str, Picture]:
 
 
 def make_pictures() -> dict[str, Picture]:
-    return {**make_pngs(), **make_photos(), **make_tiffs(), **make_others()}
+    parts = (make_pngs, make_grey_pngs, make_palettes, make_photos, make_tiffs, make_grey_tiffs, make_others)
+    return {name: picture for make in parts for name, picture in make().items()}
