@@ -144,8 +144,14 @@ def test_scenes_of_other_options_are_refused(monkeypatch, capsys, tmp_path):
     assert code == 2 and "holds train-00000.parquet, and nothing tells what it was made of" in printed.err
 
 
-@pytest.mark.parametrize("damage", ["truncated", "sizes"])
-def test_damaged_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path, tiny_checkpoint, damage):
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ("truncated", "model.safetensors is damaged"),
+        ("sizes", "codebook.codes, (8192, 192) there and (4000, 192) in the configuration."),
+    ],
+)
+def test_damaged_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path, tiny_checkpoint, damage, message):
     shutil.copytree(tiny_checkpoint, tmp_path / "model")
     if damage == "truncated":
         os.truncate(tmp_path / "model" / "model.safetensors", 100_000)
@@ -153,5 +159,5 @@ def test_damaged_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path, tiny_
         path = tmp_path / "model" / "config.json"
         path.write_text(path.read_text().replace('"codebook_size": 8192', '"codebook_size": 4000'))
     code, printed = run(monkeypatch, capsys, "demo", "--model", tmp_path / "model", "--output", tmp_path / "out")
-    assert code == 2 and "damaged or its sizes disagree" in printed.err
+    assert code == 2 and message in printed.err
     assert not (tmp_path / "out").exists()

@@ -6,15 +6,22 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from .loading_unicode2 import check_files
+
 
 def check_checkpoint(name: str, *files: str) -> None:
-    """Raises `FileNotFoundError` when the folder `name` lacks `config.json` or one of `files`.
+    """Raises `FileNotFoundError` when the folder `name` lacks `config.json` or one of `files`, `ValueError` when a file
+    is damaged.
 
     A name that is not a folder may be one on the Hub.
     """
     missing = [file for file in ("config.json", *files) if not (Path(name) / file).is_file()]
     if Path(name).is_dir() and missing:
         raise FileNotFoundError(f"{name} is no whole checkpoint: it has no {missing[0]}; copy or assemble it again.")
+    check_files(Path(name))
+    index = Path(name, "model_index.json")
+    for part in json.loads(index.read_text()) if index.is_file() else ():
+        check_files(Path(name, part))
 
 
 def find_safetensors(source: str) -> list[Path]:

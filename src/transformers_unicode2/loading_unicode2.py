@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 AGAIN = "Copy or build it again."
@@ -170,8 +170,8 @@ def damage_named(source, options: dict) -> Iterator[None]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises `ValueError` when the configuration, the index or the weights in a folder cannot be read; reads no weight."""
-    for name in (CONFIG_NAME, "generation_config.json", SAFE_WEIGHTS_INDEX_NAME, "*.safetensors"):
+    """Raises `ValueError` when a configuration, an index or weights in a folder cannot be read; reads no weight."""
+    for name in ("*config.json", "*index.json", "*.safetensors"):
         for file in sorted(folder.glob(name)):
             try:
                 check_file(file)
@@ -187,7 +187,7 @@ def check_file(file: Path) -> None:
     content = json.loads(file.read_text())
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
-    if file.name == SAFE_WEIGHTS_INDEX_NAME and not isinstance(content.get("weight_map"), dict):
+    if file.name.endswith(".safetensors.index.json") and not isinstance(content.get("weight_map"), dict):
         raise ValueError("it has no weight_map")
 
 

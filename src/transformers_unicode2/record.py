@@ -250,10 +250,12 @@ def hash_source(name: str, deep: bool = False) -> str:
         deep: whether to include subfolders, as a pipeline has them. Earlier training checkpoints do not count.
 
     Raises:
-        `FileNotFoundError`: when there is no such folder or name. `ValueError`: when the folder is not finished.
+        `FileNotFoundError`: when there is no such folder or name. `ValueError`: when a file is damaged, or the folder is not finished.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+
+    from .loading_unicode2 import check_files
 
     folder = Path(name)
     if not folder.is_dir():
@@ -266,4 +268,6 @@ def hash_source(name: str, deep: bool = False) -> str:
     kept = [file for file in files if file.suffix in CONTENT and file.name != "trainer_state.json" and file.is_file()]
     hidden = (".", "checkpoint-")
     kept = [file for file in kept if not any(part.startswith(hidden) for part in file.relative_to(folder).parts)]
+    for part in {file.parent for file in kept}:
+        check_files(part)
     return hash_files(kept, folder)
