@@ -1,4 +1,4 @@
-"""What a command writes is whole or absent, made of one thing, by one run at a time: full disks, kills, and folders in use."""
+"""Outputs are whole or absent, made from one set of inputs, by one run at a time: full disks, kills, folders in use."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ ENCODER = {"hidden_size": 16, "image_size": 32, "patch_size": 8, "num_hidden_lay
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_checkpoint, processor):
-    """Small inputs of all commands, and the words that each of them takes; `{}` stands for the output."""
+    """Small inputs for all commands, and the words of each command; `{}` stands for the output."""
     folder = tmp_path_factory.mktemp("inputs")
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
@@ -63,17 +63,18 @@ def place(tmp_path_factory, tiny_checkpoint, processor):
     commands = {
         "scenes": "--num-scenes 16 --output {}",
         "tokenize": f"--data {folder}/scenes --model {folder}/model --output {{}}",
-        "codebook build": f"--images {folder}/images --encoder {folder}/encoder --codebook-size 24 --num-cells 2 --iterations 2 "
-        "--images-per-shard 2 --output {}",
+        "codebook build": f"--images {folder}/images --encoder {folder}/encoder --codebook-size 24 --num-cells 2 "
+        "--iterations 2 --images-per-shard 2 --output {}",
         "codebook grow": f"{folder}/codebook_build --images {folder}/images --add 8 --output {{}}",
         "init": f"--llm {folder}/llm --vision {folder}/encoder --codebook {folder}/codebook_build --output {{}}",
-        "assemble": f"--model {tiny_checkpoint} --mapper {tiny_checkpoint}/condition_mapper --decoder {tiny_checkpoint} "
-        "--image-size 64 --output {}",
+        "assemble": f"--model {tiny_checkpoint} --mapper {tiny_checkpoint}/condition_mapper "
+        f"--decoder {tiny_checkpoint} --image-size 64 --output {{}}",
         "sft": f"--config {RECIPES}/unicode2-tiny/stage2.yaml --model {folder}/model --data {folder}/tokenize "
         f"--per_device_train_batch_size 2 --warmup_steps 1 {training}",
         "mapper": f"--config {folder}/mapper.yaml --data {folder}/scenes --tokens {folder}/tokenize "
         f"--model {folder}/model --image_prompts {folder}/image_prompts "
-        f"--contrastive_weight 0 --flow_matching_weight 0 --regression_weight 1 --per_device_train_batch_size 2 {training}",
+        "--contrastive_weight 0 --flow_matching_weight 0 --regression_weight 1 "
+        f"--per_device_train_batch_size 2 {training}",
     }
     change_codes(folder / "model", folder / "other_codes")
     for command in ("scenes", "tokenize", "codebook build"):
@@ -82,7 +83,7 @@ def place(tmp_path_factory, tiny_checkpoint, processor):
 
 
 def change_codes(model: Path, output: Path) -> None:
-    """A checkpoint of the same sizes whose codebook has the codes in another order."""
+    """Writes a copy of a checkpoint whose codebook has its codes in another order."""
     changed = UniCode2ForConditionalGeneration.from_pretrained(model)
     codes = changed.get_quantizer().codebook.codes
     codes.copy_(codes.flip(0))
@@ -93,7 +94,7 @@ def change_codes(model: Path, output: Path) -> None:
 
 
 def execute(command: str, words: str, output, *more: str) -> tuple[int, str]:
-    """A command in this process: its exit status, and the last line that it says on stderr when it fails."""
+    """Runs a command in this process; returns its exit status and, if it fails, its last line on stderr."""
     from transformers_unicode2.training import mapper, sft
     from transformers_unicode2.training.stage import run
 
@@ -120,7 +121,7 @@ def execute(command: str, words: str, output, *more: str) -> tuple[int, str]:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Makes a disk of so many bytes, and room on it afterwards; skipped where nothing can be mounted."""
+    """Mounts a disk of a given size in bytes, or resizes it. Skips the test where nothing can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -136,7 +137,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="module")
 def wanted(place):
-    """What each command writes when nothing is in its way, and how many bytes lie there."""
+    """What each command writes when it is not disturbed, and the size of its output in bytes."""
     folder, commands = place
     known = {}
 
@@ -152,7 +153,8 @@ def wanted(place):
 
 
 COMMANDS = ("scenes", "tokenize", "codebook build", "codebook grow", "init", "assemble", "sft", "mapper")
-SHARES = {"codebook build": (2, 3)}  # of the bytes in the end; its work takes more than its result
+# Disk sizes as shares of the final output; the work of a build takes more room than its result.
+SHARES = {"codebook build": (2, 3)}
 SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in ("assemble", "sft", "mapper")]
 
 
@@ -237,7 +239,8 @@ def test_a_second_run_and_a_folder_of_someone_else_are_refused(command, place, t
 
 
 def test_a_lock_is_let_go_of_by_a_killed_run_and_leaves_nothing(tmp_path):
-    script = f"from transformers_unicode2.record import held; held = held({str(tmp_path / 'out')!r}); held.__enter__(); print(1); input()"
+    script = "from transformers_unicode2.record import held; "
+    script += f"held = held({str(tmp_path / 'out')!r}); held.__enter__(); print(1); input()"
     run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdout.readline()
     with pytest.raises(ValueError, match="Another run is writing to"), held(tmp_path / "out"):
@@ -256,7 +259,7 @@ class Killed(BaseException):
 
 
 def test_a_folder_that_was_half_moved_is_moved_again(tmp_path, monkeypatch):
-    """Whenever the moving is broken off, what a loader begins with is not there, and the same making goes on."""
+    """Whenever the move is interrupted, the file that a loader reads first is missing, and the same command resumes."""
 
     def make(output, broken_off_after=100):
         moves = []
@@ -356,7 +359,8 @@ def test_data_that_changed_are_refused_and_added_files_are_tokenized(place, want
     words = commands["tokenize"].replace(str(folder / "scenes"), str(data))
     assert execute("tokenize", words, output) == (0, "")
     first = (output / "train-00000.parquet").read_bytes()
-    assert first == wanted("tokenize")[0]["train-00000.parquet"]  # wherever the data lie
+    # The place of the data does not matter.
+    assert first == wanted("tokenize")[0]["train-00000.parquet"]
     assert execute("scenes", "--num-scenes 4 --seed 3 --output {}", tmp_path / "more") == (0, "")
     shutil.copy(tmp_path / "more" / "train-00000.parquet", data / "train-00001.parquet")
     assert execute("tokenize", words, output) == (0, "")
@@ -366,7 +370,8 @@ def test_data_that_changed_are_refused_and_added_files_are_tokenized(place, want
     assert code == 2 and "data train-00000.parquet was " in said
     (data / "train-00001.parquet").unlink()
     assert "data train-00001.parquet was " in execute("tokenize", words, output)[1]
-    shutil.rmtree(output / ".unicode2")  # as after a copy of the visible files; each of them says itself what made it
+    # As after a copy of the visible files. Each of them records what made it.
+    shutil.rmtree(output / ".unicode2")
     code, said = execute("sft", commands["sft"].replace(str(folder / "tokenize"), str(output)), tmp_path / "stage")
     assert code == 0
     code, said = execute(
@@ -376,7 +381,7 @@ def test_data_that_changed_are_refused_and_added_files_are_tokenized(place, want
 
 
 def test_codes_and_a_codebook_of_others_are_refused(place, tmp_path):
-    """Those of another quantizer or image processor, in both stages, and a codebook that was built with another encoder."""
+    """In both stages, codes of another quantizer or image processor; and a codebook built with another encoder."""
     folder, commands = place
     shutil.copytree(folder / "model", tmp_path / "pixels")
     settings = tmp_path / "pixels" / "processor_config.json"
@@ -403,7 +408,7 @@ def test_codes_and_a_codebook_of_others_are_refused(place, tmp_path):
 
 
 def test_what_is_not_finished_is_no_input(place, tmp_path):
-    """Of a data set or checkpoint whose writing was broken off nothing is made."""
+    """An unfinished data set or checkpoint is refused as an input."""
     folder, commands = place
     for name, command in (("scenes", "tokenize"), ("tokenize", "sft"), ("model", "sft"), ("codebook_build", "init")):
         copy = tmp_path / name
@@ -440,7 +445,7 @@ def test_codes_that_are_none_of_the_model_are_refused(place, tmp_path):
 
 @pytest.fixture(scope="module")
 def stage_runs(place, wanted, tmp_path_factory):
-    """A stage of four steps with a checkpoint at each, and a function that goes on with a copy of it."""
+    """The words of a stage of three steps, and its output with a checkpoint at each step."""
     folder, commands = place
     words = commands["sft"].replace("--save_total_limit 1", "--save_total_limit 9 --logging_steps 1")
     words = words.replace("steps 2", "steps 3")
@@ -517,14 +522,16 @@ def test_a_longer_stage_goes_on_and_a_shorter_one_is_refused(stage_runs, tmp_pat
     longer = ("--max_steps", "4")
     assert execute("sft", words, tmp_path / "output", *longer) == (0, "")
     history = json.loads((tmp_path / "output" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-    last = 0.001 * 0.5 * (1 + np.cos(np.pi * 2 / 3))  # one step of warming up, then the third of three along a cosine
+    # One step of warm-up, then the third of three along a cosine.
+    last = 0.001 * 0.5 * (1 + np.cos(np.pi * 2 / 3))
     assert history[-1]["step"] == 4 and history[-1]["learning_rate"] == pytest.approx(last)
     weights = [folder / "model.safetensors" for folder in (whole, tmp_path / "output")]
     assert weights[0].read_bytes() != weights[1].read_bytes()
     code, said = execute("sft", words, tmp_path / "output", *longer, "--per_device_train_batch_size", "4")
     assert code == 2 and "per_device_train_batch_size was 2 and is 4" in said
     spread = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2")
-    assert execute("sft", words, tmp_path / "output", *longer, *spread) == (0, "")  # the same sequences a step
+    # The same sequences in each step.
+    assert execute("sft", words, tmp_path / "output", *longer, *spread) == (0, "")
 
 
 def test_a_stage_that_was_killed_after_its_last_step_takes_no_further_one(stage_runs, tmp_path):
@@ -616,7 +623,8 @@ def test_workers_end_with_a_launcher_that_is_killed(launcher, seconds, place, tm
 def test_a_run_lives_on_when_the_shell_that_started_it_ends(place, tmp_path):
     words = place[1]["sft"].replace("{}", str(tmp_path / "output"))
     command = f"{sys.executable} -m transformers_unicode2.training.sft {words}"
-    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no"}  # as a shell may have it
+    # A shell may have this variable.
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no"}
     subprocess.run(["bash", "-c", f"nohup {command} > {tmp_path}/log 2>&1 & echo $! > {tmp_path}/pid"], env=environment)
     pid = int((tmp_path / "pid").read_text())
     psutil.wait_procs([psutil.Process(pid)], timeout=120)
@@ -628,7 +636,8 @@ def test_processes_that_miss_a_peer_end_in_a_sentence(monkeypatch):
     from datetime import timedelta
 
     script = (
-        "import transformers_unicode2.processes as p; from datetime import timedelta; from transformers_unicode2.cli import sentences\n"
+        "import transformers_unicode2.processes as p; from datetime import timedelta\n"
+        "from transformers_unicode2.cli import sentences\n"
         "p.RENDEZVOUS = timedelta(seconds=3)\nwith sentences('x'): p.join(cpu=True)"
     )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29671"}
