@@ -250,7 +250,8 @@ def hash_source(name: str, deep: bool = False) -> str:
         deep: whether to include subfolders, as a pipeline has them. Earlier training checkpoints do not count.
 
     Raises:
-        `FileNotFoundError`: when there is no such folder or name. `ValueError`: when a file is damaged, or the folder is not finished.
+        `FileNotFoundError`: when there is no such folder or name. `ValueError`: when a file is damaged, or the folder
+            is not finished.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
