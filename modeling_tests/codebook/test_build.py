@@ -44,15 +44,13 @@ SIZE = ["--codebook-size", "96", "--num-cells", "5", "--polish", "1", "--images-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with 40 images, a SigLIP and a CLIP encoder; every shard holds one image."""
+    """A folder with 40 images, a SigLIP and a CLIP encoder."""
     folder = tmp_path_factory.mktemp("codebook")
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     for i in range(40):
-        image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
-            (32, 32), Image.Resampling.BICUBIC
-        )
-        image.save(folder / "images" / f"{i:02d}.png")
+        image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        image.resize((32, 32), Image.Resampling.BICUBIC).save(folder / "images" / f"{i:02d}.png")
     torch.manual_seed(0)
     SiglipVisionModel(SiglipVisionConfig(**ENCODER)).save_pretrained(folder / "encoder")
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "encoder")
@@ -114,7 +112,7 @@ def test_build_makes_distinct_finite_bfloat16_codes_and_leaves_nothing_else(plac
 
 
 def launch(place, output, num_processes: int, *more) -> list[str]:
-    """The build as a command of its own, by `torchrun` when it is to have several processes."""
+    """The build as a command, started by `torchrun` if it has several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     launcher += ["--nproc_per_node", str(num_processes)]
     module = ["-m", "transformers_unicode2.codebook.build", *words(place, output, *more)]
@@ -128,13 +126,14 @@ def test_two_processes_build_the_same_bytes(place, reference, tmp_path, backend)
     ).stdout
     assert "5 cells, 2 processes" in said
     assert (tmp_path / "codebook.safetensors").read_bytes() == reference[backend]
-    if backend == "faiss":  # a refusal ends both
+    # A refusal ends both processes.
+    if backend == "faiss":
         refused = subprocess.run(launch(place, tmp_path, 2, "--seed", "7"), capture_output=True, text=True, timeout=120)
         assert refused.returncode and refused.stderr.count("seed was 0 and is 7") == 1
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL for a launcher and its workers, which are in process groups of their own."""
+    """Sends SIGKILL to a launcher and its workers, which have their own process groups."""
     launcher = psutil.Process(pid)
     launcher.suspend()
     workers = launcher.children(recursive=True)
@@ -144,7 +143,10 @@ def kill_tree(pid: int) -> None:
 
 
 def kill_and_resume(place, folder, delay: float, num_processes: int) -> bool:
-    """Starts a build, kills all its processes `delay` seconds after its first file, builds again; whether the kill came before the end."""
+    """Starts a build, kills all its processes `delay` seconds after its first file, and resumes it.
+
+    Returns whether the kill came before the end.
+    """
     command = launch(place, folder, num_processes)
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while job.poll() is None and not (folder / "work" / "run.json").exists():
@@ -160,7 +162,7 @@ def kill_and_resume(place, folder, delay: float, num_processes: int) -> bool:
 
 
 def break_off(place, folder, monkeypatch, count: int) -> None:
-    """A build that dies without a word at its `count`-th write."""
+    """A build that dies silently at write number `count`."""
     written = []
 
     class Killed(BaseException):
@@ -192,7 +194,8 @@ def test_build_that_was_broken_off_at_a_write_resumes_to_the_same_bytes(place, r
 @pytest.mark.slow
 def test_twenty_kills_at_random_times_resume_to_the_same_bytes(place, reference, tmp_path):
     rng = np.random.default_rng(int(os.environ.get("UNICODE2_KILL_SEED", 0)))
-    latest = {1: 2.5, 2: 2.5}  # seconds, by processes: shortened after a build that was over before its kill
+    # Latest kill in seconds, by number of processes; shortened after a build that ended before its kill.
+    latest = {1: 2.5, 2: 2.5}
     stopped = 0
     for trial in range(20):
         num_processes = 1 + trial % 2
@@ -217,7 +220,7 @@ def test_build_of_a_finished_folder_does_nothing_and_of_another_setting_is_refus
 
 
 def test_a_finished_folder_is_looked_at(place, reference, monkeypatch, capsys, tmp_path):
-    """A codebook that is gone is built again; one that is damaged or was grown is named."""
+    """A missing codebook is built again; a damaged or grown one is named."""
     folder = tmp_path / "faiss"
     shutil.copytree(place / "faiss", folder)
     weights, description = folder / "codebook.safetensors", folder / "codebook.json"
@@ -292,7 +295,8 @@ def test_source_streams_a_data_set_from_any_position(place, tmp_path, monkeypatc
     source = ImageSource(str(tmp_path), limit=40, streaming=True)
     contents, opened = [file.read_bytes() for file in files], []
     monkeypatch.setattr(images, "open_stream", lambda name: opened.append(name) or open_stream(name))
-    for start, stop in ((24, 27), (27, 30), (33, 40)):  # reading on, and on after a gap
+    # Reads on, also after a gap.
+    for start, stop in ((24, 27), (27, 30), (33, 40)):
         assert [content for _, content in source.read(start, stop)] == contents[start:stop]
     assert len(opened) == 1
     assert [content for _, content in source.read(2, 4)] == contents[2:4] and len(opened) == 2
@@ -362,14 +366,8 @@ def test_tables_hold_bytes_paths_or_nothing(place, tmp_path):
 def test_a_stream_that_ends_early_is_named(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     write_parquet(tmp_path / "data", sorted((place / "images").iterdir()))
-    arguments = [
-        "--images",
-        str(tmp_path / "data"),
-        "--streaming",
-        "--num-images",
-        "60",
-        *words(place, tmp_path / "o")[2:],
-    ]
+    arguments = ["--images", str(tmp_path / "data"), "--streaming", "--num-images", "60"]
+    arguments += words(place, tmp_path / "o")[2:]
     assert "ends after 40 images; --num-images is 60" in refusal(monkeypatch, capsys, *arguments)
 
 
@@ -386,7 +384,8 @@ def test_unreadable_images_are_listed_and_too_many_of_them_stop_the_build(place,
     (tmp_path / "images" / "07.png").write_bytes(b"")
     content = (tmp_path / "images" / "31.png").read_bytes()
     (tmp_path / "images" / "31.png").write_bytes(content[: len(content) // 2])
-    (tmp_path / "images" / "40.png").symlink_to("/proc/self/mem")  # reading it fails with an input/output error
+    # Reading it fails with an input/output error.
+    (tmp_path / "images" / "40.png").symlink_to("/proc/self/mem")
     arguments = ["--images", str(tmp_path / "images"), "--encoder", str(place / "encoder"), *SIZE]
     message = refusal(monkeypatch, capsys, *arguments, "--output", str(tmp_path / "strict"), "--max-unreadable", "0.03")
     assert "2 of 41 images cannot be read" in message and "31.png" in message
@@ -416,7 +415,8 @@ def test_too_few_features_and_features_that_are_not_finite_are_refused(place, tm
 def test_a_full_disk_stops_the_build_in_one_sentence_and_it_resumes(place, reference, tmp_path):
     command = [sys.executable, "-m", "transformers_unicode2.codebook.build", *words(place, tmp_path)]
     limited = (
-        f"import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1400, 1400)); sys.argv = {command[2:]!r}; "
+        "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1400, 1400)); "
+        f"sys.argv = {command[2:]!r}; "
         "runpy.run_module('transformers_unicode2.codebook.build', run_name='__main__')"
     )
     stopped = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=300)
@@ -473,7 +473,8 @@ def test_changed_images_and_a_changed_encoder_are_refused(place, tmp_path, monke
     arguments = ["--images", str(tmp_path / "images"), "--encoder", str(tmp_path / "encoder"), *SIZE]
     arguments += ["--output", str(tmp_path / "o"), "--keep-work"]
     build(monkeypatch, *arguments)
-    build(monkeypatch, *arguments, "--images", f"{tmp_path}/images/../images/*.png")  # the same files
+    # The same files.
+    build(monkeypatch, *arguments, "--images", f"{tmp_path}/images/../images/*.png")
     (tmp_path / "images" / "07.png").write_bytes((place / "images" / "08.png").read_bytes())
     message = refusal(monkeypatch, capsys, *arguments)
     assert "images_sha256" in message and "07.png" in message.split("first difference")[1]
@@ -525,7 +526,7 @@ def test_cells_without_features_are_no_obstacle(place, tmp_path, monkeypatch, ba
 
 
 def test_large_images_are_held_one_at_a_time(place, tmp_path):
-    """16 images of 16 megapixels: 730 MiB as RGB, if they were held together."""
+    """16 images of 16 megapixels would take 730 MiB as RGB if they were held together."""
     (tmp_path / "images").mkdir()
     for i in range(16):
         Image.new("L", (4000, 4000), 8 * i).save(tmp_path / "images" / f"{i}.png", compress_level=1)
@@ -575,12 +576,6 @@ def test_a_folder_that_cannot_be_written_to_is_named(place, monkeypatch, capsys)
 def test_another_model_as_encoder_is_refused(place, monkeypatch, capsys, tmp_path, tiny_checkpoint):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    arguments = [
-        "--images",
-        str(place / "images"),
-        "--encoder",
-        str(tmp_path / "bert"),
-        "--output",
-        str(tmp_path / "o"),
-    ]
+    arguments = ["--images", str(place / "images"), "--encoder", str(tmp_path / "bert")]
+    arguments += ["--output", str(tmp_path / "o")]
     assert "is a bert model; the encoder must be" in refusal(monkeypatch, capsys, *arguments)

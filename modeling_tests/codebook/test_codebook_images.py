@@ -1,4 +1,4 @@
-"""Where images come from: all of a folder, tar or table is read, or named, or counted, or refused; nothing is dropped without a word."""
+"""Sources of images: everything in a folder, tar or table is read, named, counted or refused, never lost silently."""
 
 import io
 import os
@@ -47,7 +47,8 @@ def test_folders_behind_links_are_read_once_and_loops_end(tmp_path):
     source = ImageSource(str(tmp_path / "set"))
     assert sorted(numbers(source)) == [0, 1, 2]
     assert sorted(numbers(ImageSource(f"{tmp_path}/set/**/*.png"))) == [0, 1, 2]
-    assert [name for name, _ in source.read(0, 3)][-1] == str(tmp_path / "set" / "own.png")  # not by the link
+    # Named by the file, not by the link.
+    assert [name for name, _ in source.read(0, 3)][-1] == str(tmp_path / "set" / "own.png")
 
 
 def test_a_folder_without_links_keeps_its_order(tmp_path):
@@ -120,7 +121,8 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert sentence.startswith("left out: ")
     for part in ("3 hidden files", "2 .txt", "1 .json", "1 without a suffix", "1 broken link", "1 special file"):
         assert part in sentence
-    assert numbers(ImageSource(str(tmp_path / ".4.png"))) == [4]  # what is asked for is not hidden
+    # A file that was asked for is not hidden.
+    assert numbers(ImageSource(str(tmp_path / ".4.png"))) == [4]
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "rows.jsonl").touch()
     with pytest.raises(
@@ -197,7 +199,7 @@ def test_joined_tars_are_read_whole(tmp_path, record):
 
 @pytest.mark.parametrize("hole", [(8192, 16384), (16384, None), (0, 16384)])
 def test_zeros_where_images_may_have_been_are_refused(tmp_path, hole):
-    """As a download leaves them that broke off in a file of its full length."""
+    """A download that stopped in a file of full length leaves such zeros."""
     make_tar(tmp_path / "a.tar", 30)
     content = bytearray((tmp_path / "a.tar").read_bytes())
     content[slice(*hole)] = bytes(len(content[slice(*hole)]))
@@ -348,7 +350,7 @@ CELLS = {
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 @pytest.mark.parametrize("kind", CELLS)
 def test_tables_of_every_type(tmp_path, kind, suffix):
-    """Contents and paths; then a row of none, one that is broken and one whose file is missing: each named, each counted."""
+    """Contents and paths, then rows that are empty, broken or name a missing file; each row is named and counted."""
     fill(tmp_path / "images", "0.png", "1.png", "2.png")
     is_path = "bytes" not in kind and any(word in kind for word in ("string", "paths", "dictionary"))
     values = [f"images/{n}.png" if is_path else picture(n) for n in range(3)]

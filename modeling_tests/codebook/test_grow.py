@@ -40,7 +40,8 @@ def test_grow_keeps_all_that_there_was_and_serves_new_images_better(drawn, run, 
     c2, old = grown.model.visual_embeddings.weight, model.model.visual_embeddings.weight
     assert torch.equal(c2[:96], old)
     parents = (after.codes[96:, None] - before.codes).square().sum(-1).argmin(1)
-    assert (c2[96:] == old[parents]).all(-1).float().mean() > 0.7  # a code's parent is mostly the code nearest to it
+    # The parent of a code is mostly the old code nearest to it.
+    assert (c2[96:] == old[parents]).all(-1).float().mean() > 0.7
     assert grown.config.visual_token_offset == model.config.visual_token_offset
     assert torch.equal(grown.get_quantizer().codebook.codes, after.codes)
     ids = torch.tensor([[1, 2, 3, config.boi_token_id]])

@@ -49,7 +49,8 @@ def test_lloyd_pass_over_near_cells_is_one_of_flat_k_means_when_all_cells_are_ne
     distances = np.square(points.astype(np.float64)[:, None] - codes).sum(-1)
     distortion = sum(load_file(path)["distortions"].sum() for path in passes)
     assert distortion == pytest.approx(distances.min(1).sum(), rel=1e-2 if rough else 1e-5)
-    if not rough:  # bfloat16 products choose another code for a few points
+    # Products in bfloat16 choose another code for a few points.
+    if not rough:
         nearest = distances.argmin(1)
         assert np.array_equal(counts, np.bincount(nearest, minlength=30))
         for code in np.flatnonzero(counts):
@@ -113,7 +114,8 @@ class FeatureBuild(Build):
             write_arrays(shard_path(self.features, shard), {"features": rows})
 
 words = ["--images", "-", "--encoder", "-", "--output", sys.argv[2], "--codebook-size", "512", "--num-cells", "4"]
-words += ["--preview-size", "0", "--max-memory-gib", "1", "--iterations", "3", "--polish", "1", "--backend", sys.argv[3]]
+words += ["--preview-size", "0", "--max-memory-gib", "1", "--iterations", "3", "--polish", "1"]
+words += ["--backend", sys.argv[3]]
 alone = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, device="cpu", wait_for_everyone=list)
 FeatureBuild(make_parser().parse_args(words), alone).run()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
@@ -123,7 +125,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
 def test_memory_stays_within_the_budget_however_many_features_there_are(tmp_path, backend):
-    """2 million features of width 256 in 4 cells: 1.9 GiB in float32, half of that in float16, with a budget of 1 GiB."""
+    """2 million features of width 256 in 4 cells take 1.9 GiB in float32, half in float16; the budget is 1 GiB."""
     words = [sys.executable, "-c", BUILD, "40", str(tmp_path / "o"), backend]
     said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     assert float(said.split()[-1]) < 1.0

@@ -15,11 +15,13 @@ def test_preview_makes_thumbnails_and_a_picture(drawn, run, tmp_path, capsys):
     assert "has no thumbnails; give --images" in capsys.readouterr().err
     run("codebook", "preview", tmp_path / "plain", "--images", drawn / "images")
     made, built = load_codebook(tmp_path / "plain").previews, load_codebook(drawn / "codebook").previews
-    assert (made.int() - built.int()).abs().float().mean() < 4  # built: nearest within the cell; made: of all codes
+    # The build takes the nearest code of the cell, the preview the nearest of all codes.
+    assert (made.int() - built.int()).abs().float().mean() < 4
     assert Image.open(tmp_path / "plain" / "preview.png").size == (160, 160)
     (tmp_path / "few").mkdir()
     shutil.copy(sorted((drawn / "images").iterdir())[0], tmp_path / "few")
     run("codebook", "preview", tmp_path / "plain", "--images", tmp_path / "few")
     assert "the others are not in the images and keep theirs" in capsys.readouterr().out
     kept = (load_codebook(tmp_path / "plain").previews == made).flatten(1).all(1)
-    assert 80 <= kept.sum() < 96  # the image has 16 patches
+    # The image has 16 patches.
+    assert 80 <= kept.sum() < 96

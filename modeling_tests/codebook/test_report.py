@@ -49,7 +49,8 @@ def test_report_shows_the_patches_of_any_code_in_a_browser(drawn, run, tmp_path)
     positions = (codes == code).nonzero().flatten().tolist()
     with open_page(tmp_path / "report.html") as (page, errors, asked):
         page.wait_for_selector("#patches canvas[data-drawn]")
-        assert page.input_value("#code") == str(code)  # it begins with the code that is used most
+        # The page begins with the most used code.
+        assert page.input_value("#code") == str(code)
         shown = page.eval_on_selector_all("#patches canvas", "all => all.map(canvas => canvas.title)")
         assert shown == [f"image {p // 16}, patch {p % 16}" for p in positions[:48]]
         page.click("#next")

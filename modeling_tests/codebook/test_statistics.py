@@ -40,7 +40,8 @@ def test_utilization_band_holds_nine_in_ten_other_samples():
     rng = np.random.default_rng(0)
 
     def sample():
-        kinds = rng.integers(0, 10, 40)  # images of a kind use the same part of the codes
+        # Images of a kind use the same part of the codes.
+        kinds = rng.integers(0, 10, 40)
         return np.repeat(np.arange(40), 8), (kinds[:, None] * 50 + rng.integers(0, 50, (40, 8))).ravel()
 
     inside = np.zeros(2)
@@ -51,9 +52,8 @@ def test_utilization_band_holds_nine_in_ten_other_samples():
             count = curve["num_images"][n]
             share = len(set(fresh[1][fresh[0] < count])) / 500
             inside[i] += curve["curves"][1]["low"][n] <= share <= curve["curves"][1]["high"][n]
-    assert (
-        inside[0] > 60 * 0.8 and inside[1] > 60 * 0.6
-    )  # at the end the sample's own mean is off as well: three in four
+    # At the end the sample's own mean is off as well, so the band holds three in four.
+    assert inside[0] > 60 * 0.8 and inside[1] > 60 * 0.6
 
 
 def test_rate_distortion_exponent_of_a_power_law():
