@@ -72,7 +72,7 @@ def test_what_the_caller_leaves_out_stays_out(make_config, make, which, tied, tm
     assert all(is_plain(m) for m in (loaded.model.projector.linear_1, loaded.lm_head, loaded.visual_head.linear))
     assert not is_plain(loaded.model.language_model.layers[0].mlp.up_proj)
     for mode in ("text", "image"):
-        loaded.generate(torch.tensor([[20, 21]]), generation_mode=mode, max_new_tokens=2, do_sample=False)
+        loaded.generate(torch.tensor([[20, 21]]), generation_mode=mode, max_new_tokens=16, do_sample=False)
 
 
 def test_an_encoder_that_is_quantized_all_the_same_is_refused(model, monkeypatch, tmp_path):

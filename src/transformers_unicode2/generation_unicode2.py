@@ -140,7 +140,8 @@ class UniCode2GenerationMixin(GenerationMixin):
         return ImagePrompt(prompt, length, is_begun=num_new == 0)
 
     def _generate_image(self, prompt: ImagePrompt, options: dict, request: GenerationRequest):
-        """Image mode. The number of new tokens is fixed, so lengths of the caller do not apply."""
+        """Image mode. The number of new tokens is fixed, whatever length the checkpoint has for text."""
+        request.check_lengths(prompt.length, self.config.num_image_tokens)
         if request.max_plan_tokens and not prompt.is_begun and ("input_ids" in prompt.inputs or request.is_plan_asked):
             prompt = write_plan(self, prompt, options, request)
         guidance = {}
@@ -177,17 +178,21 @@ class UniCode2GenerationMixin(GenerationMixin):
         processors = super()._get_logits_processor(
             generation_config, *args, logits_processor=logits_processor, model_kwargs=model_kwargs, **kwargs
         )
+        # What came from the caller, beside what this class puts there.
+        own = [p for p in logits_processor or () if not isinstance(p, InterleavedLogitsProcessor)]
+        checks = bool(own) or kwargs.get("prefix_allowed_tokens_fn") is not None
         # Continuous batching has none.
         modality = (model_kwargs or {}).get("output_modality")
         if modality in ("text", "plan"):
-            return TextLogitsProcessorList(processors, self.config.visual_token_offset, self.config.image_token_id)
+            offset, unwritten_id = self.config.visual_token_offset, self.config.image_token_id
+            return TextLogitsProcessorList(processors, checks, offset, unwritten_id)
         draws = generation_config.do_sample and generation_config.num_beams in (None, 1)
         # With nothing to cut or to change, the two-level head draws the cell by itself.
         is_plain = all(isinstance(processor, TemperatureLogitsWarper) for processor in processors)
         if draws and is_plain and self.config.visual_head == "two_level" and modality == "image":
             temperature = generation_config.temperature
             model_kwargs["visual_temperature"] = 1.0 if temperature is None else temperature
-        return processors
+        return CheckedLogitsProcessorList(processors, checks) if checks else processors
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
         """Stock beams; with guidance the cache has a second half, which follows the first."""
@@ -288,11 +293,39 @@ class InterleavedLogitsProcessor(LogitsProcessor):
         return torch.where(allowed, scores, -torch.inf).masked_fill(ends, 0.0)
 
 
-class TextLogitsProcessorList(LogitsProcessorList):
+class CheckedLogitsProcessorList(LogitsProcessorList):
+    """Processors that name ids of the scores alone; with `checks` they leave some of those that the mode writes."""
+
+    def __init__(self, processors: list, checks: bool):
+        super().__init__(processors)
+        self.checks = checks
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
+        lowest = torch.finfo(scores.dtype).min
+        possible = scores > lowest
+        try:
+            scores = super().__call__(input_ids, scores, **kwargs)
+        except IndexError as error:
+            raise ValueError(
+                f"A logits processor or `prefix_allowed_tokens_fn` names an id beyond the {scores.shape[-1]} that this "
+                f"mode writes ({error})."
+            ) from error
+        if not self.checks:
+            return scores
+        left = scores > lowest
+        if not left.any(-1).all() or (left & ~possible).any():
+            raise ValueError(
+                "A logits processor or `prefix_allowed_tokens_fn` leaves no id that this mode writes there, or brings "
+                "back others."
+            )
+        return scores
+
+
+class TextLogitsProcessorList(CheckedLogitsProcessorList):
     """Processors of scores over the text ids alone: visual ids of the prompt look like one that is never written."""
 
-    def __init__(self, processors: list, visual_token_offset: int, unwritten_id: int):
-        super().__init__(processors)
+    def __init__(self, processors: list, checks: bool, visual_token_offset: int, unwritten_id: int):
+        super().__init__(processors, checks)
         self.visual_token_offset, self.unwritten_id = visual_token_offset, unwritten_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:

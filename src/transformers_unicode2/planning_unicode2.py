@@ -33,6 +33,15 @@ TEXT_ONLY = (
     "token_healing",
     "watermarking_config",
 )
+# Arguments that nothing would read, and why.
+UNREAD = {
+    "negative_prompt_ids": "guidance compares with the begin-of-image id alone",
+    "negative_prompt_attention_mask": "guidance compares with the begin-of-image id alone",
+    "output_modality": "`generation_mode` sets it",
+    "visual_guidance_scale": "`guidance_scale` sets it",
+    "visual_temperature": "`temperature` sets it",
+    "prompt_length": "the prompt has it",
+}
 # Arguments that hold the images of a prompt.
 IMAGES = ("pixel_values", "mm_encoder_outputs")
 # What a plan has in common with the image after it: the inputs, and how ids are drawn.
@@ -66,6 +75,23 @@ class GenerationRequest:
         """The value of an option of stock `generate`, wherever it is given; `None` if it is not."""
         return first_given(self.options.get(name), find_option(name, self.config, self.defaults))
 
+    def find_of_call(self, name: str):
+        """The value of an option that the call itself gives, and not its checkpoint; `None` if it does not."""
+        return first_given(self.options.get(name), find_asked(name, self.config, self.defaults))
+
+    def check_lengths(self, prompt_length: int, num_image_tokens: int) -> None:
+        """Raises `ValueError` on limits of the call that one image, which is as long as it is, does not keep."""
+        limits = {"max_new_tokens": 0, "max_length": prompt_length, "min_new_tokens": 0, "min_length": prompt_length}
+        for name, start in limits.items():
+            value, length = self.find_of_call(name), start + num_image_tokens
+            kept = value is None or isinstance(value, numbers.Integral)
+            if not kept or value is not None and (value < length if name.startswith("max") else value > length):
+                behind = f" behind {start} of the prompt" if start else ""
+                raise ValueError(
+                    f"`{name}` is {value!r}, and an image has {num_image_tokens} tokens{behind}, no more and no less; "
+                    "leave it out."
+                )
+
     def check(self, model_config) -> None:
         """Raises `ValueError` on what does not fit the mode, or a model of this `UniCode2Config`."""
         guidance, plan = self.guidance_scale, self.max_plan_tokens
@@ -77,6 +103,17 @@ class GenerationRequest:
             raise ValueError(f"`max_plan_tokens` is {plan!r}; it must be a whole number of at least 0.")
         if self.mode != "image" and plan:
             raise ValueError(f"`max_plan_tokens` is {plan} in {self.mode} mode; it works in image mode only.")
+        for name, reason in UNREAD.items():
+            if self.find(name) is not None:
+                raise ValueError(f"`{name}` is not read by any mode: {reason}. Leave it out.")
+        forced = first_given(self.find("forced_eos_token_id"), [])
+        if self.mode != "image" and max([forced] if isinstance(forced, int) else forced, default=0) >= (
+            model_config.visual_token_offset
+        ):
+            raise ValueError(
+                f"`forced_eos_token_id` is {forced}; text ends with one of the {model_config.visual_token_offset} text "
+                "ids."
+            )
         for name in TWO_VOCABULARIES:
             if self.find(name) not in (None, False):
                 raise ValueError(
@@ -85,8 +122,7 @@ class GenerationRequest:
                 )
         # Those of the checkpoint do not speak of images.
         for name in TEXT_ONLY if self.mode == "image" else ():
-            asked = first_given(self.options.get(name), find_asked(name, self.config, self.defaults))
-            if asked not in (None, False):
+            if self.find_of_call(name) not in (None, False):
                 raise ValueError(
                     f"`{name}` is about text, and image mode writes {model_config.num_image_tokens} visual ids; leave "
                     "it out."
