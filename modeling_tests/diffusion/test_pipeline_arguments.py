@@ -1,11 +1,16 @@
 """Generators, numbers, adapters and memory of the FLUX pipeline, as diffusers' users hand them over."""
 
+import shutil
+
 import accelerate
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
-from transformers_unicode2 import UniCode2FluxPipeline
+from transformers_unicode2 import UniCode2ConditionMapper, UniCode2FluxPipeline
+from transformers_unicode2.hub.assemble import assemble_pipeline
 
 
 def load(folder):
@@ -25,8 +30,9 @@ def seeded(*seeds):
 
 def draw(pipe, *args, **kwargs):
     """One step of painting behind the quickest way of writing, without a plan and guidance."""
-    quick = {"num_inference_steps": 1, "output_type": "latent", "num_candidates": 1, "true_cfg_scale": 1.0}
-    quick |= {"prior_guidance_scale": 1.0, "prior_generation_kwargs": {"max_plan_tokens": 0}}
+    quick = {"num_inference_steps": 1, "output_type": "latent", "true_cfg_scale": 1.0}
+    if args or "prompt" in kwargs:
+        quick |= {"num_candidates": 1, "prior_guidance_scale": 1.0, "prior_generation_kwargs": {"max_plan_tokens": 0}}
     return pipe(*args, **{**quick, **kwargs})
 
 
@@ -63,6 +69,14 @@ def test_latents_follow_the_generators_of_images_and_of_tokens(pipe, photo):
     assert torch.equal(first.images, second.images)
 
 
+UNWRITTEN = {"visual_token_ids": torch.full((1, 64), 800)}
+PRIOR = (
+    *(("num_candidates", -3), ("num_candidates", 2), ("prior_guidance_scale", "x"), ("prior_guidance_scale", 2.0)),
+    *(("prior_generation_kwargs", {"nonsense": 1}), ("prior_generation_kwargs", {})),
+)
+NEGATIVE = {"negative_prompt_embeds": torch.zeros(1, 64, 32), "negative_pooled_prompt_embeds": torch.zeros(1, 32)}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -83,6 +97,25 @@ def test_latents_follow_the_generators_of_images_and_of_tokens(pipe, photo):
         ({"prompt": "a", "num_inference_steps": np.float32(2)}, "`num_inference_steps` is .*must be a whole number"),
         ({"prompt": "a", "guidance_scale": -1}, "`guidance_scale` is -1; it must be a number of at least 0"),
         ({"prompt": "a", "height": np.int64(0)}, "`height` is .*0.*whole number of at least 1"),
+        *((UNWRITTEN | {name: value}, f"`{name}` is about writing the image of a prompt") for name, value in PRIOR),
+        (UNWRITTEN | {"max_sequence_length": 7}, "`max_sequence_length` is of texts that FLUX reads"),
+        ({"prompt": "a", "max_sequence_length": 7}, "`max_sequence_length` is of texts that FLUX reads"),
+        (UNWRITTEN | NEGATIVE, "`negative_prompt_embeds` has no effect without guidance"),
+        (UNWRITTEN | {"ip_adapter_image": np.zeros((8, 8, 3))}, "`ip_adapter_image` needs an IP adapter; load one"),
+        (UNWRITTEN | {"latents": torch.zeros(1, 2, 3)}, r"`latents` is \(1, 2, 3\); 1 images of 64 x 64 pixels need"),
+        (UNWRITTEN | {"latents": "noise"}, "`latents` is str; 1 images of 64 x 64 pixels need"),
+        *(
+            ({"prompt": "a", "prior_guidance_scale": guidance, "prior_generation_kwargs": options}, message)
+            for guidance, options, message in (
+                (None, {"generation_mode": "text"}, "`generation_mode` is 'text'; a pipeline draws"),
+                (None, {"generation_config": GenerationConfig(generation_mode="interleaved")}, "is 'interleaved'; a"),
+                (None, {"input_ids": torch.tensor([[1]])}, "`input_ids`, which is made of the prompt"),
+                (1.0, {"guidance_scale": 1.0}, "Give `prior_guidance_scale`, or `guidance_scale`"),
+                (None, "fast", "`prior_generation_kwargs` is 'fast'; it must be a dictionary"),
+                (None, {"max_new_tokens": 3}, "`max_new_tokens` is 3, and an image has 64 tokens"),
+                (None, {"negative_prompt_ids": torch.tensor([[1]])}, "`negative_prompt_ids` is not read"),
+            )
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(pipe, arguments, message):
@@ -203,3 +236,56 @@ def test_memory_is_saved_without_another_image(tiny_checkpoint, pipe, photo, tmp
             torch.testing.assert_close(outputs[1].images, outputs[0].images, rtol=1e-3, atol=atol)
     drawn = [draw(part, "a red circle", generator=seeded(3)[0], num_candidates=2) for part in (pipe, saving)]
     assert torch.equal(drawn[0].visual_token_ids, drawn[1].visual_token_ids)
+
+
+def test_the_mode_of_the_pipeline_may_be_named(pipe):
+    quick = {"max_plan_tokens": 0, "do_sample": False}
+    expected = draw(pipe, "a", prior_generation_kwargs=quick).visual_token_ids
+    named = draw(pipe, "a", prior_generation_kwargs={**quick, "generation_mode": "image"}).visual_token_ids
+    assert torch.equal(named, expected)
+
+
+@pytest.fixture
+def damage(tiny_checkpoint, tmp_path):
+    """Copies a repository, takes a weight of a part away or makes it NaN, and gives back its folder."""
+
+    def run(part, missing):
+        shutil.copytree(tiny_checkpoint, tmp_path / part)
+        file = tmp_path / part / part / "diffusion_pytorch_model.safetensors"
+        state = load_file(file)
+        name = sorted(state)[3]
+        if missing:
+            state.pop(name)
+        else:
+            state[name].view(-1)[0] = torch.nan
+        save_file(state, file, metadata={"format": "pt"})
+        return str(tmp_path / part), name
+
+    return run
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("missing, message", [(True, "lacks 1 weights; the first is"), (False, "not finite")])
+def test_a_mapper_that_lacks_a_weight_or_has_nan_is_not_loaded(damage, missing, message, low_cpu_mem_usage):
+    folder, name = damage("condition_mapper", missing)
+    for load in (UniCode2FluxPipeline.from_pretrained, UniCode2ConditionMapper.from_pretrained):
+        options = {"subfolder": "condition_mapper"} if load == UniCode2ConditionMapper.from_pretrained else {}
+        with pytest.raises(ValueError, match=f"The mapper in .*{message}") as caught:
+            load(folder, low_cpu_mem_usage=low_cpu_mem_usage, **options)
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_decoder_that_lacks_a_weight_is_not_loaded(damage, part):
+    folder, name = damage(part, missing=True)
+    with pytest.raises(ValueError, match=f"`{part}` lacks 1 weights, which its files do not hold; .*{name}"):
+        UniCode2FluxPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["condition_mapper", "transformer", "vae"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_parts_that_lack_a_weight_or_have_nan_are_not_assembled(tiny_checkpoint, damage, tmp_path, part, missing):
+    folder, name = damage(part, missing)
+    with pytest.raises(ValueError, match="lacks 1 weights" if missing else "not finite") as caught:
+        assemble_pipeline(str(tiny_checkpoint), f"{folder}/condition_mapper", folder, str(tmp_path / "new"), 64)
+    assert name in str(caught.value) and not (tmp_path / "new").exists()

@@ -138,6 +138,19 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
         self.pool_norm = nn.RMSNorm(pooled_dim, eps=1e-6)
         nn.init.constant_(self.pool_norm.weight, pooled_scale)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Stock. Raises `ValueError` when weights are missing, which would be random, or are not finite."""
+        want_info, source = kwargs.pop("output_loading_info", False), pretrained_model_name_or_path
+        mapper, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"The mapper in {source} lacks {len(missing)} weights; the first is {missing[0]}.")
+        for name, weight in mapper.named_parameters():
+            if type(weight) is nn.Parameter and not weight.is_meta and not weight.isfinite().all():
+                raise ValueError(f"The mapper in {source} has values in {name} that are not finite; train it again.")
+        return (mapper, info) if want_info else mapper
+
     def forward(self, visual_embeds: torch.Tensor, return_dict: bool = True) -> UniCode2ConditionOutput | tuple:
         r"""
         Args:

@@ -36,6 +36,20 @@ class UniCode2PipelineOutput(BaseOutput):
     visual_token_ids: torch.LongTensor
 
 
+def check_weights(name: str, component) -> None:
+    """Raises `ValueError` when a component has weights that loading did not find; those that are offloaded have a
+    hook."""
+    if not isinstance(component, torch.nn.Module):
+        return
+    modules = {path: module for path, module in component.named_modules() if "_hf_hook" not in vars(module)}
+    absent = [f"{path}.{n}" for path, m in modules.items() for n, w in m.named_parameters(recurse=False) if w.is_meta]
+    if absent:
+        raise ValueError(
+            f"`{name}` lacks {len(absent)} weights, which its files do not hold; the first is {absent[0]}. Copy it "
+            "again."
+        )
+
+
 class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipeline):
     r"""
     FLUX conditioned on visual tokens (sections 3.4 and 3.5). The language model writes the tokens of an image, the
@@ -90,6 +104,8 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         self.register_modules(
             vision_language_encoder=vision_language_encoder, processor=processor, condition_mapper=condition_mapper
         )
+        for name, component in self.components.items():
+            check_weights(name, component)
         self.register_to_config(
             image_size=to_number("image_size", image_size, int, 1),
             num_candidates=to_number("num_candidates", num_candidates, int, 1),
@@ -130,6 +146,33 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
                 f"`{texts[0]}` needs FLUX's own text encoders, which this pipeline was loaded without; load them or "
                 "leave it out."
             )
+
+    def check_used(self, prompt, prior: dict, kwargs: dict, true_cfg_scale: float) -> None:
+        """Raises `ValueError` on arguments that nothing would read: `prior` without a prompt, and some of FLUX's."""
+        given = [name for name, value in kwargs.items() if value is not None]
+        unread = [] if prompt is not None else [name for name, value in prior.items() if value is not None]
+        if unread:
+            raise ValueError(f"`{unread[0]}` is about writing the image of a prompt, and none is given; leave it out.")
+        negatives = [name for name in given if name.startswith("negative_")]
+        if negatives and true_cfg_scale == 1:
+            raise ValueError(f"`{negatives[0]}` has no effect without guidance; set `true_cfg_scale` above 1.")
+        if "max_sequence_length" in given and not {"negative_prompt", "negative_prompt_2"} & set(given):
+            raise ValueError("`max_sequence_length` is of texts that FLUX reads, and none is given; leave it out.")
+        adapters = [name for name in given if "ip_adapter_image" in name]
+        if adapters and "encoder_hid_proj" not in dict(self.transformer.named_children()):
+            raise ValueError(f"`{adapters[0]}` needs an IP adapter; load one with `load_ip_adapter`, or leave it out.")
+        if any(not name.endswith("embeds") for name in adapters) and self.image_encoder is None:
+            raise ValueError(f"`{adapters[0]}` needs the `image_encoder` of an IP adapter; load it with the pipeline.")
+
+    def check_latents(self, latents, num_images: int, height: int, width: int) -> None:
+        """Raises `ValueError` unless latents are those of `num_images` images, packed as FLUX has them."""
+        if latents is None:
+            return
+        side = 2 * self.vae_scale_factor
+        shape = (num_images, (height // side) * (width // side), self.transformer.config.in_channels)
+        if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
+            found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f"`latents` is {found}; {num_images} images of {height} x {width} pixels need {shape}.")
 
     @torch.no_grad()
     def __call__(
@@ -192,6 +235,8 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             true_cfg_scale = self.config.true_cfg_scale
         true_cfg_scale = to_number("true_cfg_scale", true_cfg_scale, float, 1)
         generator = list(generator) if isinstance(generator, tuple) else generator
+        prior = {"prior_guidance_scale": prior_guidance_scale, "prior_generation_kwargs": prior_generation_kwargs}
+        self.check_used(prompt, {**prior, "num_candidates": num_candidates}, kwargs, true_cfg_scale)
         # 1. Tokens
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -209,6 +254,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
                 for value in (visual_token_ids, prompt_embeds, pooled_prompt_embeds)
             )
         check_generator(generator, len(visual_token_ids))
+        self.check_latents(kwargs.get("latents"), len(visual_token_ids), height, width)
         # 3. Painting
         negatives = ("negative_prompt", "negative_prompt_embeds")
         if true_cfg_scale > 1 and all(kwargs.get(name) is None for name in negatives):

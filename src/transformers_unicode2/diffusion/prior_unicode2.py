@@ -32,6 +32,27 @@ def check_generator(generator, num_images: int) -> None:
         )
 
 
+# What a pipeline makes of the prompts by itself.
+MADE_OF_PROMPT = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "pixel_values", "mm_encoder_outputs")
+
+
+def gather_options(prior_guidance_scale: float | None, prior_generation_kwargs: dict | None) -> dict:
+    """Arguments of `generate`. Raises `ValueError` on those that are given twice, or that ask for no image."""
+    options = {} if prior_generation_kwargs is None else prior_generation_kwargs
+    if not isinstance(options, dict):
+        raise ValueError(f"`prior_generation_kwargs` is {options!r}; it must be a dictionary.")
+    of_config = getattr(options.get("generation_config"), "generation_mode", None)
+    for mode in (options.get("generation_mode"), of_config):
+        if mode not in (None, "image"):
+            raise ValueError(f"`generation_mode` is {mode!r}; a pipeline draws, in image mode.")
+    made = [name for name in MADE_OF_PROMPT if name in options]
+    if made:
+        raise ValueError(f"`prior_generation_kwargs` has `{made[0]}`, which is made of the prompt; leave it out.")
+    if prior_guidance_scale is not None and options.get("guidance_scale") is not None:
+        raise ValueError("Give `prior_guidance_scale`, or `guidance_scale` in `prior_generation_kwargs`, not both.")
+    return {"guidance_scale": prior_guidance_scale, **options, "generation_mode": "image"}
+
+
 class UniCode2PriorMixin:
     """The part of a pipeline that knows the language model.
 
@@ -55,12 +76,12 @@ class UniCode2PriorMixin:
         list, each image is written alone: in a batch, its tokens would depend on the others by rounding.
 
         Raises:
-            `ValueError`: on an empty prompt, on less than one candidate, and when there are not as many generators as
-                prompts.
+            `ValueError`: on an empty prompt, on less than one candidate, on options that ask for no image, and when
+                there are not as many generators as prompts.
         """
         num_candidates = self.config.num_candidates if num_candidates is None else num_candidates
         num_candidates = to_number("num_candidates", num_candidates, int, 1)
-        kwargs = {"guidance_scale": prior_guidance_scale, **(prior_generation_kwargs or {})}
+        kwargs = gather_options(prior_guidance_scale, prior_generation_kwargs)
         for name in ("num_return_sequences", "return_dict_in_generate"):
             if (num_candidates > 1 or isinstance(generator, (list, tuple))) and kwargs.get(name) not in (
                 None,
@@ -99,7 +120,7 @@ class UniCode2PriorMixin:
             if generator is not None:
                 seed = torch.randint(2**62, (), generator=generator, device=generator.device)
                 torch.manual_seed(seed.item())
-            written = self.vision_language_encoder.generate(**inputs, generation_mode="image", **kwargs)
+            written = self.vision_language_encoder.generate(**inputs, **kwargs)
         if num_candidates == 1:
             return written
         best = self.score_visual_tokens(prompts, written).unflatten(0, (-1, num_candidates)).argmax(-1)

@@ -79,11 +79,20 @@ def write_pipeline(model: str, mapper: str, decoder: str, output: Path, image_si
     grid = 2 * pipe.vae_scale_factor
     if image_size % grid:
         raise ValueError(f"--image-size is {image_size}; this decoder paints multiples of {grid} pixels.")
+    for name in ("vision_language_encoder", "vae", "transformer"):
+        check_finite_weights(name, getattr(pipe, name))
     encoder.save_pretrained(output, state_dict={name: shrink(value) for name, value in encoder.state_dict().items()})
     processor.save_pretrained(output)
     for name in ("scheduler", "vae", "transformer", "condition_mapper"):
         getattr(pipe, name).save_pretrained(f"{output}/{name}")
     pipe.save_config(output)
+
+
+def check_finite_weights(name: str, module: torch.nn.Module) -> None:
+    """Raises `ValueError` when a weight of a part is not finite."""
+    bad = [key for key, value in module.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{len(bad)} weights of the {name} are not finite; the first is {bad[0]}.")
 
 
 def shrink(value: torch.Tensor) -> torch.Tensor:
