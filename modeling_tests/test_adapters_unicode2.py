@@ -118,6 +118,8 @@ def test_second_adapters_parts_and_wrapped_models_leave_it_out_too(model):
         ),
         ({"target_modules": QV, "modules_to_save": ["quantizer"]}, "is in the frozen quantizer alone"),
         ({"target_modules": ["fc1"]}, "'fc1'.* not found"),
+        ({"target_modules": QV, "trainable_token_indices": [20, 800]}, "Token 800 is to learn.*the 768 text ids can"),
+        ({"target_modules": QV, "trainable_token_indices": {"embed_tokens": [768]}}, "Token 768 is to learn"),
     ],
 )
 def test_adapters_that_nothing_would_see_are_refused_before_any_change(model, options, message):
@@ -125,6 +127,33 @@ def test_adapters_that_nothing_would_see_are_refused_before_any_change(model, op
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, LoraConfig(**options))
     assert list(model.state_dict()) == before
+
+
+def test_a_visual_id_is_no_trainable_token(model):
+    with pytest.raises(ValueError, match="Token 800 is to learn by itself; only the 768 text ids can"):
+        get_peft_model(model, peft.TrainableTokensConfig(token_indices=[800]))
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
+def test_prompts_are_learnt_in_front_of_visual_ids(model, batch, tmp_path, kind):
+    base = copy.deepcopy(model)
+    adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    image_id, pixel_values = model.config.image_token_id, batch["pixel_values"]
+    ids = batch["input_ids"].masked_scatter(
+        batch["input_ids"] == image_id, model.get_image_tokens(pixel_values).flatten()
+    )
+    visual = {"input_ids": ids, "attention_mask": batch["attention_mask"], "labels": ids}
+    written = {name: logits(adapted.eval(), inputs) for name, inputs in (("ids", visual), ("pixels", batch))}
+    torch.testing.assert_close(written["ids"], written["pixels"])
+    learn(adapted, visual)
+    expected = logits(adapted, visual)
+    assert not torch.equal(expected, written["ids"]) and torch.equal(logits(base, visual), logits(model, visual))
+    prompt = {name: visual[name] for name in ("input_ids", "attention_mask")}
+    answer = adapted.generate(**prompt, max_new_tokens=4, do_sample=False)
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(logits(again, visual), expected)
+    assert torch.equal(again.generate(**prompt, max_new_tokens=4, do_sample=False), answer)
 
 
 def test_what_peft_would_not_save_does_not_learn(model, batch):

@@ -276,6 +276,7 @@ def check_adapter(tuner, model: nn.Module, config) -> None:
             raise ValueError(f"`modules_to_save` names {key}, which is in the frozen quantizer alone; leave it out.")
     tokens = getattr(config, "trainable_token_indices", None)
     keys = tuple(tokens) if isinstance(tokens, dict) else ()
+    check_trainable_ids(model, tokens, getattr(config, "token_indices", None))
     for name in (name for name, module in modules.items() if isinstance(module, UniCode2VisualEmbeddings)):
         by_name = config.target_modules is not None and tuner._check_target_module_exists(config, name)
         if by_name or name.endswith(keys):
@@ -283,6 +284,58 @@ def check_adapter(tuner, model: nn.Module, config) -> None:
                 f"`{name}` embeds codes and scores them, and an adapter would change the first alone; name it in "
                 "`modules_to_save`, or leave it out of the adapter."
             )
+
+
+def check_trainable_ids(model: nn.Module, *chosen: list[int] | dict[str, list[int]] | None) -> None:
+    """Raises `ValueError` on visual ids among those whose rows of the text embedding are to learn."""
+    ids = [
+        i
+        for given in chosen
+        if given
+        for part in (given.values() if isinstance(given, dict) else [given])
+        for i in part
+    ]
+    for quantizer in (module for module in model.modules() if isinstance(module, UniCode2Quantizer)):
+        size = quantizer.model_config.visual_token_offset if quantizer.model_config is not None else None
+        if size is not None and ids and max(ids) >= size:
+            raise ValueError(
+                f"Token {max(ids)} is to learn by itself; only the {size} text ids can. Name `visual_embeddings` in "
+                "`modules_to_save` for those of images."
+            )
+
+
+class UnifiedEmbeddings:
+    """Stands for the text embedding where PEFT embeds a prompt behind what it has learnt: visual ids are embedded, too.
+
+    Args:
+        model (`UniCode2Model`): embeds ids of the unified vocabulary.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """That of the text embedding."""
+        return self.model.get_input_embeddings().weight
+
+    def __call__(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+
+def teach_prompts(module: ModuleType) -> None:
+    """Lets PEFT learn prompts in front of those that hold visual ids."""
+    setup = module.PeftModel._setup_prompt_encoder
+
+    @wraps(setup)
+    def setup_unified(peft_model, *args, **kwargs):
+        setup(peft_model, *args, **kwargs)
+        for part in peft_model.base_model.modules():
+            if any(isinstance(child, UniCode2Quantizer) for child in part.children()):
+                del peft_model.word_embeddings
+                peft_model.word_embeddings = UnifiedEmbeddings(part)
+
+    module.PeftModel._setup_prompt_encoder = setup_unified
 
 
 def teach_peft(module: ModuleType) -> None:
@@ -333,3 +386,4 @@ def check_trainable(model: nn.Module) -> None:
 
 
 when_imported("peft.tuners.tuners_utils", teach_peft)
+when_imported("peft.peft_model", teach_prompts)
