@@ -22,7 +22,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipImageProcessor, Si
 from transformers import TrainingArguments as HFTrainingArguments
 
 from transformers_unicode2 import UniCode2ConditionMapper, UniCode2Config, UniCode2ForConditionalGeneration, cli
-from transformers_unicode2.files import NotWrittenError, whole_file, whole_folder, write_file
+from transformers_unicode2.files import NotWrittenError, explained, whole_file, whole_folder, write_file
 from transformers_unicode2.record import Record, compare, held
 
 RECIPES = Path(__file__).parents[1] / "training_recipes"
@@ -646,3 +646,12 @@ def test_processes_that_miss_a_peer_end_in_a_sentence(monkeypatch):
     from transformers_unicode2 import processes
 
     assert processes.RENDEZVOUS < timedelta(minutes=30) < processes.PATIENCE
+
+
+def test_a_copy_that_cannot_be_written_is_named_by_where_it_was_going(tmp_path):
+    with pytest.raises(NotWrittenError, match=f"The disk is full: {tmp_path / 'output' / 'b.py'} could not be written"):
+        with explained(tmp_path / "output"):
+            # As `shutil.copyfile` raises it.
+            raise OSError(
+                errno.ENOSPC, "No space left on device", "input/a.py", None, str(tmp_path / "output" / "b.py")
+            )

@@ -105,7 +105,9 @@ def explained(path: str | Path) -> Iterator[None]:
 
 def explain(error: Exception, path: Path) -> NotWrittenError | None:
     """The error that `explained` raises instead; `None` if the error is not about writing."""
-    number, file = getattr(error, "errno", None), Path(getattr(error, "filename", None) or path)
+    # Of a copy the second is what was written.
+    names = (getattr(error, "filename2", None), getattr(error, "filename", None))
+    number, file = getattr(error, "errno", None), Path(next((name for name in names if name is not None), path))
     # The final name in place of the temporary one.
     file = file.with_name(TEMPORARY.sub(r"\1", file.name))
     again = "make room and run the same command again"
