@@ -1,4 +1,4 @@
-"""PEFT, gradient checkpointing, offloading, dtypes, quantization, compilation, resizing, and what stays frozen through them."""
+"""PEFT, gradient checkpointing, offloading, dtypes, compilation and resizing, and what stays frozen through them."""
 
 import copy
 
@@ -218,7 +218,7 @@ def test_quantizer_stays_frozen(either, batch, tmp_path):
 
 
 def run_ddp(rank, path, failures):
-    """One of two processes: two steps of a small model, with other images on each rank and DDP as the Trainer sets it up."""
+    """One of two processes: two steps of a small model, with other images on each rank and DDP as the Trainer has it."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)

@@ -21,8 +21,8 @@ assert importlib.util.find_spec("transformers_unicode2") is None
 WITH_PACKAGE = "import transformers_unicode2\n"
 LOAD = """
 import json, sys, torch
-from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM,
-    AutoProcessor, AutoTokenizer)
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 torch.set_num_threads(2)
 source, target, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 config = AutoConfig.from_pretrained(source, **options)

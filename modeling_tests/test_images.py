@@ -700,12 +700,14 @@ def test_code_that_travels_reads_alike_in_half_precision(tiny_model, processor, 
         import sys, torch
         sys.modules["transformers_unicode2"] = None
         from transformers import pipeline
-        pipe = pipeline("image-text-to-text", model={str(tmp_path / "model")!r}, trust_remote_code=True, dtype=torch.bfloat16)
+        folder = {str(tmp_path / "model")!r}
+        pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True, dtype=torch.bfloat16)
         read, right = [], torch.load({str(tmp_path / "pixels.pt")!r})
         pipe.model.generate = lambda **inputs: read.append(inputs["pixel_values"]) or inputs["input_ids"]
         for number in range(len(right)):
             file = {str(folder)!r} + f"/{{number:03d}}"
-            pipe(text=[{{"role": "user", "content": [{{"type": "image", "path": file}}, {{"type": "text", "text": "what?"}}]}}])
+            content = [{{"type": "image", "path": file}}, {{"type": "text", "text": "what?"}}]
+            pipe(text=[{{"role": "user", "content": content}}])
             pipe(text={ASK!r}, images=file)
         assert torch.equal(torch.cat(read[::2]), right) and torch.equal(torch.cat(read[1::2]), right)
     """

@@ -82,7 +82,8 @@ def test_any_to_any_writes_text_and_images_in_turn(tiny_checkpoint):
 
 def test_any_to_any_shows_what_was_written_wherever_the_mode_is_named(tiny_checkpoint):
     pipe = pipeline("any-to-any", model=str(tiny_checkpoint), pipeline_class=UniCode2AnyToAnyPipeline)
-    drawn = pipeline("any-to-any", model=pipe.model, processor=pipe.processor, pipeline_class=UniCode2AnyToAnyPipeline, generation_mode="image")  # fmt: skip
+    parts = {"model": pipe.model, "processor": pipe.processor, "pipeline_class": UniCode2AnyToAnyPipeline}
+    drawn = pipeline("any-to-any", **parts, generation_mode="image")
     message = [{"role": "user", "content": "a red circle"}]
     quick = {"max_plan_tokens": 0, "guidance_scale": 1.0}
     config = GenerationConfig(generation_mode="interleaved", max_new_tokens=np.int64(4))

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 
-from transformers_unicode2 import UniCode2Processor
+from transformers_unicode2 import UniCode2Processor, UniCode2Quantizer
 
 ASK = "<|image_pad|>what is this?"
 
@@ -238,7 +238,7 @@ def test_images_may_be_nested_or_one_array(processor, attached, photo):
 def test_options_of_the_text_are_followed_with_a_quantizer(processor, attached, photo, options):
     plain = processor(images=photo, text=ASK, return_tensors="pt", **options)
     batch = attached(images=photo, text=ASK, return_tensors="pt", **options)
-    assert set(plain) - {"pixel_values"} == set(batch)
+    assert set(plain) - {"pixel_values"} == set(batch) - {"visual_token_offset"}
     places = plain["input_ids"] == processor.image_token_id
     assert torch.equal(batch["input_ids"][~places], plain["input_ids"][~places])
     assert places.sum() == 64 and (batch["input_ids"][places] >= 768).all()
@@ -284,6 +284,37 @@ def test_a_model_that_was_resized_is_noticed(processor, model, config, photo):
     processor.attach_quantizer(model.get_quantizer(), model.config.visual_token_offset)
     after = torch.tensor(processor(images=photo, text=ASK)["input_ids"])
     assert torch.equal(torch.where(before >= 768, before + 32, before), after)
+
+
+def test_ids_of_a_processor_that_does_not_know_of_a_resize_are_refused(processor, model, config, photo, tmp_path):
+    """A quantizer that was loaded alone knows no model, so the ids say where they begin."""
+    model.get_quantizer().save_pretrained(tmp_path)
+    processor = copy.deepcopy(processor)
+    processor.patch_size, processor.image_processor.size = 8, {"height": 32, "width": 32}
+    processor.attach_quantizer(UniCode2Quantizer.from_pretrained(tmp_path), config.visual_token_offset)
+
+    def ask(images=photo):
+        content = [{"type": "image", "image": images}, {"type": "text", "text": "what is it?"}]
+        chat = [{"role": "user", "content": content}]
+        return processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt").to("cpu")
+
+    # The ids that frame images are the tokenizer's.
+    for name in ("image_token_id", "boi_token_id", "eoi_token_id"):
+        setattr(model.config, name, getattr(processor, name))
+    model.generate(**ask(), max_new_tokens=2)
+    model.resize_token_embeddings(800)
+    calls = {
+        "generate": lambda: model.generate(**ask(), max_new_tokens=2),
+        "forward": lambda: model(**ask()),
+        "base model": lambda: model.model(**ask()),
+        "batch": lambda: model(**{**ask(), "visual_token_offset": [768, 768]}),
+        "tensor": lambda: model(**{**ask(), "visual_token_offset": torch.tensor([768])}),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match="made visual token ids from 768 on, and those of this model begin at 800"):
+            call()
+    processor.attach_quantizer(processor.quantizer, model.config.visual_token_offset)
+    model.generate(**ask(), max_new_tokens=2)
 
 
 def test_a_tokenizer_that_grew_into_the_visual_ids_is_noticed(attached, photo):

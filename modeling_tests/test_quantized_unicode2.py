@@ -1,4 +1,4 @@
-"""Models that are loaded quantized: the language model is, encoder and codebook stay in float32, so that an image keeps its codes."""
+"""Models that are loaded quantized: encoder and codebook stay in float32, so that an image keeps its codes."""
 
 import pytest
 import torch

@@ -29,7 +29,8 @@ for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         "text": model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist(),
         "image": model.generate(inputs["input_ids"][:, -4:], generation_mode="image", do_sample=False)[0].tolist(),
     }
-assert AutoModel.from_pretrained(folder, trust_remote_code=True).get_image_tokens(inputs["pixel_values"]).shape == (1, 64)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert model.get_image_tokens(inputs["pixel_values"]).shape == (1, 64)
 assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "unicode2"
 for auto in (AutoModel, AutoModelForImageTextToText):
     try:

@@ -94,7 +94,8 @@ seen = [draw(DiffusionPipeline.from_pretrained(folder)) for folder in (embedded,
 seen += [draw(auto.from_pretrained("org/tiny")) for auto in (AutoPipelineForText2Image, AutoPipelineForImage2Image)]
 pipe = DiffusionPipeline.from_pretrained("org/tiny", trust_remote_code=True)
 seen += [draw(pipe), draw(AutoPipelineForText2Image.from_pipe(pipe, torch_dtype=torch.float32))]
-assert type(AutoModel.from_pretrained(source, subfolder="condition_mapper")).__module__.startswith("transformers_unicode2.")
+mapper = AutoModel.from_pretrained(source, subfolder="condition_mapper")
+assert type(mapper).__module__.startswith("transformers_unicode2.")
 stock = FluxPipeline.from_pretrained(source, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
 assert type(stock) is FluxPipeline
 print(json.dumps(seen))
@@ -138,7 +139,7 @@ def test_load_save_load_in_each_combination(repository, tmp_path, saved_by):
 @pytest.mark.slow
 @pytest.mark.parametrize("installed", [True, False])
 def test_options_of_loading(repository, tiny_checkpoint, tmp_path, installed):
-    """Dtypes, parts that are handed over, places, variants, another pipeline of the same parts; from folders and the Hub."""
+    """Dtypes, parts, places, variants and another pipeline of the same parts; from folders and the Hub."""
     code = """
 import json, sys, torch
 trust, repository, half = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -150,18 +151,21 @@ for source in (repository, "org/tiny"):
     assert {getattr(pipe, part).dtype for part in parts} == {torch.bfloat16}
     assert {p.dtype for p in pipe.vision_language_encoder.get_quantizer().parameters()} == {torch.float32}
     mixed = load(source, dtype={"transformer": torch.bfloat16, "default": torch.float16}, **trust)
-    assert [getattr(mixed, part).dtype for part in parts] == [torch.float16, torch.bfloat16, torch.float16, torch.float16]
+    half = torch.float16
+    assert [getattr(mixed, part).dtype for part in parts] == [half, torch.bfloat16, half, half]
     for place in ("cpu", "balanced"):
         assert load(source, device_map=place, **trust).vision_language_encoder.device.type == "cpu"
     model = pipe.vision_language_encoder
     given = load(source, vision_language_encoder=model, processor=pipe.processor, image_size=128, **trust)
-    assert given.vision_language_encoder is model and given.processor is pipe.processor and given.config.image_size == 128
+    assert given.vision_language_encoder is model and given.processor is pipe.processor
+    assert given.config.image_size == 128
 for source in (half, "org/half"):
     assert load(source, variant="fp16", **trust).vision_language_encoder.dtype == torch.float16
 twin = type(pipe)(**pipe.components, **pipe.parameters)
 assert twin.components == pipe.components and dict(twin.parameters) == dict(pipe.parameters)
 stock = FluxPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
-back = type(pipe).from_pipe(stock, torch_dtype=torch.bfloat16, **{n: getattr(pipe, n) for n in (*parts[2:], "processor")})
+own = {name: getattr(pipe, name) for name in (*parts[2:], "processor")}
+back = type(pipe).from_pipe(stock, torch_dtype=torch.bfloat16, **own)
 assert back.transformer is pipe.transformer and back.vision_language_encoder is model
 folder = DiffusionPipeline.download("org/tiny", **trust)
 assert type(load(folder, **trust)).__name__ == "UniCode2FluxPipeline"

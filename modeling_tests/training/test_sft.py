@@ -101,9 +101,7 @@ def test_what_would_be_ignored_is_refused_in_arguments_of_any_trainer(model, pro
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` is .* it is not followed"):
         UniCode2SFTTrainer(model, arguments, train_dataset=rows, processing_class=processor.tokenizer)
     with pytest.raises(ValueError, match="`compute_loss_func` is .* it is not followed"):
-        UniCode2SFTTrainer(
-            model, None, train_dataset=rows, processing_class=processor.tokenizer, compute_loss_func=len
-        )
+        UniCode2SFTTrainer(model, None, train_dataset=rows, processing_class=processor.tokenizer, compute_loss_func=len)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="activations can be moved off the accelerator")

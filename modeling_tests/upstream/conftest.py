@@ -1,7 +1,7 @@
-"""Brings the test suites of the installed Transformers, from its source distribution, which pip fetches once into a cache.
+"""Brings the test suites of the installed Transformers, from its source distribution.
 
-The wheel has no tests and nothing of them is copied into this repository. The source distribution lacks four modules that the
-suites import; `STUBS` holds what they need of them.
+Pip fetches it once into a cache. The wheel has no tests, and nothing of them is copied into this repository. The source
+distribution lacks four modules that the suites import; `STUBS` holds what they need of them.
 """
 
 import os
@@ -23,7 +23,8 @@ STUBS = {
     "tests/utils/__init__.py": "",
     "tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
     "utils/fetch_hub_objects_for_ci.py": (
-        "from pathlib import Path\n\n\ndef url_to_local_path(url):\n    return str(Path(__file__).with_name('photo.png'))\n"
+        "from pathlib import Path\n\n\n"
+        "def url_to_local_path(url):\n    return str(Path(__file__).with_name('photo.png'))\n"
     ),
 }
 

@@ -172,7 +172,8 @@ def check_arguments(args: MapperArguments) -> None:
     learnt = weights["contrastive"] or weights["flow_matching"] or weights["regression"] and teacher
     if min(weights.values()) < 0 or not learnt:
         raise ValueError(
-            f"There is nothing to learn: {given}; none may be negative, and regression needs `image_prompts` or `start`."
+            f"There is nothing to learn: {given}; none may be negative, and regression needs `image_prompts` or "
+            "`start`."
         )
     if not 0 <= args.code_noise <= 1:
         raise ValueError(f"`code_noise` is {args.code_noise:g}; it must be in [0, 1].")
