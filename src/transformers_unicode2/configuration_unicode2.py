@@ -257,6 +257,17 @@ class UniCode2Config(UniCode2ConfigMixin, PreTrainedConfig):
         """First visual token id; the visual token id of a code is this plus the code."""
         return self.text_config.vocab_size
 
+    def check_offset(self, offset) -> None:
+        """Raises `ValueError` when visual token ids were made from another `offset`, or one for each prompt."""
+        given = offset if isinstance(offset, (int, list, tuple, type(None))) else offset.tolist()
+        for one in given if isinstance(given, (list, tuple)) else [given]:
+            if one not in (None, self.visual_token_offset):
+                raise ValueError(
+                    f"The processor made visual token ids from {one} on, and those of this model begin at "
+                    f"{self.visual_token_offset}; attach its quantizer again with the model's "
+                    "`config.visual_token_offset`."
+                )
+
     def get_quantizer_config(self) -> UniCode2QuantizerConfig:
         """The part of the configuration that turns images into codes."""
         return UniCode2QuantizerConfig(

@@ -72,6 +72,7 @@ class UniCode2GenerationMixin(GenerationMixin):
             on a prompt without ids, or with image placeholders but no images; on a strategy that cannot work with two
             vocabularies; and in image mode on options of the call that are about text, see `TEXT_ONLY`.
         """
+        self.config.check_offset(kwargs.pop("visual_token_offset", None))
         request = resolve_request(
             defaults=self.generation_config,
             config=generation_config,

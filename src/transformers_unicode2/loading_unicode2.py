@@ -89,9 +89,9 @@ def check_settings(vision_config, codebook_config, source: str) -> None:
     found, wanted = hash_settings(vision_config), codebook_config.vision_config_sha256
     if wanted not in (None, found):
         raise ValueError(
-            f"The `vision_config` of {source} is not that which its codebook was saved with (SHA-256 {found[:12]}, then "
-            f"{wanted[:12]}), so images would get other codes. If that is on purpose, set `vision_config_sha256` to "
-            "null there."
+            f"The `vision_config` of {source} is not that which its codebook was saved with (SHA-256 {found[:12]}, "
+            f"then {wanted[:12]}), so images would get other codes. If that is on purpose, set `vision_config_sha256` "
+            "to null there."
         )
 
 

@@ -222,6 +222,8 @@ class UniCode2Model(UniCode2PreTrainedModel):
             cache (`Cache`, *optional*):
                 What Transformers calls `past_key_values` from 5.24 on; either name will do.
         """
+        # Comes with ids from a processor with a quantizer.
+        self.config.check_offset(kwargs.pop("visual_token_offset", None))
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and mm_encoder_outputs is not None:

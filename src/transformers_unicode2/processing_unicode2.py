@@ -112,7 +112,8 @@ class UniCode2Processor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask`; `pixel_values` `(num_images, 3, height, width)`, which stay in float32
             under `to`. With a quantizer attached there are no pixels; images without text become `visual_token_ids`
-            `(num_images, num_image_tokens)`.
+            `(num_images, num_image_tokens)`. Beside `input_ids` stands `visual_token_offset`, which the model compares
+            with its own.
 
         Raises:
             `ValueError`: on an empty prompt, on an image that cannot be read, or when images and `image_token`s differ
@@ -170,6 +171,7 @@ class UniCode2Processor(ProcessorMixin):
         if "input_ids" not in batch:
             batch["visual_token_ids"] = convert_like(pixel_values, ids.tolist())
             return
+        batch["visual_token_offset"] = self.visual_token_offset
         tokens, prompts = iter(ids.flatten().tolist()), batch["input_ids"]
         rows = prompts if isinstance(prompts, list) else prompts.tolist()
         rows = [[next(tokens) if id_ == self.image_token_id else id_ for id_ in row] for row in rows]

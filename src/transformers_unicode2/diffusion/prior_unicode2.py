@@ -185,6 +185,7 @@ class UniCode2PriorMixin:
         encoded = self.processor(images=image, return_tensors="pt").to(self._execution_device)
         if "visual_token_ids" in encoded:
             # By a quantizer that is attached to the processor.
+            self.vision_language_encoder.config.check_offset(self.processor.visual_token_offset)
             return encoded["visual_token_ids"]
         return self.vision_language_encoder(pixel_values=encoded["pixel_values"], task="get_image_tokens")
 
