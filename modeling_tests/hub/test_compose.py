@@ -1,6 +1,8 @@
 """`unicode2 init`: a checkpoint from a language model, an encoder and a codebook, shard by shard."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +179,17 @@ def test_language_model_of_another_build_is_refused(parts, run_init, capsys):
         GPT2LMHeadModel(tiny).save_pretrained(folder / "llm")
 
     assert "is a gpt2 model, whose weights begin with 'transformer'" in set_up(parts, run_init, capsys, break_it)
+
+
+def test_a_whole_checkpoint_is_no_language_model(parts, run_init, capsys, tiny_checkpoint):
+    def break_it(folder):
+        for file in folder.glob("llm/*"):
+            file.unlink()
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(Path(tiny_checkpoint) / file, folder / "llm")
+
+    message = set_up(parts, run_init, capsys, break_it)
+    assert "llm is a unicode2 model; --llm must be a causal language model." in message
 
 
 def test_nothing_of_a_part_is_overwritten(parts, run_init, capsys):
