@@ -11,13 +11,13 @@ from importlib import import_module
 COMMANDS = {
     "demo": ("demo", "make_parser", "main", "ask about an image, draw a prompt"),
     "evaluate scenes": ("evaluation.scenes", "make_parser", "main", "score a checkpoint on drawn scenes"),
-    "codebook build": ("codebook.build", "make_parser", "main", "images to a codebook (Algorithm 1)"),
-    "codebook report": ("codebook.report", "make_parser", "main", "a page about how images use a codebook"),
-    "codebook grow": ("codebook.grow", "make_parser", "main", "more codes, without moving those there are"),
-    "codebook preview": ("codebook.preview", "make_parser", "main", "a thumbnail for each code"),
-    "init": ("hub.compose", "make_parser", "main", "language model + encoder + codebook to a checkpoint"),
-    "assemble": ("hub.assemble", "make_parser", "main", "checkpoint + mapper + decoder to one repository"),
-    "tokenize": ("training.tokenize", "make_parser", "main", "images of a data set to codes"),
+    "codebook build": ("codebook.build", "make_parser", "main", "build a codebook from images (Algorithm 1)"),
+    "codebook report": ("codebook.report", "make_parser", "main", "write a page about how images use a codebook"),
+    "codebook grow": ("codebook.grow", "make_parser", "main", "add codes to a codebook; existing ids stay"),
+    "codebook preview": ("codebook.preview", "make_parser", "main", "draw a thumbnail of each code"),
+    "init": ("hub.compose", "make_parser", "main", "make a checkpoint of language model, encoder and codebook"),
+    "assemble": ("hub.assemble", "make_parser", "main", "make one repository of checkpoint, mapper and decoder"),
+    "tokenize": ("training.tokenize", "make_parser", "main", "turn the images of a data set into codes"),
     "scenes": ("scenes.write", "make_parser", "main", "write drawn scenes and emoji to parquet"),
 }
 
@@ -37,9 +37,12 @@ def main() -> None:
     name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
     if name is None:
         rows = "\n".join(f"  {name:<18}{row[-1]}" for name, row in COMMANDS.items())
-        asked_for_help = not words or words[0] in ("-h", "--help")
-        print(f"usage: unicode2 <command> [options]\n\n{rows}", file=sys.stdout if asked_for_help else sys.stderr)
-        sys.exit(0 if asked_for_help else 2)
+        usage = f"usage: unicode2 <command> [options]\n\n{rows}"
+        if not words or {"-h", "--help"} & set(words):
+            print(usage)
+            sys.exit(0)
+        print(f"{usage}\n\nunicode2: there is no command {' '.join(words[:2])}", file=sys.stderr)
+        sys.exit(2)
     module, make_parser, run, _ = COMMANDS[name]
     module = import_module(f".{module}", __package__)
     arguments = getattr(module, make_parser)().parse_args(words[len(name.split()) :])

@@ -177,7 +177,7 @@ def fetch(text: str, timeout: float = TIMEOUT) -> tuple[bytes, str]:
     except ValueError as error:
         if uri:
             raise ValueError(f"{name} is no data URI of an image: {error}.") from error
-        raise ValueError(f"There is no image file {name}, and it is no base64 of an image either.") from error
+        raise ValueError(f"There is no image file {name}, nor is it a base64-encoded image.") from error
     return content, name
 
 

@@ -261,6 +261,8 @@ def make_lora_config(lora: dict, train_modules: list[str]):
     """
     from peft import LoraConfig
 
+    if not isinstance(lora, dict):
+        raise ValueError(f"`lora` is {lora!r}; it needs fields of LoraConfig, such as {{r: 16}}.")
     if "language_model" not in train_modules:
         raise ValueError(
             f"`lora` adapts the language model, which is not among `train_modules`: {', '.join(train_modules)}."

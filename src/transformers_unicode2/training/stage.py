@@ -359,8 +359,12 @@ def run(main: Callable, *classes: type) -> None:
     from ..cli import sentences
 
     follow_launcher()
+    parser = TrlParser(classes)
+    if not torch.accelerator.is_available():
+        # else the training arguments refuse a machine without one
+        parser.set_defaults(use_cpu=True)
     with sentences(Path(sys.argv[0]).stem):
         # the training arguments look for peers
         with expected_peers():
-            parsed = TrlParser(classes).parse_args_and_config()
+            parsed = parser.parse_args_and_config()
         main(*parsed)
