@@ -218,7 +218,7 @@ def test_quantizer_stays_frozen(either, batch, tmp_path):
 
 
 def run_ddp(rank, path, failures):
-    """One of two processes: two steps of a small model, with other images on each rank and DDP as the Trainer has it."""
+    """One of two processes: two steps of a small model, with other images on each, and DDP as the Trainer has it."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Adds codes to a codebook where its distortion is highest. Existing codes keep their ids (named as future work in the paper).
+"""Adds codes to a codebook where its distortion is highest; existing ids stay (the paper names this as future work).
 
     unicode2 codebook grow codebook --add 1000 --images new_images --output larger
 
