@@ -521,7 +521,7 @@ def test_where_either_axis_may_be_the_channels_numpy_has_the_last_and_torch_the_
         (b"", r"The file is empty \(0 bytes\)"),
         (b"nothing", r"The file \(7 bytes\) cannot be read as an image: it is in none of the formats PNG"),
         ("nowhere.png", "There is no image file nowhere.png"),
-        ("aGVsbG8=", "There is no image file aGVsbG8=, and it is no base64"),
+        ("aGVsbG8=", "There is no image file aGVsbG8=, nor is it a base64-encoded image"),
         ("data:image/png;base64,aGVsbG8=", "is no data URI of an image"),
         ("/tmp", "/tmp is a folder; give an image file"),
         ("a\nb", r"There is no image file a\\nb"),
