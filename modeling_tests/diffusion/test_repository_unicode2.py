@@ -151,8 +151,8 @@ for source in (repository, "org/tiny"):
     assert {getattr(pipe, part).dtype for part in parts} == {torch.bfloat16}
     assert {p.dtype for p in pipe.vision_language_encoder.get_quantizer().parameters()} == {torch.float32}
     mixed = load(source, dtype={"transformer": torch.bfloat16, "default": torch.float16}, **trust)
-    half = torch.float16
-    assert [getattr(mixed, part).dtype for part in parts] == [half, torch.bfloat16, half, half]
+    wanted = [torch.float16, torch.bfloat16, torch.float16, torch.float16]
+    assert [getattr(mixed, part).dtype for part in parts] == wanted
     for place in ("cpu", "balanced"):
         assert load(source, device_map=place, **trust).vision_language_encoder.device.type == "cpu"
     model = pipe.vision_language_encoder
