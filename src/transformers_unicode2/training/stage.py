@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from ..files import WORK, explained, remove, settle, whole_folder
 from ..processes import agree, expected_peers, follow_launcher
@@ -76,8 +75,18 @@ class WholeCheckpoints:
                 with suppress(OSError):
                     new.parent.rmdir()
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(place), self.args.save_total_limit, best_model_checkpoint=best)
+            self.rotate(place)
+
+    def rotate(self, place: Path) -> None:
+        """Removes the oldest checkpoints beyond `save_total_limit`, but neither the newest nor the best one."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        found = list_checkpoints(place)
+        if limit is None or limit <= 0 or not found:
+            return
+        kept = {found[0], *([Path(best)] if best else [])}
+        surplus = len(found) - max(limit, len(kept))
+        for checkpoint in [path for path in reversed(found) if path not in kept][: max(0, surplus)]:
+            discard(checkpoint)
 
     def name_best(self, new: Path, final: Path) -> None:
         """Notes where the best checkpoint will be, if it is the one that has been written."""
@@ -91,7 +100,7 @@ class WholeCheckpoints:
         for file in new.rglob("*"):
             if file.is_file():
                 settle(file)
-        remove(final)
+        discard(final)
         new.rename(final)
 
     def _run_epoch(self, *args, **kwargs):
@@ -151,6 +160,19 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     """`checkpoint-N` folders, the newest first; none where there is no such folder."""
     found = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def discard(checkpoint: Path) -> None:
+    """Removes a checkpoint, if it is there. A run that is killed meanwhile leaves no part of it under its name."""
+    if checkpoint.exists():
+        old = checkpoint.parent / WORK / "old"
+        remove(old)
+        old.parent.mkdir(exist_ok=True)
+        checkpoint.rename(old)
+        remove(old)
+        # a stage keeps its record there
+        with suppress(OSError):
+            old.parent.rmdir()
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -216,7 +238,7 @@ class Stage:
                 raise ValueError(f"{checkpoint} was not written by this stage; move it out of {self.folder}.")
             if not is_whole(checkpoint):
                 print(f"{checkpoint} is not whole; it is removed, and the stage resumes from {last or 'the start'}.")
-                remove(checkpoint)
+                discard(checkpoint)
             elif not has_optimizer(checkpoint):
                 print(
                     f"{checkpoint} has no optimizer (`save_only_model`); the stage resumes from {last or 'the start'}."
