@@ -335,3 +335,53 @@ def test_a_place_that_was_typed_is_text_where_that_is_asked_for(processor, photo
         processor.apply_chat_template(chat, **options)
     batch = processor.apply_chat_template(chat, sanitize_control_tokens=True, **options)
     assert (batch["input_ids"] == processor.image_token_id).sum() == 64
+
+
+def test_chat_of_several_images_becomes_ids(processor):
+    """Images stand where their parts do, in any turn, and the assistant's turns alone are learnt, images included."""
+    images = [[768 + index + 64 * number for index in range(64)] for number in range(3)]
+    chat = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a red circle"}, {"type": "image"}]},
+        {"role": "tool", "content": "done"},
+        {"role": "assistant", "content": "two"},
+    ]
+    ids, mask = processor.encode_chat(chat, images)
+    assert [id_ for id_ in ids if id_ >= 768] == sum(images, [])
+    assert [images[0][0] in ids[:start] for start in (ids.index(768), ids.index(768) + 1)] == [False, True]
+    learnt = [id_ for id_, flag in zip(ids, mask) if flag]
+    assert [id_ for id_ in learnt if id_ >= 768] == images[2]
+    text = processor.tokenizer.decode([id_ for id_ in learnt if id_ < 768])
+    assert text == "a red circle<|vision_start|><|vision_end|><|im_end|>two<|im_end|>"
+    rest = processor.tokenizer.decode([id_ for id_, flag in zip(ids, mask) if not flag and id_ < 768])
+    assert "system\nbe brief" in rest and "<tool_response>\ndone" in rest and "red" not in rest
+    flat = [{**turn, "content": processor.join_parts(turn["content"])} for turn in chat]
+    assert processor.encode_chat(flat, images) == (ids, mask)
+    assert processor.encode_turns(flat, sum(images, [])) == (ids, mask)
+    plain = [turn for turn in chat if isinstance(turn["content"], str)]
+    options = {"chat_template": processor.chat_template, "return_dict": True}
+    assert processor.encode_chat(plain)[0] == processor.tokenizer.apply_chat_template(plain, **options)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("content", "images", "message"),
+    [
+        ("<|image_pad|>a<|image_pad|>", [[768] * 64], "has places for 2 images, and 1 are given"),
+        ("a", [[768] * 64], "has places for 0 images, and 1 are given"),
+        ([{"type": "image"}] * 2, [[768] * 64, [768] * 63], "Image 2 of the chat has 63 visual token ids; one has 64"),
+        ([{"type": "video"}], [], "a part of type video"),
+    ],
+)
+def test_chat_that_does_not_fit_its_images_is_refused(processor, content, images, message):
+    with pytest.raises(ValueError, match=message):
+        processor.encode_chat([{"role": "user", "content": content}, {"role": "assistant", "content": "a"}], images)
+
+
+def test_template_that_does_not_mark_each_answer_is_refused(processor):
+    twin = copy.deepcopy(processor)
+    chat = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    say = "{% for m in messages %}{% if CONDITION %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
+    twin.chat_template = say.replace("CONDITION", "loop.last") + "{{ m.role + m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match="marks 1 of 2 answers"):
+        twin.encode_chat(chat)

@@ -209,34 +209,71 @@ class UniCode2Processor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.boi_token + self.image_token * self.num_image_tokens + self.eoi_token
 
-    def encode_turns(self, chat: list[dict], visual_token_ids: list[int]) -> tuple[list[int], list[int]]:
-        """A chat with its answers as ids of the unified vocabulary, its images given as visual token ids.
+    def encode_chat(
+        self, messages: list[dict], visual_token_ids: list[list[int]] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """A chat as ids of the unified vocabulary, with what is to be learnt of it.
 
         Args:
-            chat: messages whose contents are strings, with `image_token` in the place of an image.
-            visual_token_ids: ids of all images, in their order.
+            messages (`list[dict]`): turns of any role. A content is a string, in which `image_token` is the place of
+                an image, or a list of parts, `{"type": "text", "text": ...}` and `{"type": "image"}`.
+            visual_token_ids (`list[list[int]]`, *optional*): the visual token ids of each image, `num_image_tokens`
+                of them, in the order of the images.
 
         Returns:
-            Ids, and for each of them 1 in an answer and 0 elsewhere.
+            The ids, and for each of them 1 where it is learnt: in what the assistant writes, the end of its turn
+            included. It is 0 elsewhere.
 
         Raises:
-            `ValueError`: when ids and places differ in number, and when the chat template marks no answer.
+            `ValueError`: when images and their places differ in number, when an image has another number of ids, when
+                a part is neither text nor image, and when the chat template does not mark each answer.
         """
-        image = self.replace_image_token({}, 0)
-        turns = [{**turn, "content": turn["content"].replace(self.image_token, image)} for turn in chat]
+        given, size = visual_token_ids or [], self.num_image_tokens
+        # Tables have `None` for what a turn lacks, and templates print it.
+        turns = [{name: value for name, value in turn.items() if value is not None} for turn in messages]
+        turns = [{**turn, "content": self.join_parts(turn.get("content", ""))} for turn in turns]
+        num_places = sum(turn["content"].count(self.image_token) for turn in turns)
+        if num_places != len(given):
+            raise ValueError(f"The chat has places for {num_places} images, and {len(given)} are given.")
+        odd = [number for number, ids in enumerate(given, 1) if len(ids) != size]
+        if odd:
+            raise ValueError(
+                f"Image {odd[0]} of the chat has {len(given[odd[0] - 1])} visual token ids; one has {size}."
+            )
+        block = self.replace_image_token({}, 0)
+        turns = [{**turn, "content": turn["content"].replace(self.image_token, block)} for turn in turns]
         encoded = self.tokenizer.apply_chat_template(
             turns, chat_template=self.chat_template, return_dict=True, return_assistant_tokens_mask=True
         )
-        num_places, mask = encoded["input_ids"].count(self.image_token_id), encoded["assistant_masks"]
-        if num_places != len(visual_token_ids):
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        num_answers = sum(turn["role"] == "assistant" for turn in turns)
+        num_marked = sum(flag and not before for before, flag in zip([0, *mask], mask))
+        if num_marked != num_answers:
             raise ValueError(
-                f"The chat has places for {num_places} visual token ids, {self.num_image_tokens} an image, and "
-                f"{len(visual_token_ids)} are given."
+                f"The chat template marks {num_marked} of {num_answers} answers, by {{% generation %}} around each."
             )
-        if not any(mask) and any(turn["role"] == "assistant" for turn in chat):
-            raise ValueError("The chat template marks no answer; it needs {% generation %} around them.")
-        ids = iter(visual_token_ids)
-        return [next(ids) if i == self.image_token_id else i for i in encoded["input_ids"]], mask
+        visual = iter([id_ for image in given for id_ in image])
+        return [next(visual) if id_ == self.image_token_id else id_ for id_ in ids], mask
+
+    def encode_turns(self, chat: list[dict], visual_token_ids: list[int]) -> tuple[list[int], list[int]]:
+        """[`encode_chat`] with the visual token ids of all images in one list."""
+        size = self.num_image_tokens
+        images = [visual_token_ids[start : start + size] for start in range(0, len(visual_token_ids), size)]
+        return self.encode_chat(chat, images)
+
+    def join_parts(self, content: str | list[dict]) -> str:
+        """The content of a message as one string, with `image_token` in the place of each image.
+
+        Raises `ValueError` on a part that is neither text nor image.
+        """
+        if isinstance(content, str):
+            return content
+        odd = [get_entry(part, "type") for part in content if get_entry(part, "type") not in ("text", "image")]
+        if odd:
+            raise ValueError(f"A message holds a part of type {odd[0]}; image and text can be read.")
+        return "".join(
+            self.image_token if get_entry(part, "type") == "image" else get_entry(part, "text") for part in content
+        )
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         if image_sizes is None:
