@@ -1,0 +1,35 @@
+"""A card says what is true, and the snippet in it runs."""
+
+import re
+
+import yaml
+
+from transformers_unicode2.cards import write_card
+
+
+def test_a_card_has_metadata_tables_and_settings(tmp_path):
+    figures = [{"data": "held out", "image gap": 6.25, "rows": 1200}]
+    write_card(
+        tmp_path,
+        "org/own",
+        "Made here.",
+        ["org/base", str(tmp_path)],
+        {"Figures": figures, "Nothing": []},
+        {"learning_rate": 1e-3},
+    )
+    text = (tmp_path / "README.md").read_text()
+    data = yaml.safe_load(text.split("---")[1])
+    assert data["base_model"] == ["org/base"] and data["library_name"] == "transformers" and "license" not in data
+    assert "| held out | 6.25 | 1,200 |" in text and '"learning_rate": 0.001' in text and "Nothing" not in text
+    assert "| torch |" in text
+
+
+def test_the_snippet_of_a_card_runs(tiny_checkpoint, photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photo.save("picture.png")
+    write_card(tmp_path, str(tiny_checkpoint), "Tiny.", [])
+    exec(re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.S)[1], {})
+    assert capsys.readouterr().out.strip()
+    write_card(tmp_path, str(tiny_checkpoint), "Tiny.", [], adapter=True)
+    exec(re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.S)[1], {})
+    assert capsys.readouterr().out.strip()

@@ -1,0 +1,100 @@
+"""Model cards of what the commands write: true figures, settings and data, and a snippet that runs."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from .files import write_file
+
+# Libraries whose versions a card names.
+LIBRARIES = ("transformers_unicode2", "transformers", "torch", "trl", "peft", "accelerate", "datasets")
+
+CHECKPOINT = """import transformers_unicode2
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model="{name}")
+question = [{{"type": "image", "image": "picture.png"}}, {{"type": "text", "text": "{question}"}}]
+chat = [{{"role": "user", "content": question}}]
+print(pipe(text=chat, max_new_tokens=64, return_full_text=False)[0]["generated_text"])
+"""
+
+ADAPTER = """from transformers_unicode2.checkpoints import load_model
+
+model, processor = load_model("{name}")
+question = [{{"type": "image", "image": "picture.png"}}, {{"type": "text", "text": "{question}"}}]
+chat = [{{"role": "user", "content": question}}]
+inputs = processor.apply_chat_template(
+    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(model.device)
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]))
+"""
+
+
+def write_card(
+    folder: str | Path,
+    name: str,
+    summary: str,
+    base_models: list[str],
+    tables: dict[str, list[dict]] | None = None,
+    settings: dict | None = None,
+    question: str = "What is this?",
+    adapter: bool = False,
+    license: str | None = None,
+) -> None:
+    """Writes `README.md` of a checkpoint or adapter, whole or not at all.
+
+    Args:
+        folder (`str` or `Path`): what the card describes.
+        name (`str`): folder or Hub name under which the snippet loads it.
+        summary (`str`): sentences that say what it is and how it was made.
+        base_models (`list[str]`): folders or Hub names of what it was made of. Only Hub names become metadata.
+        tables (`dict[str, list[dict]]`, *optional*): rows of equal keys under each heading.
+        settings (`dict`, *optional*): options that it was made with, written as JSON.
+        question (`str`, *optional*, defaults to `"What is this?"`): what the snippet asks.
+        adapter (`bool`, *optional*, defaults to `False`): whether the folder holds an adapter, not whole weights.
+        license (`str`, *optional*): left out of the card unless it is known.
+    """
+    on_hub = [base for base in base_models if not Path(base).exists() and base.count("/") == 1]
+    tags = ["unicode2", "image-text-to-text", "text-to-image", *(["lora"] if adapter else [])]
+    data = ModelCardData(
+        license=license,
+        base_model=on_hub or None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="image-text-to-text",
+        tags=tags,
+    )
+    snippet = (ADAPTER if adapter else CHECKPOINT).format(name=name, question=question)
+    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {Path(name).name}\n", f"{summary}\n", f"```python\n{snippet}```\n"]
+    parts += [f"## {heading}\n\n{write_table(rows)}" for heading, rows in (tables or {}).items() if rows]
+    if settings:
+        parts.append(f"## Settings\n\n```json\n{json.dumps(settings, indent=2, default=str, sort_keys=True)}\n```\n")
+    parts.append(f"## Versions\n\n{write_table(find_versions())}")
+    write_file(Path(folder) / "README.md", "\n".join(parts).encode())
+
+
+def write_table(rows: list[dict]) -> str:
+    """Rows of equal keys as Markdown."""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([write_cell(row[name]) for name in names] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_cell(value) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return text.replace("|", "\\|")
+
+
+def find_versions() -> list[dict]:
+    """Installed versions of `LIBRARIES`."""
+    found = []
+    for library in LIBRARIES:
+        try:
+            found.append({"library": library, "version": version(library)})
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+__all__ = ["write_card"]
