@@ -1,0 +1,96 @@
+"""Tells by the columns of a table what its rows are, and which column has the image and which the caption."""
+
+from itertools import islice
+
+from .tables import Tables
+from .templates import Task
+
+IMAGE_COLUMNS = (
+    *("image", "images", "file_name", "img", "picture", "photo", "image_path", "img_path", "image_file"),
+    *("file", "path"),
+)
+# Columns of a WebDataset, of which a row has one.
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+CAPTION_COLUMNS = ("caption", "text", "txt", "captions", "description", "prompt", "title")
+# Rows that a format is recognised by.
+NUM_FIRST = 32
+
+
+def find_columns(table: Tables, data: str) -> dict:
+    """The columns of the first rows, each with a value where one has one.
+
+    Raises `ValueError` when there are no rows, or none that can be read.
+    """
+    columns, errors = {}, []
+    for _, row in islice(table.read(), NUM_FIRST):
+        if isinstance(row, ValueError):
+            errors.append(row)
+            continue
+        for name, value in row.items():
+            if columns.get(name) in (None, "", []):
+                columns[name] = value
+    if not columns:
+        reason = f"row 0: {errors[0]}" if errors else "it is empty"
+        raise ValueError(f"{data} has no row that can be read; {reason}.")
+    return columns
+
+
+def find_image_columns(columns: dict) -> tuple[str, ...]:
+    """Columns that are named as those with images are, or else hold their contents."""
+    for name in ("image", "images", "file_name"):
+        if name in columns:
+            return (name,)
+    names = [name for name in columns if name.lower().rsplit(".", 1)[-1] in (*IMAGE_COLUMNS, *IMAGE_SUFFIXES)]
+    held = [name for name, value in columns.items() if isinstance(value, bytes) or is_image_struct(value)]
+    return tuple(names or held)
+
+
+def is_image_struct(value) -> bool:
+    return isinstance(value, dict) and {"bytes", "path"} >= value.keys() > set()
+
+
+def find_caption_column(columns: dict) -> str | None:
+    """The column that is named as captions are; `None` when there is none, or several."""
+    names = [name for name in columns if name.lower() in CAPTION_COLUMNS]
+    return "caption" if "caption" in names else names[0] if len(names) == 1 else None
+
+
+def recognize(columns: dict, image_columns: tuple[str, ...], task: Task | None, data: str) -> str:
+    """The format of rows with these columns. Raises `ValueError` when it could be several, or none."""
+    chats = [format for format, name in (("llava", "conversations"), ("messages", "messages")) if name in columns]
+    if len(chats) > 1:
+        raise ValueError(f"{data} has the columns conversations and messages; say --format llava or messages.")
+    if chats:
+        return chats[0]
+    if {"img_path", "prompt"} <= columns.keys():
+        return "journeydb"
+    if not image_columns:
+        raise ValueError(
+            f"{data} has the columns {', '.join(columns)}, none of them known to hold chats or images; name it by "
+            "--image-column."
+        )
+    return "questions" if {"questions", "answers"} <= columns.keys() and task is None else "captions"
+
+
+def check_columns(task: Task, columns: dict, image_columns: tuple, has_caption: bool, data: str) -> None:
+    """Raises `ValueError` when a task asks for columns that are not there, or it cannot be told which one is meant."""
+    names = task.find_names()
+    if "caption" in names and not has_caption:
+        raise ValueError(
+            f"It cannot be told which column of {data} is the caption: it has {', '.join(columns)}; name it by "
+            "--caption-column."
+        )
+    known = {*columns, "image", "caption", "caption_prompt"}
+    missing = sorted(names - known)
+    if missing:
+        raise ValueError(f"The task asks for {{{missing[0]}}}; {data} has the columns {', '.join(columns)}.")
+    if "image" in names and (not image_columns or len(image_columns) > 1 and not are_suffixes(image_columns)):
+        raise ValueError(
+            f"It cannot be told which column of {data} is the image: it has {', '.join(columns)}; name it by "
+            "--image-column."
+        )
+
+
+def are_suffixes(names: tuple[str, ...]) -> bool:
+    """Whether columns are named by kinds of image files, of which a row has one."""
+    return all(name.lower() in IMAGE_SUFFIXES for name in names)

@@ -1,0 +1,110 @@
+"""Finds the tables that a user means by the name of a file, a folder or a data set."""
+
+import glob
+import os
+from pathlib import Path
+
+from ..images_unicode2 import one_line
+from ..record import check_finished
+from .tables import ArrowTable, CaptionList, CsvTable, JsonTable, Tables, TextFiles, is_image
+
+KINDS = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz"), JsonTable),
+    **dict.fromkeys((".csv", ".tsv"), CsvTable),
+    **dict.fromkeys((".parquet", ".arrow"), ArrowTable),
+}
+# Tables that name the images beside them.
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.tsv")
+# Files of other programs' that are no data.
+NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json")
+SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
+
+
+def open_table(data: str, split: str, streaming: bool) -> Tables:
+    """
+    The rows that `data` names, see `open_source`.
+
+    Raises:
+        `ValueError`: when there are none, or it cannot be told which are meant.
+    """
+    place = Path(data)
+    if place.is_dir():
+        check_finished(place, split)
+        return Tables(find_tables(place, split), place)
+    files = [place] if place.is_file() else sorted(map(Path, glob.glob(data, recursive=True)))
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise ValueError(f"There is no file or folder {data}.")
+    return Tables(open_files(files, data), Path(os.path.commonpath([file.parent for file in files])))
+
+
+def open_files(files: list[Path], data: str) -> list:
+    """Tables of files, all of one kind."""
+    kinds = {find_kind(file) for file in files}
+    if None in kinds:
+        unknown = next(file for file in files if find_kind(file) is None)
+        raise ValueError(f"{one_line(str(unknown))} is no table; give one of {', '.join(KINDS)}.")
+    if len(kinds) > 1:
+        suffixes = sorted({find_suffix(file) for file in files})
+        raise ValueError(
+            f"{data} holds {' and '.join(suffixes)} files; name those of one kind, as {data}/*{suffixes[0]}."
+        )
+    return [kinds.copy().pop()(file) for file in files]
+
+
+def find_suffix(file: Path) -> str:
+    name = file.name.lower()
+    return next((suffix for suffix in sorted(KINDS, key=len, reverse=True) if name.endswith(suffix)), file.suffix)
+
+
+def find_kind(file: Path) -> type | None:
+    """The class that reads a file, `None` for no table."""
+    return CaptionList if is_caption_list(file) else KINDS.get(find_suffix(file))
+
+
+def is_caption_list(file: Path) -> bool:
+    """Whether a file is a `captions.tsv` without a header: its first line names an image."""
+    if file.name.lower() != "captions.tsv":
+        return False
+    with open(file, encoding="utf-8-sig", errors="replace") as content:
+        name = next(filter(str.strip, content), "").partition("\t")[0]
+    return is_image(Path(name))
+
+
+def find_tables(folder: Path, split: str) -> list:
+    """The tables of one split in a folder: those with metadata of images, else those of one kind, else texts."""
+    files = sorted(
+        Path(place, name)
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if not any(part.startswith(".") for part in Path(place, name).relative_to(folder).parts)
+    )
+    tables = [file for file in files if find_suffix(file) in KINDS and file.name not in NO_DATA]
+    tables = [file for file in tables if file.name.lower() in METADATA] or tables
+    if tables:
+        return open_files(choose_split(tables, folder, split), str(folder))
+    images = choose_split([file for file in files if is_image(file)], folder, split)
+    texts = TextFiles(folder, images)
+    if not len(texts):
+        raise ValueError(
+            f"{folder} has {len(images)} images and no texts: it needs a table ({', '.join(KINDS)}), one of "
+            f"{', '.join(METADATA)}, or a .txt of the same name beside each image."
+        )
+    return [texts]
+
+
+def choose_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """Files whose name begins with that of the split, or that are in a folder of that name; all if none names a split.
+
+    Raises `ValueError` when there are files of other splits alone.
+    """
+    named = {}
+    for file in files:
+        parts = [*file.relative_to(folder).parts[:-1], file.name.split(".")[0].split("-")[0].split("_")[0]]
+        own = next((part for part in parts if part == split or part.lower() in SPLITS), None)
+        named.setdefault(own, []).append(file)
+    if split in named:
+        return named[split]
+    if set(named) - {None}:
+        raise ValueError(f"{folder} has no files of the split {split}; there is {', '.join(map(str, named))}.")
+    return files

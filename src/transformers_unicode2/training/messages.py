@@ -1,0 +1,115 @@
+"""Turns as people write them, as messages of the data contract: roles, and contents that are lists of parts."""
+
+import json
+import re
+
+# A newline beside a marker parts it from the text, and is no text.
+MARKER = re.compile(r"\n?<image>\n?")
+ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
+    **{"chatgpt": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "function": "tool"},
+    "observation": "tool",
+}
+# Entries of a message that chat templates know beside its role and content.
+KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+
+
+def parse_cell(value):
+    """A list that a table keeps as JSON in a text, or the value as it is. Raises `ValueError` on damaged JSON."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{value!r:.60} is no JSON ({error})") from error
+
+
+def read_messages(turns: list[dict], images: list) -> list[dict]:
+    """
+    Turns as people write them to messages whose contents are lists of parts.
+
+    Args:
+        turns: of LLaVA (`from` and `value`) or TRL (`role` and `content`).
+        images: of the row; those that parts carry themselves are added to it. Without any place for an image in a
+            chat of TRL's, they come first in the first turn of the user, as in TRL.
+
+    Raises:
+        `ValueError`: on a role or a content that is none.
+    """
+    turns = parse_cell(turns)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"its turns are {turns!r:.60}, where a list of messages must be")
+    messages, carried = [], []
+    for number, turn in enumerate(turns, 1):
+        role, content = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
+        if str(role).lower() not in ROLES:
+            raise ValueError(f"turn {number} is by {role!r:.40}, which is none of {', '.join(sorted(ROLES))}")
+        try:
+            parts = split_markers(content) if isinstance(content, str) else read_parts(content, carried)
+        except ValueError as error:
+            raise ValueError(f"turn {number}: {error}") from error
+        kept = {name: turn[name] for name in KEPT if turn.get(name)}
+        messages.append({"role": ROLES[str(role).lower()], "content": parts, **kept})
+    if carried and images:
+        raise ValueError(f"it has {len(images)} images in its column and {len(carried)} in its parts")
+    images += carried
+    strings = all(isinstance(turn.get("content"), str) for turn in turns)
+    places = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    if images and not places and strings:
+        asked = next((message for message in messages if message["role"] == "user"), None)
+        if asked:
+            asked["content"][:0] = [{"type": "image"} for _ in images]
+    return messages
+
+
+def split_markers(text: str) -> list[dict]:
+    """The parts of a text with `<image>` where images are."""
+    parts = []
+    for number, piece in enumerate(MARKER.split(text)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
+def read_parts(content: list[dict] | None, carried: list) -> list[dict]:
+    """The parts of a content that is a list; images that they carry are appended to `carried`."""
+    content = [] if content is None else content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(f"its content is {content!r:.60}, where a text or a list of parts must be")
+    parts = []
+    for part in content:
+        kind = part.get("type")
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"a part of type text has {part.get('text')!r:.40}, which is no text")
+            parts += [{"type": "text", "text": part["text"]}] if part["text"] else []
+        elif kind in ("image", "image_url"):
+            parts.append({"type": "image"})
+            held = [part[name] for name in ("image", "image_url", "path", "url", "base64") if part.get(name)]
+            held = [value["url"] if isinstance(value, dict) and "url" in value else value for value in held]
+            carried += held[:1]
+        else:
+            raise ValueError(f"a part is of type {kind!r:.40}, where text or image must be")
+    return parts
+
+
+def check_messages(messages: list[dict], num_images: int) -> None:
+    """Raises `ValueError` unless messages are a chat with an answer and a place for each image."""
+    places = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if places != num_images:
+        raise ValueError(f"it has places for {places} images, and {num_images} images")
+    before = None
+    for number, message in enumerate(messages, 1):
+        role, parts = message["role"], message["content"]
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        if not any(text.strip() for text in texts) and len(texts) == len(parts) and "tool_calls" not in message:
+            raise ValueError(f"turn {number} of {len(messages)}, by {role}, is empty")
+        if any(not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text) for text in texts):
+            raise ValueError(f"turn {number} has half a character, which UTF-8 cannot write")
+        follows = {None: ("system", "user"), "system": ("system", "user"), "user": ("assistant",)}
+        follows |= {"assistant": ("user", "tool"), "tool": ("tool", "assistant", "user")}
+        if role not in follows[before]:
+            raise ValueError(f"turn {number}, by {role}, follows {f'one by {before}' if before else 'nothing'}")
+        before = role
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"it has {len(messages)} turns and none by the assistant, so there is nothing to learn")

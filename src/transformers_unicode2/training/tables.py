@@ -1,0 +1,251 @@
+"""Rows of files that people have: JSON, CSV, parquet and arrow, tars, folders of images. Nothing is decoded here.
+
+Each table has a length, and reads on from any row. A row is a dictionary, or the `ValueError` that its line is.
+JSON and CSV are read by the standard library. The readers of `datasets` fix the types of columns by the first rows.
+They turn a caption `NA` into nothing, and fail on a later row with other fields.
+"""
+
+import csv
+import gzip
+import json
+import os
+import re
+import sys
+from array import array
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from json import JSONDecodeError, JSONDecoder
+from pathlib import Path
+
+from PIL import Image
+
+from ..image_tables import named, open_arrow
+from ..images_unicode2 import FORMATS, one_line
+from ..record import hash_file
+
+# Characters of a JSON array that are read at a time.
+CHUNK = 2**20
+# Rows of a parquet file that are held at a time.
+BATCH = 32
+BETWEEN = re.compile(r"\s*,?\s*")
+BOM = b"\xef\xbb\xbf"
+
+
+class JsonTable:
+    """Objects of a JSON array or of JSON lines, plain or compressed by gzip. Only their places are held in memory.
+
+    Raises `ValueError` on a damaged array, or on one of anything but objects.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def open(self):
+        return gzip.open(self.file) if self.file.suffix.lower() == ".gz" else open(self.file, "rb")
+
+    @cached_property
+    def places(self) -> tuple[array, array]:
+        """First and last offsets of the rows, in bytes."""
+        starts, ends = array("Q"), array("Q")
+        with self.open() as content:
+            head = content.read(CHUNK).removeprefix(BOM).lstrip()[:1]
+            content.seek(0)
+            for start, end in find_items(content, self.file) if head == b"[" else find_lines(content):
+                starts.append(start)
+                ends.append(end)
+        return starts, ends
+
+    def __len__(self) -> int:
+        return len(self.places[0])
+
+    def read(self, start: int = 0) -> Iterator[dict | ValueError]:
+        with self.open() as content:
+            for first, end in islice(zip(*self.places), start, None):
+                content.seek(first)
+                yield parse_object(content.read(end - first))
+
+
+def find_lines(content) -> Iterator[tuple[int, int]]:
+    """Places of the lines that are not blank."""
+    position = 0
+    for line in content:
+        if line.removeprefix(BOM).strip():
+            yield position, position + len(line)
+        position += len(line)
+
+
+def find_items(content, file: Path) -> Iterator[tuple[int, int]]:
+    """Places of the objects of an array. As Latin-1, one character is one byte, and JSON's own signs are the same."""
+    scan = JSONDecoder().raw_decode
+    text, first, count = content.read(CHUNK).decode("latin-1"), 0, 0
+    position = text.index("[") + 1
+    while True:
+        position = BETWEEN.match(text, position).end()
+        if text[position : position + 1] == "]":
+            if (text[position + 1 :] + content.read().decode("latin-1")).strip():
+                raise ValueError(f"{one_line(str(file))} goes on behind the end of its array, after {count} items.")
+            return
+        try:
+            if text[position : position + 1] not in ("{", ""):
+                raise ValueError(f"Item {count} of the array in {one_line(str(file))} is no object; a row must be one.")
+            _, end = scan(text, position)
+        except JSONDecodeError as error:
+            more = content.read(max(CHUNK, len(text) - position))
+            if not more:
+                raise ValueError(
+                    f"{one_line(str(file))} is damaged or cut short in item {count} of its array: {error.msg} at byte "
+                    f"{first + error.pos}."
+                ) from error
+            first, text, position = first + position, text[position:] + more.decode("latin-1"), 0
+            continue
+        yield first + position, first + end
+        position, count = end, count + 1
+
+
+def parse_object(content: bytes) -> dict | ValueError:
+    try:
+        row = json.loads(content)
+    except ValueError as error:
+        return ValueError(f"it is no JSON ({str(error).splitlines()[0]})")
+    return row if isinstance(row, dict) else ValueError(f"it is {type(row).__name__} in JSON, where an object must be")
+
+
+class CsvTable:
+    """Rows of a CSV or TSV file with a header, all of them texts. Raises `ValueError` on a damaged file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.read())
+
+    def read(self, start: int = 0) -> Iterator[dict | ValueError]:
+        # A cell may hold a base64 image.
+        csv.field_size_limit(sys.maxsize)
+        dialect = "excel-tab" if self.file.suffix.lower() == ".tsv" else "excel"
+        try:
+            with open(self.file, encoding="utf-8-sig", newline="") as content:
+                reader = csv.DictReader(content, dialect=dialect)
+                names = reader.fieldnames or []
+                if len(set(names)) < len(names):
+                    raise ValueError(f"the columns {', '.join(names)} are not of different names")
+                for row in islice(reader, start, None):
+                    yield ValueError(f"it has more cells than the {len(names)} columns") if None in row else row
+        except (csv.Error, ValueError) as error:
+            raise ValueError(f"{one_line(str(self.file))} cannot be read as a table: {error}.") from error
+
+
+class CaptionList:
+    """Lines of a file name, a tabulator and a caption, without a header, as `captions.tsv` has them."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.read())
+
+    def read(self, start: int = 0) -> Iterator[dict | ValueError]:
+        with open(self.file, encoding="utf-8-sig") as content:
+            for line in islice(filter(str.strip, content), start, None):
+                name, separator, caption = line.rstrip("\n").partition("\t")
+                if separator:
+                    yield {"file_name": name, "caption": caption}
+                else:
+                    yield ValueError(f"its line {one_line(name)!r:.80} has no tabulator")
+
+
+class ArrowTable:
+    """Rows of a parquet or arrow file, as Python objects. Raises `ValueError` when the file is damaged."""
+
+    def __init__(self, file: Path):
+        self.file, self.rows, self.groups = file, None, []
+        with named(file):
+            if file.suffix.lower() == ".arrow":
+                self.rows = open_arrow(file)
+            else:
+                metadata = self.open().metadata
+                self.groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+    def open(self):
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        return parquet.ParquetFile(pa.OSFile(os.fsencode(self.file)))
+
+    def __len__(self) -> int:
+        return sum(self.groups) if self.rows is None else len(self.rows)
+
+    def read(self, start: int = 0) -> Iterator[dict | ValueError]:
+        with named(self.file):
+            if self.rows is not None:
+                for first in range(start, len(self.rows), BATCH):
+                    yield from self.rows[first : first + BATCH].to_pylist()
+                return
+            for group, size in enumerate(self.groups):
+                # Whole groups before the first row are not read.
+                skipped, start = min(start, size), max(start - size, 0)
+                if skipped < size:
+                    for batch in self.open().iter_batches(BATCH, row_groups=[group]):
+                        yield from batch[skipped:].to_pylist()
+                        skipped = max(skipped - len(batch), 0)
+
+
+class TextFiles:
+    """Images of a folder, each with a text file of the same name beside it."""
+
+    def __init__(self, folder: Path, images: list[Path]):
+        self.file, self.images = folder, [image for image in images if image.with_suffix(".txt").is_file()]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, start: int = 0) -> Iterator[dict | ValueError]:
+        for image in self.images[start:]:
+            try:
+                text = image.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+                yield {"file_name": str(image.relative_to(self.file)), "caption": text}
+            except (OSError, UnicodeDecodeError) as error:
+                yield ValueError(f"{one_line(str(image.with_suffix('.txt')))} cannot be read ({error})")
+
+
+class Tables:
+    """The rows of several tables as one sequence.
+
+    Args:
+        tables (`list`): of one kind.
+        folder (`Path`): above them all. Its own name does not matter.
+    """
+
+    def __init__(self, tables: list, folder: Path):
+        self.tables, self.folder = tables, folder
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return list(map(len, self.tables))
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.lengths)
+
+    def read(self, start: int = 0) -> Iterator[tuple[Path, dict | ValueError]]:
+        """Yields the rows from `start` on, each with the folder that its files are in."""
+        for number, table in enumerate(self.tables):
+            # Lengths are counted when they are needed, since that reads a file.
+            if start and start >= self.lengths[number]:
+                start -= self.lengths[number]
+                continue
+            for row in table.read(start):
+                yield table.file if table.file.is_dir() else table.file.parent, row
+            start = 0
+
+    def list_versions(self) -> list[str]:
+        """Names and SHA-256 of the files that texts are in."""
+        texts = [image.with_suffix(".txt") for t in self.tables if isinstance(t, TextFiles) for image in t.images]
+        files = texts or [table.file for table in self.tables]
+        return [f"{one_line(str(file.relative_to(self.folder)))} {hash_file(file)}" for file in files]
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file is named as an image of one of `FORMATS` is."""
+    return Image.registered_extensions().get(file.suffix.lower()) in FORMATS
