@@ -18,13 +18,13 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from .adapters_unicode2 import when_imported
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2Config, UniCode2QuantizerConfig
 from .images_unicode2 import UniCode2ImageProcessor
 from .modeling_unicode2 import UniCode2ForConditionalGeneration, UniCode2Model, UniCode2PreTrainedModel
 from .processing_unicode2 import UniCode2Processor
 from .quantization_unicode2 import UniCode2Codebook, UniCode2Quantizer
 from .search.nearest import search_codebook
-from .visual_head_unicode2 import when_imported
 
 __version__ = "0.1.0"
 

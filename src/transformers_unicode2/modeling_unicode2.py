@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .adapters_unicode2 import check_trainable
 from .configuration_unicode2 import UniCode2Config
 from .generation_unicode2 import UniCode2GenerationMixin
 from .loading_unicode2 import load_whole
@@ -22,9 +24,10 @@ from .processing_unicode2 import UniCode2Processor  # noqa: F401, so that its fi
 from .quantization_unicode2 import UniCode2Quantizer, equal_cells, init_codebook, note_digests
 from .visual_head_unicode2 import (
     VISUAL_HEAD_CLASSES,
+    UniCode2MeasuredTargets,
     UniCode2TwoLevelVisualHead,
     UniCode2VisualEmbeddings,
-    check_trainable,
+    measure_in_chunks,
     sum_in_chunks,
 )
 
@@ -58,11 +61,14 @@ class UniCode2CausalLMOutputWithPast(CausalLMOutputWithPast):
             The loss over the visual targets, Eq. 8; 0 without any.
         image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
             Embeddings of the images given as pixels.
+        measured (`UniCode2MeasuredTargets`, *optional*, returned with `measure_targets=True`):
+            How each target was foretold.
     """
 
     text_loss: torch.FloatTensor | None = None
     visual_loss: torch.FloatTensor | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    measured: UniCode2MeasuredTargets | None = None
 
 
 @dataclass
@@ -97,7 +103,7 @@ class UniCode2PreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["UniCode2Codebook"]
-    # Not the codebook's integers.
+    # While they are loaded, see `UniCode2Quantizer`. Not the codebook's integers.
     _keep_in_fp32_modules_strict = ["vision_model", "codebook.codes", "codebook.cell_centroids"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
@@ -126,7 +132,7 @@ class UniCode2PreTrainedModel(PreTrainedModel):
 
 class UniCode2Model(UniCode2PreTrainedModel):
     r"""
-    Images and text to hidden states. Pixels become codes through the frozen quantizer (SigLIP and C1, Eq. 5). Codes,
+    Images and text to hidden states. Pixels become codes through the frozen quantizer (encoder and C1, Eq. 5). Codes,
     whether from pixels or given as visual token ids, are embedded by C2 (Eq. 6) and the projector.
     """
 
@@ -306,6 +312,14 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         """Codes `(...)` to their vectors in C2, `(..., codebook_dim)` (Eq. 6), which the condition mapper reads."""
         return self.model.visual_embeddings(codes)
 
+    def score_text(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(..., hidden_size)` to scores of the text ids `(..., visual_token_offset)`, in their dtype.
+
+        They are the language model's own, within its bound if it has one.
+        """
+        logits, bound = self.lm_head(hidden_states), self.config.final_logit_softcapping
+        return logits if bound is None else torch.tanh(logits / bound) * bound
+
     def compute_logits(
         self,
         hidden_states: torch.Tensor,
@@ -320,7 +334,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         text ids at minus infinity. `None` computes both heads.
         """
         if output_modality in ("text", "plan"):
-            logits = self.lm_head(hidden_states)
+            logits = self.score_text(hidden_states)
             for id_ in (self.config.eoi_token_id, self.config.image_token_id):
                 logits[..., id_] = -torch.inf
             if output_modality == "text":
@@ -330,7 +344,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         visual = self.visual_head(hidden_states, self.use_c2(), **options)  # (..., codebook_size)
         if output_modality == "image":
             return nn.functional.pad(visual, (self.config.visual_token_offset, 0), value=-torch.inf)
-        return torch.cat([self.lm_head(hidden_states), visual], dim=-1)
+        return torch.cat([self.score_text(hidden_states), visual], dim=-1)
 
     def name_patches(
         self, targets: torch.LongTensor, input_ids: torch.LongTensor | None, image_tokens: torch.LongTensor | None
@@ -382,7 +396,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         is_text, is_visual = (target >= 0) & (target < offset), target >= offset
 
         def text_nll(hidden: torch.Tensor, ids: torch.LongTensor) -> torch.Tensor:
-            return nn.functional.cross_entropy(self.lm_head(hidden).float(), ids, reduction="sum")
+            return nn.functional.cross_entropy(self.score_text(hidden).float(), ids, reduction="sum")
 
         def visual_nll(hidden: torch.Tensor, codes: torch.LongTensor) -> torch.Tensor:
             return self.visual_head(hidden, self.use_c2(), task="compute_nll", codes=codes)
@@ -392,6 +406,21 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         num_text, num_visual = is_text.sum(), is_visual.sum()
         total = (num_text + num_visual).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return (text + visual) / total, text / num_text.clamp(min=1), visual / num_visual.clamp(min=1)
+
+    def measure_targets(self, hidden_states: torch.Tensor, target: torch.LongTensor) -> UniCode2MeasuredTargets:
+        """How each target `(batch_size, num_tokens)` is foretold from the hidden states, as of `compute_loss`."""
+        offset, size = self.config.visual_token_offset, self.config.codebook_config.codebook_size
+        nll, hits = (
+            hidden_states.new_zeros(target.shape, dtype=torch.float32),
+            torch.zeros_like(target, dtype=torch.bool),
+        )
+        visual = partial(self.visual_head, visual_embeddings=self.use_c2())
+        for chosen, score, first, count in (
+            ((target >= 0) & (target < offset), self.score_text, 0, offset),
+            (target >= offset, visual, offset, size),
+        ):
+            nll[chosen], hits[chosen] = measure_in_chunks(score, hidden_states[chosen], target[chosen] - first, count)
+        return UniCode2MeasuredTargets(targets=target, nll=nll, hits=hits)
 
     @can_return_tuple
     def forward(
@@ -433,11 +462,13 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
                 Divisor of the loss; the number of targets by default.
             **kwargs:
                 Passed on to the language model. With a `task`, that method is run on `input_ids` or `pixel_values` in
-                place of all this, see `visual_head_unicode2`: `"embed_codes"` or `"get_image_tokens"`.
+                place of all this, see `visual_head_unicode2`: `"embed_codes"` or `"get_image_tokens"`. With labels,
+                `measure_targets=True` adds how each of them was foretold.
         """
         # Neither is an argument: the Trainer hands over every column of its data that a forward names, and takes every
         # name with "label" in it for a target.
         task, shift_labels = kwargs.pop("task", None), kwargs.pop("shift_labels", None)
+        measure, measured = kwargs.pop("measure_targets", False), None
         if task is not None:
             return getattr(self, task)(pixel_values if input_ids is None else input_ids)
         self.check_ids(input_ids)
@@ -464,6 +495,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         if shift_labels is not None:
             targets = self.name_patches(shift_labels.to(hidden_states.device), input_ids, outputs.image_tokens)
             loss, text_loss, visual_loss = self.compute_loss(hidden_states, targets, num_items_in_batch)
+            measured = self.measure_targets(hidden_states, targets) if measure else None
         if loss is None or not isinstance(logits_to_keep, int) or logits_to_keep:
             # Quantized heads need contiguous inputs.
             kept = keep_positions(hidden_states, logits_to_keep).contiguous()
@@ -476,6 +508,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            measured=measured,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 

@@ -1,40 +1,89 @@
-"""Which parameters of a model learn, and adapters in their place."""
+"""Which parameters of a model learn, how fast, and adapters in their place."""
+
+
+def lies_in(name: str, module: str) -> bool:
+    """Whether a parameter lies in a module, both by their dotted names; any part of a path names a module."""
+    return f".{module}." in f".{name}"
 
 
 def freeze_all_but(model, modules: list[str]) -> None:
-    """Lets the parameters learn whose path holds one of `modules`. Raises `ValueError` for a name that matches none."""
+    """Lets the parameters learn that lie in one of `modules`, such as `projector` or `language_model.layers`.
+
+    Raises `ValueError` for a name that matches none.
+    """
     check_modules(model, modules)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not set(modules).isdisjoint(name.split(".")) and ".quantizer." not in name)
+        learns = any(lies_in(name, module) for module in modules)
+        parameter.requires_grad_(learns and ".quantizer." not in name)
 
 
 def check_modules(model, modules: list[str]) -> None:
     names = [name for name, _ in model.named_parameters()]
     for module in modules:
-        if not any(module in name.split(".") for name in names) and module != "lm_head":  # a tied head has no parameter
+        # a tied head has no parameter
+        if not any(lies_in(name, module) for name in names) and module != "lm_head":
             raise ValueError(f"No parameter of the model lies in `{module}`; check `train_modules`.")
 
 
+def find_part(name: str, parts: dict[str, float]) -> str | None:
+    """The longest of the modules `parts` that a parameter lies in, `None` if it lies in none."""
+    return max((part for part in parts if lies_in(name, part)), key=len, default=None)
+
+
+def check_rates(model, learning_rates: dict[str, float]) -> None:
+    """Raises `ValueError` on a learning rate that is no positive number, or of a part in which nothing learns."""
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for part, rate in learning_rates.items():
+        if not isinstance(rate, int | float) or not rate > 0:
+            raise ValueError(f"The learning rate of `{part}` is {rate!r}; it must be a positive number.")
+        if not any(find_part(name, learning_rates) == part for name in learning):
+            raise ValueError(f"`learning_rates` names `{part}`, in which no parameter learns; check `train_modules`.")
+
+
+def group_parameters(model, decayed: list[str], weight_decay: float, learning_rates: dict[str, float]) -> list[dict]:
+    """The parameters that learn, in groups of one learning rate and one weight decay, always in the same order.
+
+    What lies in several parts follows the longest name. What lies in none comes first and has the optimizer's rate.
+
+    Args:
+        model: module or model with adapters.
+        decayed: names of the parameters that `weight_decay` is for.
+        weight_decay: of these; 0 for the others.
+        learning_rates: by the names of modules.
+    """
+    learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed, groups = set(decayed), []
+    for part in (None, *learning_rates):
+        mine = [(name, parameter) for name, parameter in learning if find_part(name, learning_rates) == part]
+        for decay in (True, False):
+            chosen = [parameter for name, parameter in mine if (name in decayed) == decay]
+            group = {"params": chosen, "weight_decay": weight_decay if decay else 0.0, "part": part}
+            if part is not None:
+                group["lr"] = float(learning_rates[part])
+            if chosen:
+                groups.append(group)
+    return groups
+
+
 def make_lora_config(lora: dict, train_modules: list[str]):
-    """LoRA on the language model's linear layers, the other modules that learn trained and saved whole.
+    """LoRA on the linear layers of the language model; the other modules that learn are trained and saved whole.
 
     PEFT saves its adapters and `modules_to_save` and silently nothing else, so no module learns that is in neither.
-    The text head gets an adapter with the language model, whose weights it may share. Raises `ValueError` when
-    `train_modules` leave the language model out, since then there is nothing to adapt.
+    The text head stays as it is: the trainers of TRL refuse an adapter on it. Raises `ValueError` when `train_modules`
+    leave the language model out, since then there is nothing to adapt.
     """
     from peft import LoraConfig
 
     if not isinstance(lora, dict):
         raise ValueError(f"`lora` is {lora!r}; it needs fields of LoraConfig, such as {{r: 16}}.")
-    if "language_model" not in train_modules:
+    adapted = [name for name in train_modules if name.split(".")[0] == "language_model"]
+    if not adapted:
         raise ValueError(
             f"`lora` adapts the language model, which is not among `train_modules`: {', '.join(train_modules)}."
         )
-    whole = [name for name in train_modules if name not in ("language_model", "lm_head")]
-    head = r"|lm_head" if "lm_head" in train_modules else ""
     defaults = {
-        "target_modules": rf".*language_model\.layers.*_proj{head}",
-        "modules_to_save": whole,
+        "target_modules": r".*language_model\.layers.*_proj",
+        "modules_to_save": [name for name in train_modules if name not in (*adapted, "lm_head")],
         "task_type": "CAUSAL_LM",
     }
     return LoraConfig(**{**defaults, **lora})

@@ -5,8 +5,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .stage import WholeCheckpoints
+from .checkpointing import WholeCheckpoints
+from .optimizer import PartRates
+from .prompt_images import swap_images, thin_images
 
 # options that this trainer's loss does not follow: their defaults, and why
 UNFOLLOWED = {
@@ -26,47 +29,129 @@ OF_TEXTS = {
 }
 
 
-class UniCode2SFTTrainer(WholeCheckpoints, SFTTrainer):
+class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
     """`SFTTrainer` whose loss is the model's own, over both heads; TRL's fused one knows a single head.
 
+    Takes what `SFTTrainer` takes: tokenized rows, texts, and chats with images (`messages` and `images`) with the
+    processor as `processing_class`. With `assistant_only_loss` an image in an answer is learnt as the codes of its
+    pixels, and a question is not learnt.
+
     Logs `text_loss` (Eq. 7) and `visual_loss` (Eq. 8) beside the loss, to which each text token adds `text_weight`
-    times its share. `predict`, and `evaluate` with `compute_metrics`, give scores over the unified vocabulary,
-    `(batch_size, num_tokens, visual_token_offset + codebook_size)`; `preprocess_logits_for_metrics` can make less of
-    them. Takes what `SFTTrainer` takes.
+    times its share. Evaluation adds the share of targets with the best score, `text_accuracy` and `visual_accuracy`,
+    and the image gap of tokenized rows, see `measure_gap`. `predict`, and `evaluate` with `compute_metrics`, give
+    scores over the unified vocabulary, `(batch_size, num_tokens, visual_token_offset + codebook_size)`;
+    `preprocess_logits_for_metrics` can make less of them.
+
+    Attributes:
+        text_weight (`float`): weight of a text token in the loss.
+        codes_per_image (`int`, *optional*): codes of each image in a prompt that a training step reads, drawn anew in
+            each step; evaluation reads all.
 
     Raises:
         `ValueError`: on options that this loss or data that are tokenized already would ignore, see `check_options`.
     """
 
     text_weight = 1.0
+    codes_per_image: int | None = None
 
     def __init__(self, model, args=None, **kwargs):
         check_options(model, args, kwargs)
         super().__init__(model, args, **kwargs)
+        # one for each evaluated row so far: negative log-likelihood, targets and hits of texts, then of images
+        self.rows = []
         if self.aux_loss_enabled:
             raise ValueError(
                 "The loss has no part for the routers of experts; set `router_aux_loss_coef` to 0 to train without it."
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mode = "train" if self.model.training else "eval"
+        offset = self.accelerator.unwrap_model(model).config.visual_token_offset
+        if self.codes_per_image is not None and self.model.training:
+            inputs = thin_images(inputs, offset, self.codes_per_image, self.state.global_step)
+        if isinstance(self.data_collator, DataCollatorForLanguageModeling):
+            # it pads on the right, where a causal model needs no mask
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         if return_outputs:  # the scores of all positions, which the loss does without
             length = inputs["input_ids"].shape[1]
             inputs = {**inputs, "logits_to_keep": torch.arange(length, device=inputs["input_ids"].device)}
-        outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
+        measured = {} if self.model.training else {"measure_targets": True}
+        outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch, **measured)
         loss = outputs.loss
         if self.text_weight != 1:
             targets = inputs["labels"][:, 1:]
-            text = (targets >= 0) & (targets < self.accelerator.unwrap_model(model).config.visual_token_offset)
+            text = (targets >= 0) & (targets < offset)
             count = (targets >= 0).sum() if num_items_in_batch is None else num_items_in_batch
             loss = loss + (self.text_weight - 1) * outputs.text_loss * text.sum() / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        for name in ("text_loss", "visual_loss"):
-            self._metrics[mode][name].append(
-                self.accelerator.gather_for_metrics(getattr(outputs, name).detach()).mean().item()
-            )
+        if measured:
+            self.note_rows(outputs, offset)
+        else:
+            for name in ("text_loss", "visual_loss"):
+                value = self.accelerator.gather_for_metrics(getattr(outputs, name).detach()).mean().item()
+                self._metrics["train"][name].append(value)
         return (loss, outputs) if return_outputs else loss
+
+    def note_rows(self, outputs, visual_token_offset: int) -> None:
+        """Notes how well the targets of a batch were foretold, see `rows`."""
+        targets, columns = outputs.measured.targets, []
+        for chosen in ((targets >= 0) & (targets < visual_token_offset), targets >= visual_token_offset):
+            columns += [(value * chosen).sum(1) for value in (outputs.measured.nll, chosen, outputs.measured.hits)]
+        rows = torch.stack([column.double() for column in columns], dim=1)  # (batch_size, 6)
+        self.rows.append(self.accelerator.gather_for_metrics(rows).cpu())
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ):
+        """As of `Trainer`, with the metrics that the class names."""
+        self.rows = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        rows = torch.cat(self.rows)
+        metrics = {}
+        for kind, (nll, count, hits) in (("text", rows.sum(0)[:3]), ("visual", rows.sum(0)[3:])):
+            if count > 0:
+                metrics |= {f"{kind}_loss": (nll / count).item(), f"{kind}_accuracy": (hits / count).item()}
+        if description == "Evaluation":
+            metrics |= self.measure_gap(dataloader.dataset, rows)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def measure_gap(self, dataset, rows: torch.Tensor) -> dict[str, float]:
+        """
+        The image gap: how much more the text of an answer costs when its images are those of another row.
+
+        That is the mean over rows of the difference of the loss per text token, in nats, beside its standard error.
+        Rows without images in questions do not count. Near 0, the model does not read its images.
+
+        Args:
+            dataset: tokenized rows; of other data there is no gap.
+            rows: what was noted of them, `(num_rows, 6)`.
+
+        Returns:
+            `image_gap`, `image_gap_se` and `image_gap_rows`, or nothing when fewer than two rows count.
+        """
+        is_tokenized = isinstance(dataset, Dataset) and {"input_ids", "labels"} <= set(dataset.column_names)
+        # packed and joined rows cannot be told apart
+        if not is_tokenized or len(rows) != len(dataset):
+            return {}
+        offset = self.accelerator.unwrap_model(self.model).config.visual_token_offset
+        chosen, swapped = swap_images(dataset, offset)
+        if len(chosen) < 2:
+            return {}
+        self.rows = []
+        super().evaluation_loop(self.get_eval_dataloader(swapped), "Other images", prediction_loss_only=True)
+        own, other = rows[chosen], torch.cat(self.rows)
+        gaps = other[:, 0] / other[:, 1] - own[:, 0] / own[:, 1]
+        gap, error = gaps.mean().item(), (gaps.std() / len(gaps) ** 0.5).item()
+        if self.is_world_process_zero():
+            verdict = "the images are read" if gap > 2 * error else "nothing shows that the images are read"
+            print(f"Image gap {gap:.3f} nats per token, standard error {error:.3f}, {len(gaps)} rows: {verdict}.")
+        return {"image_gap": gap, "image_gap_se": error, "image_gap_rows": len(gaps)}
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if not isinstance(eval_dataset, str):  # the name of one that the trainer has
