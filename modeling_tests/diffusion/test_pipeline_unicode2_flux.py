@@ -67,15 +67,22 @@ def test_score_is_the_log_likelihood_of_the_prompt_as_a_caption(tiny_checkpoint)
     offset = model.config.visual_token_offset
     prompts = ["a red circle", "three small green hearts and a blue ring on a white ground", "a heart"]
     tokens = pipe.generate_visual_tokens(prompts, torch.Generator().manual_seed(0), num_candidates=1)
+    question = {
+        "role": "user",
+        "content": [{"type": "image", "text": None}, {"type": "text", "text": "describe the image."}],
+    }
+    answers = [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in prompts]
     rows = datasets.Dataset.from_list(
-        [{"codes": codes, "caption": text} for codes, text in zip((tokens - offset).tolist(), prompts)]
+        [
+            {"messages": [question, answer], "codes": [codes]}
+            for answer, codes in zip(answers, (tokens - offset).tolist())
+        ]
     )
     scores = pipe.score_visual_tokens(prompts, tokens)
     alone = torch.cat([pipe.score_visual_tokens(text, row[None]) for text, row in zip(prompts, tokens)])
     wrong = pipe.score_visual_tokens(prompts[::-1], tokens)
     expected = []
-    tasks = {"caption": {"user": "{image}describe the image.", "assistant": "{caption}"}}
-    for row in build_examples(rows, tasks, pipe.processor, offset):
+    for row in build_examples(rows, pipe.processor, offset):
         labels = torch.tensor([row["labels"]])
         with torch.no_grad():
             loss = model(torch.tensor([row["input_ids"]]), labels=labels).text_loss

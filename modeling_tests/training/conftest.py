@@ -1,4 +1,4 @@
-"""A checkpoint with few weights, a small pre-tokenized data set, and what runs stages on them."""
+"""A checkpoint with few weights, a small tokenized data set, and what runs stages on them."""
 
 import subprocess
 import sys
@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+import yaml
 
 from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
+from transformers_unicode2.training.shards import write_shard
+from transformers_unicode2.training.templates import build_chat, read_tasks
+from transformers_unicode2.training.tokens import hash_image_processor, hash_quantizer
 
 RECIPES = Path(__file__).parents[2] / "training_recipes"
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, tiny_checkpoint):
-    """A checkpoint with few weights and a small pre-tokenized data set."""
+    """A checkpoint with few weights, and a small data set in a folder for each task of the tiny recipe."""
     from transformers import AutoProcessor
 
     folder = tmp_path_factory.mktemp("run")
@@ -27,19 +30,34 @@ def tiny_run(tmp_path_factory, tiny_checkpoint):
     UniCode2ForConditionalGeneration(UniCode2Config(**config)).save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     generator = torch.Generator().manual_seed(0)
-    rows = [
-        {
-            "codes": torch.randint(0, 8, (64,), generator=generator).tolist(),
-            "caption": "a red circle",
-            "dense_caption": "a small red circle at c4, on a white ground",
-            "questions": ["what color is the circle?", "how many objects are there?"],
-            "answers": ["red", "one"],
-        }
-        for _ in range(48)
-    ]
-    (folder / "tokens").mkdir()
-    Dataset.from_list(rows).to_parquet(str(folder / "tokens" / "train-00000.parquet"))
+    row = {
+        "caption": "a red circle",
+        "dense_caption": "a small red circle at c4, on a white ground",
+        "questions": ["what color is the circle?", "how many objects are there?"],
+        "answers": ["red", "one"],
+    }
+    model = str(folder / "model")
+    note = {"quantizer": hash_quantizer(model), "image processor": hash_image_processor(model)}
+    codes = torch.randint(0, 8, (48, 64), generator=generator).tolist()
+    for name, task in read_tasks(str(RECIPES / "unicode2-tiny/tasks.yaml")).items():
+        rows = [
+            {"messages": build_chat(row, number, task), "codes": [image], "source": 1, "row": number}
+            for number, image in enumerate(codes)
+        ]
+        (folder / "tokens" / name).mkdir(parents=True)
+        write_shard(folder / "tokens" / name / "train-00000.parquet", rows, 8192, [], note)
     return folder
+
+
+def place_recipe(recipe: Path, tokens: Path, output: Path) -> Path:
+    """Writes a copy of a recipe whose data sets are folders of `tokens`, of the same task where there is one."""
+    content = yaml.safe_load(recipe.read_text())
+    for name in ("datasets", "eval_datasets"):
+        for part in content.get(name, []):
+            task = Path(part["path"]).name
+            part["path"] = str(tokens / (task if (tokens / task).is_dir() else "caption"))
+    output.write_text(yaml.safe_dump(content, sort_keys=False))
+    return output
 
 
 @pytest.fixture
@@ -49,8 +67,9 @@ def run_stage(tiny_run):
     def run(recipe: Path, output: Path, *extra: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "accelerate.commands.launch"]
         command += ["--config_file", str(RECIPES / "accelerate/cpu.yaml"), "-m", "transformers_unicode2.training.sft"]
-        command += ["--config", str(recipe), "--use_cpu", "true", "--model", str(tiny_run / "model")]
-        command += ["--data", str(tiny_run / "tokens"), "--output_dir", str(output)]
+        placed = place_recipe(recipe, tiny_run / "tokens", output.with_suffix(".yaml"))
+        command += ["--config", str(placed), "--use_cpu", "true", "--model", str(tiny_run / "model")]
+        command += ["--output_dir", str(output)]
         command += ["--per_device_train_batch_size", "4", "--warmup_steps", "1", "--save_steps", "2", *extra]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-3000:]

@@ -210,9 +210,8 @@ def test_text_tokens_weigh_as_the_recipe_says(tiny_run, tmp_path):
     logs = []
     for weight in (1.0, 3.0):
         output = tmp_path / str(weight)
-        tasks = {"ask": {"user": "{image}{questions}", "assistant": "{answers}"}}
-        tasks |= {"draw": {"user": "{caption}", "assistant": "{image}"}}
-        stage = StageArguments(str(tiny_run / "model"), str(tiny_run / "tokens"), tasks, text_weight=weight)
+        parts = [{"path": str(tiny_run / "tokens" / name)} for name in ("questions", "text_to_image")]
+        stage = StageArguments(str(tiny_run / "model"), parts, text_weight=weight)
         options = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}
         options |= {
             "remove_unused_columns": False,
@@ -235,10 +234,10 @@ def test_modules_that_are_not_there_are_refused(model):
 
 
 def test_what_a_stage_teaches_is_kept_in_the_configs_of_the_model(model):
-    args = StageArguments("model", "data", caption_prompt="what is it?", max_plan_tokens=9)
+    args = StageArguments("model", [], caption_prompt="what is it?", max_plan_tokens=9)
     model.generation_config.image_generation = {"temperature": 0.5}
     keep_settings(model, args)
     assert model.config.caption_prompt == "what is it?"
     assert model.generation_config.image_generation == {"temperature": 0.5, "max_plan_tokens": 9}
-    keep_settings(model, StageArguments("model", "data"))
+    keep_settings(model, StageArguments("model", []))
     assert model.config.caption_prompt == "what is it?"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -66,14 +65,17 @@ def test_stage_learns_what_its_data_say(run_stage, tmp_path):
     assert image["type"] == "image"
 
 
-def test_tasks_of_recipes_and_of_their_readme_are_read():
-    from transformers_unicode2.training.chats import read_tasks
+def test_stages_of_the_tiny_recipe_name_folders_of_its_tasks():
+    """All that `unicode2 tokenize` writes is learnt, and no stage asks for more."""
+    from transformers_unicode2.training.templates import read_tasks
 
-    text = (RECIPES / "README.md").read_text()
-    recipes = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
-    recipes += [yaml.safe_load(path.read_text()) for path in STAGES]
-    names = ["caption", "dense_caption", "questions", "answers", "image", "caption_prompt"]
-    assert len(recipes) == 7 and all(read_tasks(recipe["tasks"], names) for recipe in recipes)
+    folder = RECIPES / "unicode2-tiny"
+    recipes = [yaml.safe_load(path.read_text()) for path in STAGES if path.parent == folder]
+    named = {part["path"] for recipe in recipes for part in recipe["datasets"]}
+    tasks = read_tasks(str(folder / "tasks.yaml"))
+    assert named == {f"outputs/unicode2-tiny/tokens/{name}" for name in tasks}
+    assert "--output $out/tokens" in (folder / "run.sh").read_text()
+    assert yaml.safe_load((folder / "mapper-flux.yaml").read_text())["tokens"] in named
 
 
 def test_paper_settings_are_those_of_table_6():

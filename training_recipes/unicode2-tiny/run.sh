@@ -26,7 +26,7 @@ unicode2 codebook build --images $out/data --encoder $out/siglip --codebook-size
   --allocation proportional --num-images 20000 --patches-per-image 24 --output $out/codebook
 unicode2 init --llm $out/llm --vision $out/siglip --codebook $out/codebook --output $out/init \
   --image-generation '{"do_sample": true, "temperature": 0.6, "top_k": 0, "guidance_scale": 2.0}'
-unicode2 tokenize --data $out/data --model $out/init --output $out/tokens
+unicode2 tokenize --data $out/data --task $recipes/tasks.yaml --model $out/init --output $out/tokens
 stage -m transformers_unicode2.training.sft --config $recipes/stage1.yaml
 stage -m transformers_unicode2.training.sft --config $recipes/stage1.5.yaml
 stage -m transformers_unicode2.training.sft --config $recipes/stage2.yaml

@@ -30,7 +30,7 @@ def load_images(folder: str, split: str = "train"):
 
     tables = [ImageTable(file) for file in find_tables(folder, split, "--data")]
     if are_plain(tables):
-        rows = load_rows(folder, split).cast_column("image", Image(decode=False))
+        rows = load_files([table.file for table in tables]).cast_column("image", Image(decode=False))
     else:
         made_of = {"files": [str(table.file) for table in tables], "digest": [hash_table(t.file) for t in tables]}
         with explained(config.HF_DATASETS_CACHE):
@@ -75,22 +75,30 @@ def read_contents(files: list[str], digest: list[str]) -> Iterator[dict]:
                 row += 1
 
 
-def load_rows(folder: str, split: str):
-    """Opens `{split}-*.parquet` of a folder, whose name may have any characters."""
+def load_files(files: list[Path]):
+    """Opens parquet files, whose names may have any characters, as one data set."""
     from datasets import load_dataset
 
     with explained(config.HF_DATASETS_CACHE):
-        return load_dataset("parquet", data_files=f"{glob.escape(str(folder))}/{split}-*.parquet", split="train")
+        return load_dataset("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
 
 
 def load_images_with_codes(folder: str, tokens: str, split: str = "train"):
-    """`load_images` with the `codes` of the same rows, which `unicode2 tokenize` wrote to the folder `tokens`."""
-    from datasets import concatenate_datasets
+    """`load_images` with the `codes` of each image, which `unicode2 tokenize` wrote to the folder `tokens`.
 
-    images, codes = load_images(folder, split), load_rows(tokens, split).select_columns("codes")
-    if len(images) != len(codes):
-        raise ValueError(f"{folder} has {len(images)} rows and {tokens} {len(codes)}; they must be the same rows.")
-    return concatenate_datasets([images, codes], axis=1)
+    A row that was refused there is left out. Raises `ValueError` when the codes are not those of one image a row.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    images, chats = load_images(folder, split), load_files(find_tables(tokens, split, "`tokens`"))
+    places, counts = np.array(chats["row"]), np.array([len(codes) for codes in chats["codes"]])
+    if len(places) and (places.max() >= len(images) or len(np.unique(places)) < len(places) or (counts != 1).any()):
+        raise ValueError(
+            f"{tokens} has {len(chats)} chats of {counts.sum()} images, and {folder} {len(images)} rows; there must be "
+            "one chat of one image for each row."
+        )
+    codes = Dataset.from_dict({"codes": [image for (image,) in chats["codes"]]})
+    return concatenate_datasets([images.select(places), codes], axis=1)
 
 
 def pixel_collator(rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from .decoders import encode_latents, flow_matching_loss
 @dataclass
 class MapperArguments:
     data: str = field(metadata={"help": "folder of train-*.parquet with images and captions"})
-    tokens: str = field(metadata={"help": "folder of the same rows, pre-tokenized"})
+    tokens: str = field(metadata={"help": "folder that `unicode2 tokenize` made of these rows, by one task"})
     model: str = field(metadata={"help": "UniCode² checkpoint whose C2 embeds the tokens"})
     decoder: str | None = field(
         default=None, metadata={"help": "frozen FLUX pipeline with its text encoders; regression alone needs none"}
@@ -225,10 +225,11 @@ def main(args: MapperArguments, training_args) -> None:
     check_arguments(args)
     if args.muon:
         check_muon(training_args)
-    images, tokens = find_tables(args.data, "train", "`data`"), find_tables(args.tokens, "train", "`tokens`")
+    find_tables(args.data, "train", "`data`")
+    tokens = find_tables(args.tokens, "train", "`tokens`")
 
     def hash_all() -> dict:
-        check_same_rows(images, tokens)
+        check_same_rows(args.data, tokens)
         checkpoints = ("model", "start", "image_prompts", "encoder")
         return hash_inputs(args, images=("data",), tokens=("tokens",), checkpoints=checkpoints, pipelines=("decoder",))
 

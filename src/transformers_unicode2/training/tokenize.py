@@ -1,107 +1,220 @@
-"""Turns the images of a data set into codes, once, so that training needs no encoder.
+"""Turns data into chats with the codes of their images, once, so that training needs no encoder.
 
-unicode2 tokenize --data data --model checkpoint --output tokens
+    unicode2 tokenize --data llava.json --image-root images --model checkpoint --output tokens
+    unicode2 tokenize --data captions.csv pictures/ --task both --model checkpoint --output tokens
+    accelerate launch -m transformers_unicode2.training.tokenize --data captions.csv --model checkpoint --output tokens
+
+What data may be, `sources.py` says; `--task` says what becomes of captions. Several tasks write a folder each. Rows
+that make no chat and images that cannot be read are listed in `refused-{split}.log`. A run that was killed resumes, and
+the output is the same for any number of processes and workers.
 """
 
 import argparse
-import json
-from collections.abc import Callable
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoints import check_checkpoint
 from ..cli import at_least
-from ..files import whole_file
-from ..image_tables import ImageTable
+from ..files import explained, make_folders, remove, write_file
+from ..images_unicode2 import one_line
+from ..processes import agree, follow_launcher, join
 from ..record import Record
-from .tokens import NOTE, find_tables, hash_image_processor, hash_quantizer, hash_table, read_note
+from .shards import write_shard
+from .sources import CAPTION_PROMPT, FORMATS, describe, open_source
+from .templates import USUAL, read_tasks
+from .tokens import hash_image_processor, hash_quantizer, hash_rows
+
+# folder of rows that are chats already, beside the folders of several tasks
+CHATS = "chats"
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unicode2 tokenize", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", required=True, help="folder of {split}-*.parquet with images and texts")
-    parser.add_argument("--model", required=True, help="checkpoint whose quantizer makes the codes")
-    parser.add_argument("--output", required=True, help="folder for {split}-*.parquet with codes and texts")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--batch-size", type=at_least(1), default=64)
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, help="files, folders or names of data sets")
+    add("--model", required=True, help="checkpoint, or quantizer alone, that makes the codes: a folder or Hub name")
+    add("--output", required=True, help="folder for {split}-*.parquet with messages and codes")
+    add("--format", choices=FORMATS, help="what the rows are (default: recognised by their columns)")
+    add("--image-root", help="folder that the paths of images are relative to (default: that of the file with them)")
+    add("--image-column", help="column with the image (default: recognised by its name)")
+    add("--caption-column", help="column with the caption (default: recognised by its name)")
+    add(
+        "--task",
+        help=f"what becomes of rows that are no chats: {', '.join(USUAL)}, both (read and draw), or a YAML file with\n"
+        "templates, see `templates.py` (default: the questions that rows have, or read)",
+    )
+    add("--split", default="train", help="of the data and of the output (default: %(default)s)")
+    add("--streaming", action="store_true", help="read data sets of the Hub without a copy on disk, twice")
+    add(
+        "--max-bad-share",
+        type=at_least(0.0),
+        default=0.01,
+        help="largest share of rows that may be unusable and are left out (default: %(default)s)",
+    )
+    add(
+        "--num-workers",
+        type=at_least(0),
+        help="processes that decode and resize images, for each encoder (default: one a core, 8 at most)",
+    )
+    add("--batch-size", type=at_least(1), default=64, help="images encoded at a time (default: %(default)s)")
+    add("--rows-per-shard", type=at_least(1), default=10_000, help="rows of a parquet file (default: %(default)s)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Files that are there must be of the same rows and quantizer. Files may be added to the data."""
-    paths = find_tables(args.data, args.split, "--data")
+    """A folder that was begun resumes; one that was made of something else is refused."""
+    import torch
+
+    follow_launcher()
+    state = join(cpu=not torch.cuda.is_available())
+    try:
+        run(args, state)
+    finally:
+        # Gloo's threads can abort the process if they live until the interpreter ends.
+        state.destroy_process_group()
+
+
+def run(args: argparse.Namespace, state) -> None:
+    from .image_codes import encode_images
+    from .row_index import RowIndex, index_rows
+
     check_checkpoint(args.model)
-    made_of = {
+    jobs = open_jobs(args)
+    made_of, work = agree(lambda: describe_inputs(args, jobs)), Path(args.output, f"work-{args.split}")
+    with explained(args.output), ExitStack() as stack:
+        if agree(lambda: enter(args, work, made_of, stack)):
+            return
+        if not (work / "indexed").is_file():
+            agree(lambda: print(*(describe(job.source) for job in jobs), sep="\n", flush=True))
+            agree(lambda: index_rows(jobs, work, args.rows_per_shard))
+        index = RowIndex(jobs, work)
+        agree(lambda: check_refused(index, {}, args))
+        quantizer, image_processor = load_quantizer(args.model, state.device)
+        workers = args.num_workers
+        if workers is None:
+            workers = min(8, max(1, os.cpu_count() // state.num_processes))
+        encode_images(index, quantizer, image_processor, args.batch_size, workers, state)
+        state.wait_for_everyone()
+        write_shards(index, args, quantizer.config.codebook_config.codebook_size, made_of, state)
+        state.wait_for_everyone()
+    agree(lambda: remove(work))
+
+
+def open_jobs(args: argparse.Namespace) -> list:
+    """Each task with each source. Chats are as they are, whatever the tasks."""
+    from transformers_unicode2 import UniCode2Config
+
+    from .row_index import Job
+
+    tasks = {None: None} if args.task is None else read_tasks(args.task)
+    prompt = UniCode2Config.get_config_dict(args.model)[0].get("caption_prompt") or CAPTION_PROMPT
+    options = {name: getattr(args, name) for name in ("format", "image_root", "split", "streaming")}
+    options |= {"image_column": args.image_column, "caption_column": args.caption_column, "caption_prompt": prompt}
+    jobs = []
+    for number, data in enumerate(args.data, 1):
+        table = None
+        for name, task in tasks.items():
+            source = open_source(data, task=task, **options)
+            # what was found out of its files is found out once
+            table = table or source.table
+            source = replace(source, table=table)
+            if source.task is None:
+                jobs.append(Job(CHATS if len(tasks) > 1 else "", number, source))
+                break
+            jobs.append(Job(name if len(tasks) > 1 else "", number, source))
+    return jobs
+
+
+def describe_inputs(args: argparse.Namespace, jobs: list) -> dict:
+    """What the output is made of; the places of models and data do not matter."""
+    files = {}
+    for job in jobs:
+        if job.number not in files:
+            files[job.number] = hash_rows(job.source.table)
+    return {
         "command": "tokenize",
         "quantizer": hash_quantizer(args.model),
         "image processor": hash_image_processor(args.model),
-        "data": {path.name: hash_table(path) for path in paths},
+        "data": {str(number): digest for number, digest in files.items()},
+        "chats": {f"{job.folder} {job.number}".strip(): job.source.digest() for job in jobs},
+        "rows_per_shard": args.rows_per_shard,
     }
-    record = Record(args.output, made_of, (f"{args.split}-*.parquet",), args.split, growing=("data",))
-    with record.making() as finished:
-        if finished:
-            print(f"{args.output} is finished; nothing to do")
-            return
-        encode, output = make_encoder(args.model), Path(args.output)
-        for path in paths:
-            note = {**made_of, "data": made_of["data"][path.name]}
-            if not (output / path.name).is_file():
-                with whole_file(output / path.name) as file:
-                    write_codes(ImageTable(path), encode, file, note, args.batch_size)
-            elif read_note(output / path.name) != note:
-                raise ValueError(
-                    f"{output / path.name} has codes of something else; delete it and run the command again."
-                )
 
 
-def make_encoder(model: str):
-    """A function from RGB images to the codes that the quantizer of a checkpoint makes of them, lists of integers."""
+def enter(args: argparse.Namespace, work: Path, made_of: dict, stack: ExitStack) -> bool:
+    """Holds the output for this run. Returns whether it is finished."""
+    output, owns = Path(args.output), (f"{args.split}-*.parquet", f"*/{args.split}-*.parquet", refused_name(args))
+    record = Record(output, made_of, owns, args.split, passing=(work.name,))
+    finished = stack.enter_context(record.making())
+    if finished:
+        remove(work)
+        print(f"{output} is finished; nothing to do")
+    else:
+        make_folders(work)
+        for file in work.glob(".*.tmp"):
+            remove(file)
+    return finished
+
+
+def refused_name(args: argparse.Namespace) -> str:
+    return f"refused-{args.split}.log"
+
+
+def load_quantizer(model: str, device):
+    """The quantizer of a checkpoint, or one that is alone, with its image processor."""
     from transformers import AutoImageProcessor
 
-    from transformers_unicode2 import UniCode2ForConditionalGeneration, UniCode2ImageProcessor
+    from transformers_unicode2 import UniCode2ImageProcessor, UniCode2Quantizer
 
-    quantizer = UniCode2ForConditionalGeneration.from_pretrained(model).get_quantizer()
     image_processor = UniCode2ImageProcessor.adopt(AutoImageProcessor.from_pretrained(model))
-
-    def encode(images: list) -> list[list[int]]:
-        pixels = image_processor(images, return_tensors="pt")
-        return quantizer.encode_images(pixels["pixel_values"]).tolist()
-
-    return encode
+    return UniCode2Quantizer.from_pretrained(model).to(device), image_processor
 
 
-def write_codes(table: ImageTable, encode: Callable, file: Path, note: dict, batch_size: int) -> None:
-    """Writes the rows of a table with the codes of their images, in the place of the images, batch by batch.
+def check_refused(index, errors: dict[int, str], args: argparse.Namespace) -> None:
+    """Lists the rows that cannot be used in a file. Raises `ValueError` when they are too many.
 
     Args:
-        table: parquet file with a column `image`.
-        encode: a list of RGB images to their codes, lists of integers.
-        file: parquet file to write.
-        note: what made the codes, kept in the file's metadata.
-        batch_size: rows that are encoded at a time.
-
-    Raises:
-        `ValueError`: with file and row, when a row has no image or one that cannot be read.
+        index: `RowIndex` of all rows.
+        errors: reasons of the images that cannot be read, by their numbers.
     """
-    import pyarrow as pa
-    from datasets import Features, List, Value
-    from pyarrow.parquet import ParquetWriter
-    from tqdm import tqdm
+    refused, count = index.find_refused(errors), sum(block["num_rows"] for block in index.blocks)
+    lines = [f"{one_line(row['name'])} row {row['row']}: {one_line(row['reason'])}." for row in refused]
+    if len(refused) > args.max_bad_share * count or len(refused) == count:
+        missing = [row["missing"] for row in refused if row["missing"] is not None]
+        reason = lines[0][:-1] if lines else "there are none"
+        if missing:
+            reason += f"; {len(missing)} of them name image files that are not there, see --image-root"
+        raise ValueError(
+            f"{len(refused)} of {count} rows cannot be used, and --max-bad-share allows a share of "
+            f"{args.max_bad_share:g}; the first is {reason}."
+        )
+    if refused:
+        write_file(Path(args.output, refused_name(args)), "".join(f"{line}\n" for line in lines).encode())
 
-    kept = {name: kind for name, kind in Features.from_arrow_schema(table.schema).items() if name != "image"}
-    if "codes" in kept:
-        raise ValueError(f"{table.file} has a column of codes already; give the images without it.")
-    schema = Features({**kept, "codes": List(Value("int64"))}).arrow_schema
-    schema, first = schema.with_metadata({**schema.metadata, NOTE: json.dumps(note, sort_keys=True)}), 0
-    with ParquetWriter(file, schema) as writer, tqdm(total=len(table), unit="image", desc=table.file.name) as bar:
-        for batch in table.batches(batch_size):
-            images = [table.read_image(row, value) for row, value in enumerate(batch["image"].to_pylist(), first)]
-            columns = [*(batch[name] for name in kept), pa.array(encode(images), pa.list_(pa.int64()))]
-            writer.write_table(pa.Table.from_arrays(columns, names=[*kept, "codes"]).cast(schema))
-            first += len(batch)
-            bar.update(len(batch))
+
+def write_shards(index, args: argparse.Namespace, codebook_size: int, made_of: dict, state) -> None:
+    """Writes the shards that are not there yet, of this process's share. Rows that are refused are left out."""
+    from .image_codes import ImageCodes
+
+    codes, output = ImageCodes(index.work), Path(args.output)
+    agree(lambda: check_refused(index, codes.errors, args))
+    for number, name in index.list_shards()[state.process_index :: state.num_processes]:
+        file = output / name.format(args.split)
+        chats = [chat for chat in index.read_chats(number) if not codes.errors.keys() & set(chat["images"])]
+        if not file.is_file() and chats:
+            make_folders(file.parent)
+            source = index.jobs[index.blocks[number]["job"]].number
+            rows = [{**chat, "codes": [codes[image] for image in chat["images"]], "source": source} for chat in chats]
+            write_shard(file, rows, codebook_size, index.extras, made_of)
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    from ..cli import main as run_command
+
+    sys.argv[1:1] = ["tokenize"]
+    run_command()

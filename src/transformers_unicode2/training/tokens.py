@@ -45,7 +45,8 @@ def hash_quantizer(model: str) -> str:
                     places[part] = file, name
     if "codebook.codes" not in places:
         raise ValueError(f"{model} has no codebook; give a UniCode² checkpoint.")
-    settings = hash_settings(UniCode2QuantizerConfig.from_pretrained(model).vision_config)
+    config = UniCode2QuantizerConfig.from_pretrained(model)
+    settings = hash_settings(config.vision_config, config.codebook_config.encoder_dtype)
     digest = hashlib.sha256(bytes.fromhex(settings))
     for part, (file, name) in sorted(places.items()):
         with safe_open(file, framework="pt") as tensors:
@@ -77,15 +78,20 @@ def hash_table(file: Path) -> str:
     return digest.hexdigest()
 
 
-def read_note(file: Path) -> dict | None:
-    """What made the codes of a parquet file, `None` when it does not say. Raises `ValueError` when it is damaged."""
+def read_schema(file: Path):
+    """The Arrow schema of a parquet file. Raises `ValueError` when it is damaged."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        metadata = parquet.read_schema(file).metadata or {}
+        return parquet.read_schema(file)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}); delete it and run `unicode2 tokenize` again.") from error
+
+
+def read_note(file: Path) -> dict | None:
+    """What made the codes of a parquet file, `None` when it does not say. Raises `ValueError` when it is damaged."""
+    metadata = read_schema(file).metadata or {}
     return json.loads(metadata[NOTE]) if NOTE in metadata else None
 
 
@@ -94,7 +100,9 @@ def find_tables(folder: str, split: str, option: str) -> list[Path]:
 
     Raises `ValueError` when there are none, or the folder is not finished.
     """
-    check_finished(folder, split)
+    # several tasks have a folder each in one output
+    for place in (Path(folder), Path(folder).absolute().parent):
+        check_finished(place, split)
     files = sorted(Path(folder).glob(f"{split}-*.parquet"))
     if not files:
         raise ValueError(f"{option} {folder} has no {split}-*.parquet.")
@@ -133,22 +141,26 @@ def check_codes(files: list[Path], model: str, codebook_size: int, num_image_tok
 
 
 def check_range(file: Path, codebook_size: int, num_image_tokens: int) -> None:
-    """Raises `ValueError` unless each row of a parquet file has `num_image_tokens` codes below `codebook_size`."""
+    """Raises `ValueError` unless each image of a parquet file has `num_image_tokens` codes below `codebook_size`."""
     import pyarrow.compute as pc
     from pyarrow import parquet, types
 
     table, first = parquet.ParquetFile(file), 0
     kind = table.schema_arrow.field("codes").type if "codes" in table.schema_arrow.names else None
-    if kind is None or not types.is_list(kind) or not types.is_integer(kind.value_type):
+    nested = kind is not None and types.is_list(kind) and types.is_list(kind.value_type)
+    if not nested or not types.is_integer(kind.value_type.value_type):
         raise ValueError(
-            f"{file} needs a column codes, lists of integers; it has {table.schema_arrow.names}, codes: {kind}."
+            f"{file} needs a column codes, a list of integers for each image; it has {table.schema_arrow.names}, "
+            f"codes: {kind}."
         )
     for batch in table.iter_batches(batch_size=4096, columns=["codes"]):
-        lengths, codes = pc.fill_null(pc.list_value_length(batch["codes"]), 0), batch["codes"].flatten()
+        rows, images = pc.list_parent_indices(batch["codes"]), batch["codes"].flatten()
+        lengths, codes = pc.fill_null(pc.list_value_length(images), 0), images.flatten()
         wrong = pc.index(pc.not_equal(lengths, num_image_tokens), True).as_py()
         if wrong >= 0:
             raise ValueError(
-                f"Row {first + wrong} of {file} has {lengths[wrong]} codes; an image has {num_image_tokens}."
+                f"Row {first + rows[wrong].as_py()} of {file} has an image of {lengths[wrong]} codes; an image has "
+                f"{num_image_tokens}."
             )
         limits = pc.min_max(codes).as_py()
         if len(codes) and (codes.null_count or limits["min"] < 0 or limits["max"] >= codebook_size):
@@ -159,28 +171,20 @@ def check_range(file: Path, codebook_size: int, num_image_tokens: int) -> None:
         first += batch.num_rows
 
 
-def check_same_rows(images: list[Path], tokens: list[Path]) -> None:
-    """Raises `ValueError` unless the files with codes were made of those with images.
+def hash_rows(table) -> str:
+    """SHA-256 of the names and contents of the files that the rows of a `Tables` are in."""
+    return hashlib.sha256("\n".join(table.list_versions()).encode()).hexdigest()
 
-    Files that do not say what they were made of must at least have the same texts in each row.
+
+def check_same_rows(images: str, tokens: list[Path], split: str = "train") -> None:
+    """Raises `ValueError` unless the files with codes were made of the tables in the folder `images`.
+
+    Files that do not say what they were made of are taken as they are.
     """
-    notes = {file.name: read_note(file) for file in tokens}
-    if any(notes.values()):
-        made_of = {name: note["data"] if note else None for name, note in notes.items()}
-        now = {file.name: hash_table(file) for file in images}
-        other = sorted(name for name in {*made_of, *now} if made_of.get(name) != now.get(name))
-    else:
-        other = [] if read_texts(images, tokens) == read_texts(tokens, images) else [tokens[0].name]
-    if other:
+    from .folders import open_table
+
+    made_of = [note["data"].values() for note in map(read_note, tokens) if note is not None]
+    if made_of and any(hash_rows(open_table(images, split, False)) not in digests for digests in made_of):
         raise ValueError(
-            f"{other[0]} of {tokens[0].parent} was not made of {other[0]} of {images[0].parent}; they must be the same "
-            "rows."
+            f"{tokens[0].parent} was not made of what {images} holds now; tokenize it again, into another folder."
         )
-
-
-def read_texts(files: list[Path], others: list[Path]) -> list[dict]:
-    """The rows of parquet files without images and codes, as far as the other files have the columns, too."""
-    from pyarrow import parquet
-
-    names = set(parquet.read_schema(files[0]).names) & set(parquet.read_schema(others[0]).names) - {"image", "codes"}
-    return [row for file in files for row in parquet.read_table(file, columns=sorted(names)).to_pylist()]

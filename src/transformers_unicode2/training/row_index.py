@@ -1,0 +1,156 @@
+"""The first pass of `unicode2 tokenize`: all rows as chats, with numbers in the place of their images.
+
+An image that is named twice has one number, so it is encoded once. Its key is the path of its file, or the SHA-256 of
+its content. Rows are kept in blocks on disk, each of which becomes one shard.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..files import write_file
+from .shards import ENTRIES
+from .sources import RowError, Source
+
+
+@dataclass(frozen=True)
+class Job:
+    """The chats that a task makes of a source.
+
+    Args:
+        folder (`str`): where its shards go, below the output.
+        number (`int`): of the source, from 1.
+        source (`Source`): its rows.
+    """
+
+    folder: str
+    number: int
+    source: Source
+
+
+def index_rows(jobs: list[Job], work: Path, rows_per_block: int) -> None:
+    """Writes the blocks that are not there yet, see `RowIndex`."""
+    from tqdm import tqdm
+
+    known, block = {}, 0
+    for place, job in enumerate(jobs):
+        rows, start = None, 0
+        with tqdm(total=job.source.num_rows, unit="row", desc=f"reading {job.folder or job.source.format}") as bar:
+            while start is not None:
+                file = work / f"images-{block:05d}.json"
+                if file.is_file():
+                    content = json.loads(file.read_text())
+                    for image in content["images"]:
+                        known[image["key"]] = len(known)
+                else:
+                    rows = rows or Upcoming(job.source.rows(start))
+                    content, chats = read_block(rows, known, rows_per_block)
+                    # the list of images is there last, so its chats are, too
+                    write_file(work / f"rows-{block:05d}.json", json.dumps(chats).encode())
+                    write_file(file, json.dumps({"job": place, **content}).encode())
+                start, block = content["next"], block + 1
+                bar.update(content["num_rows"])
+    write_file(work / "indexed", b"")
+
+
+class Upcoming:
+    """An iterator over rows that tells which row is next."""
+
+    def __init__(self, rows: Iterator):
+        self.rows = rows
+        self.next = next(rows, None)
+
+    def take(self):
+        row, self.next = self.next, next(self.rows, None)
+        return row
+
+
+def read_block(rows: Upcoming, known: dict[str, int], size: int) -> tuple[dict, list[dict]]:
+    """
+    The next rows of a source.
+
+    Args:
+        rows: of the source.
+        known: numbers of images by their keys; new ones are added.
+        size: rows at most.
+
+    Returns:
+        What is known of the block: `num_rows`, the number of the `next` row after it, `images` that were not known
+        before, `refused` rows, and the `extras` of messages. And its chats, `{"row", "messages", "images"}`.
+    """
+    content = {"num_rows": 0, "next": None, "images": [], "refused": [], "extras": []}
+    chats, extras = [], set()
+    while rows.next is not None and content["num_rows"] < size:
+        row = rows.take()
+        content["num_rows"] += 1
+        if isinstance(row, RowError):
+            content["refused"].append({"row": row.number, "reason": row.reason, "missing": row.missing})
+            continue
+        numbers = []
+        for position, image in enumerate(row.images):
+            key = image["path"] if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
+            if key not in known:
+                known[key] = len(known)
+                path = image["path"] if image["bytes"] is None else None
+                content["images"].append({"key": key, "path": path, "row": row.number, "position": position})
+            numbers.append(known[key])
+        chats.append({"row": row.number, "messages": row.messages, "images": numbers})
+        extras |= {name for turn in row.messages for name in turn} - set(ENTRIES)
+    content["extras"], content["next"] = sorted(extras), rows.next and rows.next.number
+    return content, chats
+
+
+class RowIndex:
+    r"""
+    What the first pass wrote.
+
+    Args:
+        jobs (`list[Job]`): in their order.
+        work (`Path`): folder of the blocks.
+
+    Attributes:
+        blocks (`list[dict]`): see `read_block`; each has the place of its `job`, too.
+        images (`list[dict]`): all images by their numbers: `key`; `path`, or else the place of their `job`, their `row`
+            in it and their `position` in the row.
+        extras (`list[str]`): entries of messages beside role and content.
+    """
+
+    def __init__(self, jobs: list[Job], work: Path):
+        self.jobs, self.work = jobs, work
+        self.blocks = [json.loads(file.read_text()) for file in sorted(work.glob("images-*.json"))]
+        self.images = [{**image, "job": block["job"]} for block in self.blocks for image in block.pop("images")]
+        self.extras = sorted({name for block in self.blocks for name in block["extras"]})
+
+    def read_chats(self, block: int) -> list[dict]:
+        return json.loads((self.work / f"rows-{block:05d}.json").read_text())
+
+    def list_shards(self) -> list[tuple[int, str]]:
+        """Each block with the name of its shard, below the output and without the split."""
+        counts, shards = {}, []
+        for number, block in enumerate(self.blocks):
+            folder = self.jobs[block["job"]].folder
+            shards.append((number, folder, counts.setdefault(folder, 0)))
+            counts[folder] += 1
+        return [(number, f"{folder}/{{}}-{count:05d}.parquet".lstrip("/")) for number, folder, count in shards]
+
+    def find_refused(self, errors: dict[int, str]) -> list[dict]:
+        """The rows without a chat, and those with an image that cannot be read, as their numbers and reasons say.
+
+        Args:
+            errors: reasons by numbers of images.
+
+        Returns:
+            `name` and number of the `source`, `row`, `reason`, and the `missing` image file if there is one.
+        """
+        refused = []
+        for number, block in enumerate(self.blocks):
+            found = list(block["refused"])
+            for chat in self.read_chats(number) if errors else ():
+                reasons = [errors[image] for image in chat["images"] if image in errors]
+                found += [{"row": chat["row"], "reason": reasons[0], "missing": None}] if reasons else []
+            job = self.jobs[block["job"]]
+            about = {"name": job.source.name, "source": job.number, "folder": job.folder}
+            refused += [{**about, **row} for row in sorted(found, key=lambda row: row["row"])]
+        return refused
