@@ -4,9 +4,21 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from transformers.trainer_callback import ProgressCallback
 
 from ..files import WORK, explained, remove, settle
 from ..record import Record, find_changed, read_record
+
+
+class ResumedProgress(ProgressCallback):
+    """The progress bar of a run: from the step that it resumes from, so that the time left is that of this run."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar.initial = self.training_bar.n = self.training_bar.last_print_n = state.global_step
+            self.training_bar.refresh()
 
 
 class WholeCheckpoints:
@@ -102,6 +114,8 @@ class WholeCheckpoints:
             resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ResumedProgress)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
 

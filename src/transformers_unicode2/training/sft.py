@@ -15,39 +15,41 @@ from trl import SFTConfig
 
 from ..processes import agree
 from .chats import build_examples
-from .data import load_rows
+from .mixtures import MixturePart, check_mixture, check_targets, find_parts, hash_parts, open_mixture
 from .optimizer import MuonWithAdamW, check_muon
-from .parameters import check_modules, freeze_all_but, make_lora_config
+from .outcome import describe
+from .parameters import check_modules, check_rates, freeze_all_but, make_lora_config
 from .stage import Stage, hash_inputs, run, stage
-from .tokens import check_codes, find_tables
 from .trainer import OF_TEXTS, UniCode2SFTTrainer, check_lengths
 
 
 @dataclass
 class StageArguments:
     model: str = field(metadata={"help": "checkpoint to continue from"})
-    data: str = field(metadata={"help": "folder of pre-tokenized train-*.parquet"})
-    tasks: dict = field(
-        default_factory=dict,
+    datasets: list[dict] = field(
         metadata={
-            "help": "name: {user, assistant, share}, templates of chats over the columns of the data, see `chats.py`"
-        },
+            "help": "folders that `unicode2 tokenize` wrote, mixed: {path, fraction, split} of each, see `mixtures.py`"
+        }
     )
-    unconditional_share: float = field(
+    eval_datasets: list[dict] = field(default_factory=list, metadata={"help": "data to evaluate on, in the same form"})
+    drop_prompt_share: float = field(
         default=0.0,
-        metadata={"help": "share of the images that are learnt without any text, for classifier-free guidance"},
+        metadata={
+            "help": "share of the answers with an image whose image is learnt once more without any text, for "
+            "classifier-free guidance"
+        },
     )
     caption_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "question that captions answer, kept in the config of the checkpoint (default: the one there)"
+            "help": "question that captions answer, by which pipelines read drawings back; kept in the config of the "
+            "checkpoint (default: the one there)"
         },
     )
     text_weight: float = field(
         default=1.0,
         metadata={"help": "weight of a text token in the loss; an answer has far fewer tokens than an image"},
     )
-    max_turns: int = field(default=4, metadata={"help": "questions asked about one image at most"})
     max_plan_tokens: int | None = field(
         default=None,
         metadata={
@@ -62,21 +64,39 @@ class StageArguments:
     muon: bool = field(
         default=False, metadata={"help": "Muon for the matrices, AdamW for the rest; AdamW alone if false"}
     )
+    learning_rates: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "learning rates of parts by the names of modules, such as {projector: 1e-3, visual_embeddings: "
+            "1e-3}; the rest has `learning_rate`"
+        },
+    )
+    master_weights: bool = field(
+        default=False,
+        metadata={"help": "the optimizer keeps float32 copies of the weights, for `dtype: bfloat16` without FSDP"},
+    )
+    codes_per_image: int | None = field(
+        default=None,
+        metadata={
+            "help": "codes of each image in a question that a step reads, drawn anew in each step and kept in order; "
+            "evaluation and inference read all (default: all)"
+        },
+    )
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the language model"})
     lora: dict = field(
         default_factory=dict,
-        metadata={"help": "fields of LoraConfig, to train adapters of the language model"},
+        metadata={"help": "fields of LoraConfig, such as {r: 16}, to train adapters of the language model"},
     )
     train_modules: list[str] = field(
         default_factory=lambda: ["visual_embeddings", "projector", "language_model", "lm_head", "visual_head"],
-        metadata={"help": "modules that learn; the rest is frozen"},
+        metadata={"help": "modules that learn, such as `projector` or `language_model.layers`; the rest is frozen"},
     )
 
 
 def main(args: StageArguments, training_args: SFTConfig) -> None:
     """See `stage` for what may change when a stage is started again."""
     check_arguments(args, training_args)
-    files = find_tables(args.data, "train", "`data`")
+    parts, eval_parts = find_parts(args.datasets, "`datasets`"), find_parts(args.eval_datasets, "`eval_datasets`")
 
     # how the sequences of a step are spread does not matter to a loss over their tokens
     spread = {"gradient_accumulation_steps": 1, "num_processes": 1}
@@ -84,11 +104,13 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
     spread["per_device_train_batch_size"] = num_sequences * training_args.world_size
 
     def hash_all() -> dict:
-        return {**hash_inputs(args, tokens=("data",), checkpoints=("model",)), **spread}
+        # what is evaluated changes what is learnt only where it chooses the result
+        chosen_by = {"eval_datasets": hash_parts(eval_parts)} if training_args.load_best_model_at_end else {}
+        return {**hash_inputs(args, checkpoints=("model",)), "datasets": hash_parts(parts), **chosen_by, **spread}
 
-    with stage("sft", args, training_args, hash_all) as held:
+    with stage("sft", args, training_args, hash_all, evaluates=True) as held:
         if not held.finished:
-            train(args, training_args, files, held)
+            train(args, training_args, parts, eval_parts, held)
 
 
 def check_arguments(args: StageArguments, training_args: SFTConfig) -> None:
@@ -97,10 +119,18 @@ def check_arguments(args: StageArguments, training_args: SFTConfig) -> None:
     """
     if args.max_plan_tokens is not None and args.max_plan_tokens < 0:
         raise ValueError(f"`max_plan_tokens` is {args.max_plan_tokens}; it must be at least 0.")
-    if not 0 <= args.unconditional_share <= 1:
-        raise ValueError(f"`unconditional_share` is {args.unconditional_share:g}; it must be in [0, 1].")
+    if not args.datasets:
+        raise ValueError("`datasets` is empty; name at least one folder that `unicode2 tokenize` wrote.")
+    if not 0 <= args.drop_prompt_share <= 1:
+        raise ValueError(f"`drop_prompt_share` is {args.drop_prompt_share:g}; it must be in [0, 1].")
+    if args.codes_per_image is not None and args.codes_per_image < 1:
+        raise ValueError(f"`codes_per_image` is {args.codes_per_image}; it must be at least 1.")
+    if training_args.do_eval and not args.eval_datasets:
+        raise ValueError("Evaluation is asked for, and there are no `eval_datasets`; name at least one.")
     if args.muon:
         check_muon(training_args)
+        if args.master_weights:
+            raise ValueError("`master_weights` is not for `muon`; leave out one of the two.")
     for name in ("model_init_kwargs", "trust_remote_code", *OF_TEXTS):
         default = next(field.default for field in fields(SFTConfig) if field.name == name)
         if getattr(training_args, name) != default:
@@ -110,7 +140,13 @@ def check_arguments(args: StageArguments, training_args: SFTConfig) -> None:
             )
 
 
-def train(args: StageArguments, training_args: SFTConfig, files: list[Path], held: Stage) -> None:
+def train(
+    args: StageArguments,
+    training_args: SFTConfig,
+    parts: list[MixturePart],
+    eval_parts: list[MixturePart],
+    held: Stage,
+) -> None:
     from transformers import AutoProcessor, set_seed
 
     from transformers_unicode2 import UniCode2ForConditionalGeneration
@@ -120,27 +156,37 @@ def train(args: StageArguments, training_args: SFTConfig, files: list[Path], hel
         args.model, dtype=args.dtype, attn_implementation=args.attn_implementation
     )
     size, num_tokens = model.config.codebook_config.codebook_size, model.config.num_image_tokens
-    agree(lambda: check_codes(files, args.model, size, num_tokens))
+    agree(lambda: check_mixture([*parts, *eval_parts], args.model, size, num_tokens))
     keep_settings(model, args)
     processor = AutoProcessor.from_pretrained(args.model)
-    examples = build_examples(
-        load_rows(args.data, "train"),
-        args.tasks,
-        processor,
-        model.config.visual_token_offset,
-        model.config.caption_prompt,
-        args.max_turns,
-        args.learn_all_images,
-        args.unconditional_share,
-    )
+    rows, offset = open_mixture(parts, training_args.seed), model.config.visual_token_offset
+    examples = build_examples(rows, processor, offset, args.learn_all_images, args.drop_prompt_share)
+    check_targets(examples, offset, args.train_modules)
+    held_out = {
+        name: build_examples(open_mixture([part], training_args.seed), processor, offset)
+        for name, part in name_parts(eval_parts).items()
+    }
     if training_args.max_length is not None:
-        check_lengths("train", examples, training_args.max_length)
-    trainer = make_trainer(select_parameters(model, args), args, training_args, examples, processor)
+        for name, data in {"train": examples, **held_out}.items():
+            check_lengths(name, data, training_args.max_length)
+    model = select_parameters(model, args)
+    trainer = make_trainer(model, args, training_args, examples, held_out, processor)
     held.train(trainer)
+    metrics = trainer.evaluate() if held_out else {}
     with held.result() as folder:
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
             processor.save_pretrained(folder)
+            describe(folder, training_args.output_dir, args, parts, held.made_of, trainer.state, metrics)
+
+
+def name_parts(parts: list[MixturePart]) -> dict[str, MixturePart]:
+    """Parts by the last names of their paths, or by whole paths where these are equal."""
+    names = [Path(part.path).name for part in parts]
+    return {
+        name if names.count(name) == 1 else f"{part.path}-{part.split}".replace("/", "_"): part
+        for name, part in zip(names, parts)
+    }
 
 
 def keep_settings(model, args: StageArguments) -> None:
@@ -165,17 +211,27 @@ def select_parameters(model, args: StageArguments):
     return get_peft_model(model, make_lora_config(args.lora, args.train_modules))
 
 
-def make_trainer(model, args: StageArguments, training_args: SFTConfig, examples, processor) -> UniCode2SFTTrainer:
-    """The trainer of a stage, with the optimizer and the weight of text that the recipe names."""
-    optimizer = MuonWithAdamW.for_trainer(model, training_args, ("visual_head",)) if args.muon else None
+def make_trainer(
+    model, args: StageArguments, training_args: SFTConfig, examples, held_out: dict, processor
+) -> UniCode2SFTTrainer:
+    """The trainer of a stage, with the optimizer and the loss that the recipe names.
+
+    Of a single evaluation data set the metrics begin with `eval_`, of several with `eval_` and the name.
+    """
+    muon = None
+    if args.muon:
+        check_rates(model, args.learning_rates)
+        muon = MuonWithAdamW.for_trainer(model, training_args, ("visual_head",), args.learning_rates)
     trainer = UniCode2SFTTrainer(
         model,
         training_args,
         train_dataset=examples,
+        eval_dataset=(held_out if len(held_out) > 1 else next(iter(held_out.values()))) if held_out else None,
         processing_class=processor.tokenizer,
-        optimizers=(optimizer, None),
+        optimizers=(muon, None),
     )
-    trainer.text_weight = args.text_weight
+    trainer.text_weight, trainer.codes_per_image = args.text_weight, args.codes_per_image
+    trainer.learning_rates, trainer.master_weights = args.learning_rates, args.master_weights
     return trainer
 
 

@@ -5,6 +5,7 @@ It resumes from its newest whole checkpoint, and its result is whole or absent.
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, fields
@@ -151,7 +152,12 @@ class Stage:
 
 @contextmanager
 def stage(
-    command: str, args, training_args, hash_inputs: Callable[[], dict], result: tuple[str, ...] = ()
+    command: str,
+    args,
+    training_args,
+    hash_inputs: Callable[[], dict],
+    result: tuple[str, ...] = (),
+    evaluates: bool = False,
 ) -> Iterator[Stage]:
     """Holds the output folder of a stage for this run, whose processes count as one. If the body ends well, its result
     is there.
@@ -166,14 +172,16 @@ def stage(
         training_args: `TrainingArguments`.
         hash_inputs: gives digests of what some of the arguments name, by their names.
         result: globs of what the stage writes beside checkpoints and the files of a model.
+        evaluates: whether the stage has data to evaluate on.
 
     Raises:
         `ValueError`: when another run holds the folder, or it was begun with something else.
     """
-    check_training_arguments(training_args)
+    check_training_arguments(training_args, evaluates)
 
     def describe() -> dict:
-        return {"command": command, **asdict(args), **read_settings(training_args), **hash_inputs()}
+        own = {name: value for name, value in asdict(args).items() if is_compared(name)}
+        return {"command": command, **own, **read_settings(training_args), **hash_inputs()}
 
     with explained(training_args.output_dir), ExitStack() as stack:
         defaults = {**read_defaults(type(training_args)), **read_defaults(type(args))}
@@ -219,22 +227,24 @@ def read_settings(training_args) -> dict:
 
 def read_defaults(kind: type) -> dict:
     """Defaults of a dataclass, which a record of an earlier version of it may lack."""
-    return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+    made = {field.name: field.default_factory() for field in fields(kind) if field.default_factory is not MISSING}
+    return made | {field.name: field.default for field in fields(kind) if field.default is not MISSING}
 
 
 def is_compared(name: str) -> bool:
     return name not in FREE and not name.startswith(FREE_PREFIXES)
 
 
-def check_training_arguments(training_args) -> None:
-    """Raises `ValueError` on what no stage follows."""
+def check_training_arguments(training_args, evaluates: bool) -> None:
+    """Raises `ValueError` on what no stage follows, and on evaluation by one that has no data for it."""
     refused = {
         "push_to_hub": "upload output_dir once the stage is finished, for example by `hf upload`",
         "resume_from_checkpoint": "a stage finds its newest whole checkpoint by itself",
         "use_liger_kernel": "there are no Liger kernels for these models",
-        "do_eval": "a stage only trains; its trainer can evaluate",
         "do_predict": "a stage only trains; its trainer can predict",
     }
+    if not evaluates:
+        refused["do_eval"] = "this stage only trains"
     for name, instead in refused.items():
         if getattr(training_args, name):
             raise ValueError(f"`{name}` is not followed: {instead}.")
@@ -247,6 +257,8 @@ def run(main: Callable, *classes: type) -> None:
     from ..cli import sentences
 
     follow_launcher()
+    # the configurations of TRL set it themselves, by the name that Transformers calls old
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     parser = TrlParser(classes)
     if not torch.accelerator.is_available():
         # else the training arguments refuse a machine without one
