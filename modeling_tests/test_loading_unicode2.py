@@ -14,9 +14,9 @@ from transformers_unicode2 import (
     UniCode2Quantizer,
     UniCode2QuantizerConfig,
 )
-from transformers_unicode2.checkpoints import check_encoder_keys
 from transformers_unicode2.codebook.grow import grow_checkpoint
 from transformers_unicode2.codebook.storage import codebook_from_arrays, load_codebook, save_codebook
+from transformers_unicode2.encoders_unicode2 import check_encoder_keys
 from transformers_unicode2.loading_unicode2 import find_digests
 
 WHOLE = (UniCode2ForConditionalGeneration, UniCode2Model, AutoModel, AutoModelForImageTextToText)

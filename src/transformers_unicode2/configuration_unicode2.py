@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .encoders_unicode2 import ENCODER_DTYPES, check_kind, count_patches
+
 # What a Hub repo needs so that every Auto class finds the code that travels with it.
 AUTO_MAP = {
     "AutoConfig": "configuration_unicode2.UniCode2Config",
@@ -79,6 +81,10 @@ class UniCode2CodebookConfig(PreTrainedConfig):
             SHA-256 of the thumbnails.
         encoder_sha256 (`str`, *optional*):
             SHA-256 of the encoder and image processor that `unicode2 codebook build` used.
+        encoder_dtype (`str`, *optional*, defaults to `"float32"`):
+            What the encoder in front of the codebook computes in: `"float32"`, `"bfloat16"` or `"float16"`. It is part
+            of what defines the codes. bfloat16 is several times faster on processors that multiply it; a few percent
+            of the ids then differ between devices, libraries and sizes of a batch.
     """
 
     model_type = "unicode2_codebook"
@@ -95,6 +101,7 @@ class UniCode2CodebookConfig(PreTrainedConfig):
     vision_config_sha256: str | None = None
     previews_sha256: str | None = None
     encoder_sha256: str | None = None
+    encoder_dtype: str = "float32"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -122,7 +129,7 @@ class UniCode2ConfigMixin:
     @property
     def num_image_tokens(self) -> int:
         """Patches, and so codes, per image, T."""
-        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        return count_patches(self.vision_config)
 
 
 @strict
@@ -132,7 +139,7 @@ class UniCode2QuantizerConfig(UniCode2ConfigMixin, PreTrainedConfig):
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            The encoder, SigLIP so400m-patch14-384 by default.
+            The encoder, a `siglip_vision_model` or a `clip_vision_model`; SigLIP so400m-patch14-384 by default.
         codebook_config (`dict` or `UniCode2CodebookConfig`, *optional*):
             The codebook; its `codebook_dim` must be the encoder's `hidden_size`.
     """
@@ -178,7 +185,7 @@ class UniCode2Config(UniCode2ConfigMixin, PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             The language model, Qwen2.5-7B by default.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            The frozen encoder, SigLIP so400m-patch14-384 by default.
+            The frozen encoder, a `siglip_vision_model` or a `clip_vision_model`; SigLIP so400m-patch14-384 by default.
         codebook_config (`dict` or `UniCode2CodebookConfig`, *optional*):
             The codebook; its `codebook_dim` must be the encoder's `hidden_size`.
         image_token_id (`int`, *optional*, defaults to 151655):
@@ -194,6 +201,9 @@ class UniCode2Config(UniCode2ConfigMixin, PreTrainedConfig):
             codes within it, which needs about `num_cells + codebook_size / num_cells` scores to draw a code.
         caption_prompt (`str`, *optional*):
             The question that the model learnt to answer with a caption. Pipelines read drawings back with it.
+        final_logit_softcapping (`float`, *optional*):
+            Bound c of the text scores s, which become c tanh(s / c), as those of Gemma 2 do; by default the language
+            model's own, if it has one. The scores of codes have no bound.
 
     Example:
 
@@ -231,6 +241,7 @@ class UniCode2Config(UniCode2ConfigMixin, PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     visual_head: str = "flat"
     caption_prompt: str | None = None
+    final_logit_softcapping: float | int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -241,6 +252,8 @@ class UniCode2Config(UniCode2ConfigMixin, PreTrainedConfig):
         self.vision_config = SIGLIP_SO400M_384 if self.vision_config is None else self.vision_config
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        if self.final_logit_softcapping is None:
+            self.final_logit_softcapping = vars(self.text_config).get("final_logit_softcapping")
         check_widths(self.vision_config, self.codebook_config)
         if self.visual_head not in VISUAL_HEADS:
             raise ValueError(f"`visual_head` is {self.visual_head!r}; it must be one of {', '.join(VISUAL_HEADS)}.")
@@ -298,10 +311,14 @@ def check_codebook_config(settings: dict) -> None:
         value = settings.get(name)
         if not (value is None or isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
             raise ValueError(f"`{name}` of the codebook is {value!r}; it must be 64 hexadecimal digits.")
+    dtype = settings.get("encoder_dtype", "float32")
+    if dtype not in ENCODER_DTYPES:
+        raise ValueError(f"`encoder_dtype` of the codebook is {dtype!r}; it must be in {', '.join(ENCODER_DTYPES)}.")
 
 
 def check_widths(vision_config: PreTrainedConfig, codebook_config: UniCode2CodebookConfig) -> None:
-    """Raises `ValueError` when the encoder's width is not the codebook's, or there are more cells than codes."""
+    """Raises `ValueError` on an encoder of another kind or width than the codebook's, and on more cells than codes."""
+    check_kind(vision_config, "`vision_config`")
     if vision_config.hidden_size != codebook_config.codebook_dim:
         raise ValueError(
             f"The vision encoder's `hidden_size` is {vision_config.hidden_size} and the codebook's `codebook_dim` is "

@@ -312,18 +312,20 @@ class UniCode2BatchFeature(BatchFeature):
 
 class UniCode2ImageProcessor(SiglipImageProcessorPil):
     """
-    SigLIP's image processor over the one reader of images: whatever an image is, it has the same pixels, and so codes.
+    SigLIP's or CLIP's image processor over the one reader of images: whatever an image is, it has the same pixels, and
+    so codes.
 
-    It resizes with Pillow whether torchvision is installed or not. Its settings are those of the encoder. They come
-    from the checkpoint and cannot be changed for one call; with other settings it makes other codes.
+    It resizes with Pillow whether torchvision is installed or not, and crops where the settings say so, as CLIP's do.
+    Its settings are those of the encoder. They come from the checkpoint and cannot be changed for one call; with other
+    settings it makes other codes.
     """
 
     _auto_class = "AutoImageProcessor"
 
     @classmethod
     def adopt(cls, image_processor):
-        """One with the settings of a stock SigLIP image processor; any other image processor as it is."""
-        if type(image_processor).__name__ not in ("SiglipImageProcessor", "SiglipImageProcessorPil"):
+        """One with the settings of a stock image processor of SigLIP or CLIP; any other image processor as it is."""
+        if type(image_processor).__name__.removesuffix("Pil") not in ("SiglipImageProcessor", "CLIPImageProcessor"):
             return image_processor
         return cls(**image_processor.to_dict())
 
@@ -337,13 +339,29 @@ class UniCode2ImageProcessor(SiglipImageProcessorPil):
             `pixel_values` `(num_images, 3, height, width)`, which stay in float32 under `to`.
 
         Raises:
-            `ValueError`: on an image that cannot be read, or a setting that would give other codes.
+            `ValueError`: on an image that cannot be read or is too long and thin to be resized, or a setting that would
+                give other codes.
         """
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         self.check_settings(kwargs)
         opened = open_images(images, kwargs.pop("input_data_format", None))
         flat = [image for item in opened for image in (item if isinstance(item, list) else [item])]
+        for image in flat:
+            self.check_length(image)
         return UniCode2BatchFeature(super().preprocess(flat, *args, **kwargs).data)
+
+    def check_length(self, image: Image.Image) -> None:
+        """Raises `ValueError` when an image whose shortest edge is resized would become too long to be held."""
+        edge = self.size.get("shortest_edge")
+        if not (self.do_resize and edge):
+            return
+        short, long = sorted(image.size)
+        length = edge * long // short
+        if edge * length > MAX_PIXELS:
+            raise ValueError(
+                f"An image of {image.width} x {image.height} pixels would be resized to {edge} x {length}, more than "
+                f"{MAX_PIXELS} pixels; crop it."
+            )
 
     def check_settings(self, options: dict) -> None:
         """Raises `ValueError` when images in RGB of 8 bits are not brought to [0, 1], or options change the pixels."""

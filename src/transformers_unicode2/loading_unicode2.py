@@ -76,22 +76,27 @@ def check_digests(tensors: dict[str, torch.Tensor], config, source: str) -> None
             )
 
 
-def hash_settings(config) -> str:
-    """SHA-256 of what the features of an encoder depend on in its configuration, as far as it is not the default."""
+def hash_settings(config, dtype: str = "float32") -> str:
+    """SHA-256 of what the features of an encoder depend on in its configuration, as far as it is not the default.
+
+    The dtype that it computes in counts likewise.
+    """
     usual, own = type(config)().to_dict(), config.to_dict()
     kept = {name: value for name, value in own.items() if name not in NOT_FEATURES and not name.startswith("_")}
     kept = {name: value for name, value in kept.items() if name == "model_type" or value != usual.get(name)}
+    if dtype != "float32":
+        kept["encoder_dtype"] = dtype
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_settings(vision_config, codebook_config, source: str) -> None:
-    """Raises `ValueError` when the encoder's configuration has another digest than the codebook's names."""
-    found, wanted = hash_settings(vision_config), codebook_config.vision_config_sha256
+    """Raises `ValueError` when the encoder's configuration or dtype has another digest than the codebook's names."""
+    found, wanted = hash_settings(vision_config, codebook_config.encoder_dtype), codebook_config.vision_config_sha256
     if wanted not in (None, found):
         raise ValueError(
-            f"The `vision_config` of {source} is not that which its codebook was saved with (SHA-256 {found[:12]}, "
-            f"then {wanted[:12]}), so images would get other codes. If that is on purpose, set `vision_config_sha256` "
-            "to null there."
+            f"The `vision_config` of {source}, or its `encoder_dtype`, is not that which its codebook was saved with "
+            f"(SHA-256 {found[:12]}, then {wanted[:12]}), so images would get other codes. If that is on purpose, set "
+            "`vision_config_sha256` to null there."
         )
 
 
@@ -136,6 +141,8 @@ def check_finite(name: str, rows: torch.Tensor, source: str) -> None:
 
 def load_whole(load: Callable, source, *args, **kwargs):
     """A model, or with `output_loading_info` a model and the report, that was loaded and checked, its quantizer frozen.
+
+    The encoder is loaded in float32 and then brought to its dtype, whatever dtype the model is asked for in.
 
     Args:
         load (`Callable`): stock `from_pretrained`.
@@ -218,7 +225,8 @@ def check_loaded(model, info: dict, source: str | None, want_info: bool) -> None
         check_keys(info, source, part)
     check_settings(model.config.vision_config, config, source)
     if getattr(model, "is_quantized", False):
-        check_full_precision(quantizer.vision_model, f"would be quantized by {model.quantization_method.value}")
+        dtypes = (torch.float32, quantizer.encoder_dtype)
+        check_precision(quantizer.vision_model, dtypes, f"would be quantized by {model.quantization_method.value}")
     absent = {*info["missing_keys"], *(key for key, _, _ in info["mismatched_keys"])}
     if not any("codebook." in key for key in absent):
         check_codebook(quantizer.codebook, source)
@@ -270,8 +278,10 @@ def check_head(model: nn.Module, codebook: nn.Module, absent: set[str], source: 
         )
 
 
-def check_full_precision(encoder: nn.Module, what: str = "are not as they were loaded") -> None:
-    """Raises `ValueError` when weights of the frozen encoder were converted, or its layers exchanged.
+def check_precision(
+    encoder: nn.Module, dtypes: tuple[torch.dtype, ...], what: str = "are not as they were loaded"
+) -> None:
+    """Raises `ValueError` when weights of the frozen encoder are in other `dtypes`, or its layers were exchanged.
 
     Looks at types alone, so that the weights may be anywhere, as on the meta device while they are offloaded.
     """
@@ -279,7 +289,7 @@ def check_full_precision(encoder: nn.Module, what: str = "are not as they were l
         return
     weights = dict(encoder.named_parameters())
     # Those of torch itself, as a `DTensor`, hold the same values.
-    changed = [n for n, w in weights.items() if w.dtype.itemsize < 4 or not is_of_torch(w) or not w.is_floating_point()]
+    changed = [name for name, weight in weights.items() if weight.dtype not in dtypes or not is_of_torch(weight)]
     layers = [n for n, m in encoder.named_modules() if any(hasattr(m, size) for size in SIZES) and not is_of_torch(m)]
     if changed or layers:
         count = f"{len(changed)} of {len(weights)} weights" if changed else f"{len(layers)} layers"

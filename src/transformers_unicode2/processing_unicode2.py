@@ -9,10 +9,12 @@ from string import Template
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .encoders_unicode2 import find_image_size
 from .images_unicode2 import UniCode2BatchFeature, UniCode2ImageProcessor, load_image, open_images, to_rgb
 
 # ChatML with images, whose tokens stand as `${name}`. The package has this file; a repository has its own template.
@@ -30,8 +32,8 @@ class UniCode2Processor(ProcessorMixin):
 
     Args:
         image_processor (`UniCode2ImageProcessor`): reads, resizes and normalises images. A stock `SiglipImageProcessor`
-            becomes one, with its settings.
-        tokenizer (`Qwen2Tokenizer`): knows `image_token`, `boi_token` and `eoi_token`, none of the visual ids.
+            or `CLIPImageProcessor` becomes one, with its settings.
+        tokenizer (`PreTrainedTokenizerBase`): knows `image_token`, `boi_token` and `eoi_token`, none of the visual ids.
         patch_size (`int`, *optional*): side of a patch of the vision encoder, in pixels; by default the image
             processor's, which has it from an earlier processor, or else 14.
         chat_template (`str`, *optional*): by default the package's, ChatML with images.
@@ -65,8 +67,8 @@ class UniCode2Processor(ProcessorMixin):
     @property
     def num_image_tokens(self) -> int:
         """Placeholders per image, T."""
-        size = self.image_processor.size
-        return (size["height"] // self.patch_size) * (size["width"] // self.patch_size)
+        height, width = find_image_size(self.image_processor)
+        return (height // self.patch_size) * (width // self.patch_size)
 
     def attach_quantizer(self, quantizer, visual_token_offset: int) -> "UniCode2Processor":
         """Makes images come out as visual token ids. The quantizer is never saved with the processor.
@@ -77,8 +79,20 @@ class UniCode2Processor(ProcessorMixin):
                 after `resize_token_embeddings`, which moves it.
 
         Raises:
-            `ValueError`: when the offset is no integer, or among the ids of the tokenizer.
+            `ValueError`: when it is no quantizer, or one of images of another size; when the offset is no integer, or
+                among the ids of the tokenizer.
         """
+        # Their class in a repository is another than that of the package.
+        if not (isinstance(quantizer, PreTrainedModel) and quantizer.config.model_type == "unicode2_quantizer"):
+            raise ValueError(
+                f"`quantizer` is of type {type(quantizer).__name__}; give a UniCode2Quantizer, such as "
+                "`model.get_quantizer()`."
+            )
+        if quantizer.config.num_image_tokens != self.num_image_tokens:
+            raise ValueError(
+                f"The quantizer makes {quantizer.config.num_image_tokens} codes of an image, and an image has "
+                f"{self.num_image_tokens} places in a prompt of this processor; give the quantizer of its model."
+            )
         try:
             offset = operator.index(visual_token_offset)
         except TypeError as error:
@@ -123,6 +137,11 @@ class UniCode2Processor(ProcessorMixin):
         if texts is not None:
             self.check_texts(texts)
         images = self.open_images([] if images is None else images, texts, kwargs)
+        bos, nested = self.tokenizer.bos_token, kwargs.get("text_kwargs") or {}
+        is_chat = bool(texts and bos) and isinstance(texts[0], str) and texts[0].startswith(bos)
+        if is_chat and "add_special_tokens" not in {**kwargs, **nested}:
+            # The chat template wrote what the tokenizer would add.
+            kwargs["add_special_tokens"] = False
         batch = super().__call__(images=images, text=text, **kwargs)
         batch = UniCode2BatchFeature(batch.data, skip_tensor_conversion=batch.skip_tensor_conversion)
         if "pixel_values" in batch and "input_ids" in batch:
@@ -178,7 +197,7 @@ class UniCode2Processor(ProcessorMixin):
         batch["input_ids"] = convert_like(prompts, rows)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """Stock.
+        """Stock, with the ids of the tokenizer's own `apply_chat_template`, which adds no special tokens to a chat.
 
         Raises:
             `ValueError`: on a message that says nothing.
@@ -195,6 +214,10 @@ class UniCode2Processor(ProcessorMixin):
                 )
                 if get_entry(message, "role") == "user" and not says:
                     raise ValueError(f"Message {number} of {len(messages)} is empty; write some text.")
+        if kwargs.get("tokenize"):
+            given = kwargs.get("processor_kwargs") or {}
+            chosen = {"add_special_tokens", "text_kwargs"} & {*given, *kwargs}
+            kwargs["processor_kwargs"] = given if chosen else {"add_special_tokens": False, **given}
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def check_texts(self, texts) -> None:

@@ -16,9 +16,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
+from .encoders_unicode2 import encode_patches
 from .images_unicode2 import read_pixels_of
-from .loading_unicode2 import HUB_OPTIONS, check_full_precision, find_digests, hash_settings, load_whole
-from .search_unicode2 import WORKSPACE, check_num_probes, find_nearest
+from .loading_unicode2 import HUB_OPTIONS, check_precision, find_digests, hash_settings, load_whole
+from .search_unicode2 import WORKSPACE, check_features, check_num_probes, find_nearest
 
 logger = logging.get_logger(__name__)
 
@@ -68,7 +69,8 @@ class UniCode2Codebook(nn.Module):
         self.cell_centroids = nn.Buffer(torch.zeros(config.num_cells, config.codebook_dim, dtype=torch.float32))
         self.cell_offsets = nn.Buffer(equal_cells(size, config.num_cells))
         self.previews = nn.Buffer(torch.zeros(size, side, side, 3, dtype=torch.uint8)) if side else None
-        self.probe_recall, self.encoder_sha256, self.tables = config.probe_recall, config.encoder_sha256, None
+        self.probe_recall, self.tables = config.probe_recall, None
+        self.encoder_sha256, self.encoder_dtype = config.encoder_sha256, config.encoder_dtype
 
     def forward(self, inputs: torch.Tensor, task: str = "encode", **options) -> torch.Tensor:
         """`encode`, `decode` or `preview`: by way of a forward, so that a codebook that was offloaded is brought
@@ -84,6 +86,7 @@ class UniCode2Codebook(nn.Module):
             "preview_size": 0 if self.previews is None else self.previews.shape[1],
             "probe_recall": self.probe_recall,
             "encoder_sha256": self.encoder_sha256,
+            "encoder_dtype": self.encoder_dtype,
             **find_digests({f"codebook.{name}": buffer for name, buffer in self.named_buffers()}),
         }
 
@@ -93,7 +96,7 @@ class UniCode2Codebook(nn.Module):
 
     def _apply(self, function, recurse: bool = True):
         before = self.codes
-        super()._apply(keep_float32(function), recurse)
+        super()._apply(keep_dtype(function), recurse)
         if self.codes is not before:
             self.tables = None
         return self
@@ -202,15 +205,20 @@ class UniCode2Quantizer(PreTrainedModel):
     r"""
     Frozen vision encoder and codebook C1: images in, codes out. Loads alone, without a language model.
 
-    It stays in float32 whatever dtype is asked for (a code must not depend on it), and is always frozen and in eval
-    mode.
+    The encoder is a SigLIP, a SigLIP 2 of a fixed size or a CLIP, whose CLS token is dropped. It computes in
+    the codebook's `encoder_dtype`, with which that was built; the codes are searched in float32. Both stay so whatever
+    dtype is asked for, since a code must not depend on it, and are always frozen and in eval mode.
+
+    A code is the nearest to the features at hand. Where two codes are about equally near, rounding decides, so devices,
+    libraries and sizes of a batch may disagree: hardly ever in float32, on a few percent of the ids in bfloat16.
     """
 
     config: UniCode2QuantizerConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["UniCode2Codebook"]
-    _keep_in_fp32_modules_strict = ["vision_model", "codebook.codes", "codebook.cell_centroids"]  # not its integers
+    # While they are loaded, from where `freeze` brings the encoder to its dtype. Not the integers of the codebook.
+    _keep_in_fp32_modules_strict = ["vision_model", "codebook.codes", "codebook.cell_centroids"]
     # Transformers' quantizers leave these alone, beside what the caller names; a model around this one takes the list
     # over.
     _keep_in_fp32_modules = [r"(?:.+\.)?vision_model"]
@@ -228,15 +236,22 @@ class UniCode2Quantizer(PreTrainedModel):
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.codebook = UniCode2Codebook(config.codebook_config)
         self.post_init()
-        self.float().freeze()
+        self.freeze()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         init_codebook(module)
 
+    @property
+    def encoder_dtype(self) -> torch.dtype:
+        """What the encoder computes in."""
+        return getattr(torch, self.config.codebook_config.encoder_dtype)
+
     def freeze(self) -> "UniCode2Quantizer":
-        """No gradients, eval mode. Needed after every load, since `from_pretrained` makes all parameters trainable."""
+        """The encoder in its dtype, no gradients, eval mode. Needed after every load: `from_pretrained` gives all
+        parameters one dtype and makes them trainable."""
+        self.vision_model.to(self.encoder_dtype)
         self.requires_grad_(False)
         return self.eval()
 
@@ -245,9 +260,8 @@ class UniCode2Quantizer(PreTrainedModel):
         return super().train(False)
 
     def _apply(self, function, recurse: bool = True):
-        """Moves between devices; a conversion to a narrower dtype, as of the model around it, leaves the float32
-        weights alone."""
-        return super()._apply(keep_float32(function), recurse)
+        """Moves between devices; a conversion to another dtype, as of the model around it, leaves the weights alone."""
+        return super()._apply(keep_dtype(function), recurse)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -288,23 +302,23 @@ class UniCode2Quantizer(PreTrainedModel):
     @can_return_tuple
     @torch.no_grad()
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """The encoder's output for images `(batch_size, 3, height, width)`, in float32 outside of any autocast; its
-        `last_hidden_state` holds the patch features, `(batch_size, num_image_tokens, codebook_dim)`. Pixels in half
-        precision, which some trainers make of them, are warned of: rounded pixels have other codes."""
+        """The encoder's output for images `(batch_size, 3, height, width)`, in its own dtype outside of any autocast;
+        its `last_hidden_state` holds the patch features, `(batch_size, num_image_tokens, codebook_dim)`, see
+        `encode_patches`. Pixels that are rounded further than the encoder does, as some trainers make them, are warned
+        of: they have other codes."""
         side = self.config.vision_config.image_size
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(
                 f"The images are {tuple(pixel_values.shape)}; the encoder reads (batch_size, 3, {side}, {side})."
             )
-        if pixel_values.dtype in (torch.bfloat16, torch.float16):
+        if pixel_values.dtype in (torch.bfloat16, torch.float16) and pixel_values.dtype != self.encoder_dtype:
             logger.warning_once(
                 f"`pixel_values` are {pixel_values.dtype}; rounded pixels get other codes. Give them in float32, as "
                 "the processor does, or give visual token ids."
             )
-        check_full_precision(self.vision_model)
-        kwargs["return_dict"] = True
+        check_precision(self.vision_model, (self.encoder_dtype,))
         with torch.autocast(pixel_values.device.type, enabled=False):
-            return self.vision_model(pixel_values.to(self.vision_model.dtype), **kwargs)
+            return encode_patches(self.vision_model, pixel_values, **kwargs)
 
     def encode_images(self, pixel_values: torch.Tensor, num_probes: int | None = None) -> torch.LongTensor:
         """Images to codes, `(batch_size, 3, height, width)` to `(batch_size, num_image_tokens)`."""
@@ -345,36 +359,24 @@ def read_quantizer(name, options: dict) -> dict[str, torch.Tensor] | None:
     return state or None
 
 
-def keep_float32(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What `Module._apply` does to tensors, but without rounding those in float32 to a narrower dtype."""
+def keep_dtype(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `Module._apply` does to tensors, but without converting them to another dtype."""
 
     def apply(tensor: torch.Tensor) -> torch.Tensor:
         output = function(tensor)
-        narrowed = tensor.dtype == torch.float32 and output.is_floating_point() and output.dtype.itemsize < 4
-        return tensor.to(output.device) if narrowed else output
+        return output if output.dtype == tensor.dtype else tensor.to(output.device)
 
     return apply
-
-
-def check_features(features: torch.Tensor, width: int) -> None:
-    """Raises `ValueError` on features `(..., width)` of another width, or that are not finite."""
-    if features.shape[-1] != width:
-        raise ValueError(f"The features are {features.shape[-1]} wide and the codes {width}.")
-    if features.sum(dtype=torch.float32).isfinite():  # nothing in it is not finite, in one pass
-        return
-    finite = torch.isfinite(features.float() if features.dtype == torch.float64 else features).all(-1).flatten()
-    if not finite.all():
-        bad = (~finite).nonzero().flatten()
-        raise ValueError(f"{len(bad)} of {len(finite)} features are not finite; the first is number {bad[0].item()}.")
 
 
 def note_digests(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> None:
     """Writes the digests of what will be saved, the state dict or the model's own weights, to a model's
     configuration."""
     weights = model.get_quantizer().state_dict() if state_dict is None else state_dict
-    model.config.codebook_config.vision_config_sha256 = hash_settings(model.config.vision_config)
+    codebook = model.config.codebook_config
+    codebook.vision_config_sha256 = hash_settings(model.config.vision_config, codebook.encoder_dtype)
     for name, digest in find_digests(weights).items():
-        setattr(model.config.codebook_config, name, digest)
+        setattr(codebook, name, digest)
 
 
 @torch.no_grad()

@@ -238,6 +238,18 @@ def find_cells(features, centroids, offsets, num_probes: int) -> torch.LongTenso
     return score.topk(min(num_probes, len(centroids)), dim=-1).indices
 
 
+def check_features(features: torch.Tensor, width: int) -> None:
+    """Raises `ValueError` on features `(..., width)` of another width, or that are not finite."""
+    if features.shape[-1] != width:
+        raise ValueError(f"The features are {features.shape[-1]} wide and the codes {width}.")
+    if features.sum(dtype=torch.float32).isfinite():  # nothing in it is not finite, in one pass
+        return
+    finite = torch.isfinite(features.float() if features.dtype == torch.float64 else features).all(-1).flatten()
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
+        raise ValueError(f"{len(bad)} of {len(finite)} features are not finite; the first is number {bad[0].item()}.")
+
+
 def check_num_probes(num_probes) -> int | None:
     """A number of cells as Python's own, whichever library it is of. Raises `ValueError` unless it is a whole number
     of at least 1."""

@@ -7,7 +7,7 @@
 On CPUs use `torchrun`, since `accelerate launch --cpu` starts one process only.
 
 Images are a folder of image files, parquet or arrow files with an `image` column, or WebDataset tars.
-The encoder is the folder or Hub name of a SigLIP or CLIP vision model.
+The encoder is the folder or Hub name of a SigLIP, of a SigLIP 2 of a fixed size or of a CLIP.
 A build can be killed at any moment. The same command resumes it and writes the same bytes.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cli import at_least
+from ..encoders_unicode2 import ENCODER_DTYPES
 from ..files import make_folders, write_file
 from ..processes import agree, follow_launcher, join
 from ..record import held
@@ -58,7 +59,6 @@ from .storage import codebook_from_arrays, save_codebook
 NOT_RECORDED = ("output", "keep_work")
 # Features that the recall of the approximate search is measured on.
 NUM_MEASURED = 4096
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--images", required=True, help="folder, file or glob: images, parquet, arrow or WebDataset tars")
-    add("--encoder", required=True, help="SigLIP or CLIP vision encoder with its image processor")
+    add("--encoder", required=True, help="SigLIP, SigLIP 2 or CLIP with its image processor")
     add("--output", required=True, help="folder for the codebook and for the files of an unfinished build")
     add("--codebook-size", type=at_least(1), default=500_000)
     add("--num-cells", type=at_least(1), default=1000, help="coarse clusters")
@@ -79,7 +79,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--iterations", type=at_least(1), default=20, help="k-means iterations, of the cells and inside each cell")
     add("--polish", type=at_least(0), default=0, help="Lloyd passes over all features, across cell borders")
     add("--backend", choices=("faiss", "torch"), default="faiss", help="library for k-means")
-    add("--dtype", choices=DTYPES, default="float32", help="dtype of the encoder; it defines the codes")
+    add(
+        "--dtype",
+        choices=ENCODER_DTYPES,
+        default="float32",
+        help="dtype of the encoder, which defines the codes and which checkpoints keep (default: %(default)s)",
+    )
     add("--max-memory-gib", type=at_least(0.0), default=8.0, help="resident memory of one process")
     add(
         "--images-per-shard",
@@ -350,7 +355,7 @@ class Build:
         scope = f"nearest code of {cells} cells" if self.args.polish else "nearest code of the feature's cell"
         provenance["statistics_of"] = scope
         offsets = np.concatenate([[0], np.cumsum(self.shares)])
-        codebook = codebook_from_arrays(codes, centroids, offsets, previews)
+        codebook = codebook_from_arrays(codes, centroids, offsets, previews, self.args.dtype)
         sample = sample_features(self.reader.paths, NUM_MEASURED, self.args.seed + 1)
         codebook.probe_recall = compute_probe_recall(codebook, sample)
         provenance["probe_recall_of"] = f"{len(sample)} of the features that it was built from"

@@ -10,20 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoints import check_encoder_keys
+from ..encoders_unicode2 import count_patches, encode_patches, load_encoder
 from ..files import write_file
-from ..images_unicode2 import one_line
+from ..images_unicode2 import UniCode2ImageProcessor, one_line
 from ..loading_unicode2 import NOT_HASHED
 from .images import ImageSource
 
 # A build makes the files of these folders again when they are missing.
 MADE_AGAIN = ("features", "cells", "fine")
-CLIP_TYPES = ("clip", "clip_vision_model")
 
 
 class Encoder:
     r"""
-    A frozen `SiglipVisionModel` or `CLIPVisionModel` with its image processor.
+    A frozen encoder with its image processor, see `load_encoder`.
 
     Args:
         path (`str`): folder or Hub name of the encoder, or of a model that contains it.
@@ -31,35 +30,24 @@ class Encoder:
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where it runs.
 
     Raises:
-        `ValueError`: when the encoder does not exist or cannot be read.
+        `ValueError`: as `load_encoder` does.
     """
 
     def __init__(self, path: str, dtype: str = "float32", device="cpu"):
-        from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, SiglipVisionModel
-
-        try:
-            model_type = AutoConfig.from_pretrained(path).model_type
-            if model_type not in (*CLIP_TYPES, "siglip", "siglip_vision_model"):
-                raise ValueError(f"it is a {model_type} model; the encoder must be a SigLIP or CLIP vision model")
-            model_class = CLIPVisionModel if model_type in CLIP_TYPES else SiglipVisionModel
-            self.model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
-            check_encoder_keys(info, path)
-            self.model.eval().to(device)
-            # torchvision resizes otherwise, and checkpoints resize with Pillow
-            self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be used as an encoder: {str(error).strip().splitlines()[0]}") from error
+        self.model, image_processor = load_encoder(path, dtype)
+        self.model.to(device)
+        # The digests are of the stock settings.
+        self.pixel_settings = image_processor.to_dict()
+        self.image_processor = UniCode2ImageProcessor.adopt(image_processor)
         config = self.model.config
-        self.patch_size, self.dim = config.patch_size, config.hidden_size
-        self.num_patches = (config.image_size // config.patch_size) ** 2
+        self.patch_size, self.dim, self.num_patches = config.patch_size, config.hidden_size, count_patches(config)
         # An estimate for one image.
         self.activation_bytes = 4 * self.num_patches * (2 * config.intermediate_size + 8 * self.dim)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights in float32 and of the configurations of model and image processor."""
         digest = hashlib.sha256()
-        for config in (self.model.config.to_dict(), self.image_processor.to_dict()):
+        for config in (self.model.config.to_dict(), self.pixel_settings):
             kept = {key: value for key, value in config.items() if key not in NOT_HASHED and not key.startswith("_")}
             digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
@@ -81,12 +69,12 @@ class Encoder:
 
         pixel_values = torch.stack(pixel_values)
         with torch.no_grad():
-            hidden = self.model(pixel_values.to(self.model.device, self.model.dtype)).last_hidden_state
+            features = encode_patches(self.model, pixel_values.to(self.model.device)).last_hidden_state
         mean = torch.tensor(self.image_processor.image_mean)[:, None, None]
         std = torch.tensor(self.image_processor.image_std)[:, None, None]
         side = round(self.num_patches**0.5) * self.patch_size
         pixels = pixel_values[..., :side, :side].float() * std + mean
-        return hidden[:, -self.num_patches :].float().cpu().numpy(), pixels
+        return features.float().cpu().numpy(), pixels
 
 
 def read_batches(

@@ -315,7 +315,7 @@ def append_codes(codebook, new: np.ndarray, parents: np.ndarray, previews: np.nd
     offsets = np.concatenate([offsets, offsets[-1] + np.cumsum(counts)])
     if previews is not None:
         previews = np.concatenate([codebook.previews.numpy(), previews[order]])
-    return codebook_from_arrays(codes, centroids, offsets, previews), order
+    return codebook_from_arrays(codes, centroids, offsets, previews, codebook.encoder_dtype), order
 
 
 def mean_previews(fit: dict, codes: np.ndarray, new: np.ndarray, backend: Backend) -> np.ndarray:

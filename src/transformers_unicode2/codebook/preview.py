@@ -54,7 +54,7 @@ def preview(args: argparse.Namespace) -> None:
         if kept:
             previews[counts == 0] = codebook.previews.numpy()[counts == 0]
         recall, centroids, offsets = codebook.probe_recall, codebook.cell_centroids, codebook.cell_offsets
-        codebook = codebook_from_arrays(codebook.codes, centroids, offsets, previews)
+        codebook = codebook_from_arrays(codebook.codes, centroids, offsets, previews, codebook.encoder_dtype)
         codebook.probe_recall = recall
         provenance["previews"] = {"images": args.images, "num_images": len(source)}
         save_codebook(codebook, args.codebook, provenance)

@@ -29,7 +29,7 @@ images by
     unicode2 codebook build {options}
 
 **The encoder in {dtype} defines the ids**: another encoder or dtype gives other ids where two codes are about equally
-near. A checkpoint keeps the encoder and this codebook in float32.{added}
+near. A checkpoint keeps the encoder in {encoder_dtype} and this codebook in float32.{added}
 
 | of the features that it was built from ({scope}) | |
 | --- | ---: |
@@ -195,7 +195,9 @@ def load_encoder(folder: str | Path, codebook: UniCode2Codebook, path: str | Non
     return encoder
 
 
-def codebook_from_arrays(codes, cell_centroids, cell_offsets, previews=None) -> UniCode2Codebook:
+def codebook_from_arrays(
+    codes, cell_centroids, cell_offsets, previews=None, encoder_dtype: str = "float32"
+) -> UniCode2Codebook:
     """A codebook that shares the memory of the given arrays or tensors.
 
     Args:
@@ -203,10 +205,15 @@ def codebook_from_arrays(codes, cell_centroids, cell_offsets, previews=None) -> 
         cell_centroids: float32 `(num_cells, codebook_dim)`.
         cell_offsets: int64 `(num_cells + 1,)`.
         previews: uint8 `(codebook_size, side, side, 3)`, or `None`.
+        encoder_dtype: see `UniCode2CodebookConfig`.
     """
     side = 0 if previews is None else previews.shape[1]
     config = UniCode2CodebookConfig(
-        codebook_size=len(codes), codebook_dim=codes.shape[1], num_cells=len(cell_centroids), preview_size=side
+        codebook_size=len(codes),
+        codebook_dim=codes.shape[1],
+        num_cells=len(cell_centroids),
+        preview_size=side,
+        encoder_dtype=encoder_dtype,
     )
     codebook = UniCode2Codebook(config)
     arrays = {"codes": codes, "cell_centroids": cell_centroids, "cell_offsets": cell_offsets, "previews": previews}
