@@ -2,18 +2,20 @@
 
 import hashlib
 import json
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 @contextmanager
 def serve_hub(repositories: dict[str, dict[str, Path]]):
     """Serves `{"org/name": {revision: folder}}`; yields the URL for `HF_ENDPOINT` and the list of requested paths.
 
-    A revision is known by its name and by a commit, the hash of repository and name.
+    A name that begins with `datasets/` is that of a data set. A revision is known by its name and by a commit, the hash
+    of repository and name.
     """
     asked = []
     Handler = type("Handler", (HubHandler,), {"repositories": repositories, "asked": asked})
@@ -38,20 +40,36 @@ class HubHandler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer(with_body=True)
 
+    def do_POST(self):
+        self.answer(with_body=True)
+
+    def find_paths(self, folder: Path) -> list[dict]:
+        """Those of the paths in the body of a request that are there."""
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+        return [entry for entry in list_tree(folder, folder, True) if entry["path"] in asked]
+
     def answer(self, with_body: bool):
         path = unquote(urlsplit(self.path).path)
         self.asked.append(path)
         for name, revisions in self.repositories.items():
             for revision, folder in revisions.items():
                 commit = hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
+                api = f"/api/{name}" if name.startswith("datasets/") else f"/api/models/{name}"
                 for alias in (revision, commit):
                     if path.startswith(f"/{name}/resolve/{alias}/"):
                         return self.send_file(folder / path.split(f"/resolve/{alias}/")[1], commit, with_body)
-                    if path == f"/api/models/{name}/tree/{alias}":
-                        return self.send_json(list_files(folder), commit)
-                    is_default = path == f"/api/models/{name}" and revision == "main"
-                    if is_default or path == f"/api/models/{name}/revision/{alias}":
-                        files = [{"rfilename": item["path"]} for item in list_files(folder)]
+                    if path == f"{api}/paths-info/{alias}":
+                        return self.send_json(self.find_paths(folder), commit)
+                    if f"{path}/".startswith(f"{api}/tree/{alias}/"):
+                        below = folder / path.removeprefix(f"{api}/tree/{alias}").lstrip("/")
+                        if not below.is_dir():
+                            return self.send_error_code("EntryNotFound")
+                        return self.send_json(list_tree(folder, below, "recursive=true" in self.path.lower()), commit)
+                    is_default = path == api and revision == "main"
+                    if is_default or path == f"{api}/revision/{alias}":
+                        listed = [item["path"] for item in list_tree(folder, folder, True) if item["type"] == "file"]
+                        files = [{"rfilename": name} for name in listed]
                         return self.send_json({"id": name, "sha": commit, "siblings": files}, commit)
         is_known = any(name in path for name in self.repositories)
         self.send_error_code("EntryNotFound" if is_known else "RepoNotFound")
@@ -60,8 +78,11 @@ class HubHandler(BaseHTTPRequestHandler):
         if not file.is_file():
             return self.send_error_code("EntryNotFound")
         content = file.read_bytes()
-        self.send_response(200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked:
+            content = content[int(asked[1]) : int(asked[2]) + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("ETag", f'"{hashlib.sha256(file.read_bytes()).hexdigest()}"')
         self.send_header("X-Repo-Commit", commit)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -75,7 +96,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", commit)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def send_error_code(self, code: str):
@@ -88,10 +109,14 @@ class HubHandler(BaseHTTPRequestHandler):
         pass
 
 
-def list_files(folder: Path) -> list[dict]:
-    """Files of a folder as the Hub's tree route lists them."""
+def list_tree(root: Path, folder: Path, recursive: bool) -> list[dict]:
+    """Files and folders in a folder of a repository as the Hub's tree route lists them."""
     return [
-        {"type": "file", "path": str(file.relative_to(folder)), "size": file.stat().st_size, "oid": "0" * 40}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        {
+            "type": "file" if path.is_file() else "directory",
+            "path": str(path.relative_to(root)),
+            "size": path.stat().st_size if path.is_file() else 0,
+            "oid": hashlib.sha1(path.read_bytes() if path.is_file() else b"").hexdigest(),
+        }
+        for path in sorted(folder.rglob("*") if recursive else folder.glob("*"))
     ]

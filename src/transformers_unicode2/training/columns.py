@@ -2,21 +2,30 @@
 
 from itertools import islice
 
+from .hub_rows import HubRows
 from .tables import Tables
 from .templates import Task
 
 IMAGE_COLUMNS = (
     *("image", "images", "file_name", "img", "picture", "photo", "image_path", "img_path", "image_file"),
-    *("file", "path"),
+    *("file_names", "file", "path"),
 )
 # Columns of a WebDataset, of which a row has one.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 CAPTION_COLUMNS = ("caption", "text", "txt", "captions", "description", "prompt", "title")
+# Formats of rows, and the columns that tell one.
+FORMATS = {
+    "llava": ("conversations",),
+    "messages": ("messages",),
+    "journeydb": ("img_path", "prompt"),
+    "questions": ("questions", "answers"),
+    "captions": (),
+}
 # Rows that a format is recognised by.
 NUM_FIRST = 32
 
 
-def find_columns(table: Tables, data: str) -> dict:
+def find_columns(table: Tables | HubRows, data: str) -> dict:
     """The columns of the first rows, each with a value where one has one.
 
     Raises `ValueError` when there are no rows, or none that can be read.
@@ -57,19 +66,29 @@ def find_caption_column(columns: dict) -> str | None:
 
 def recognize(columns: dict, image_columns: tuple[str, ...], task: Task | None, data: str) -> str:
     """The format of rows with these columns. Raises `ValueError` when it could be several, or none."""
-    chats = [format for format, name in (("llava", "conversations"), ("messages", "messages")) if name in columns]
+    found = [name for name, needed in FORMATS.items() if needed and set(needed) <= columns.keys()]
+    chats = [name for name in found if name in ("llava", "messages")]
     if len(chats) > 1:
         raise ValueError(f"{data} has the columns conversations and messages; say --format llava or messages.")
-    if chats:
-        return chats[0]
-    if {"img_path", "prompt"} <= columns.keys():
-        return "journeydb"
-    if not image_columns:
+    if chats or "journeydb" in found:
+        return [*chats, "journeydb"][0]
+    if not image_columns and (task is None or "image" in task.find_names()):
         raise ValueError(
             f"{data} has the columns {', '.join(columns)}, none of them known to hold chats or images; name it by "
             "--image-column."
         )
-    return "questions" if {"questions", "answers"} <= columns.keys() and task is None else "captions"
+    return "questions" if "questions" in found and task is None else "captions"
+
+
+def check_format(format: str, columns: dict, data: str) -> None:
+    """Raises `ValueError` unless there is such a format and its columns are there."""
+    if format not in FORMATS:
+        raise ValueError(f"--format is {format}; it must be one of {', '.join(FORMATS)}.")
+    missing = [name for name in FORMATS[format] if name not in columns]
+    if missing:
+        raise ValueError(
+            f"--format {format} needs the column {missing[0]}, and {data} has the columns {', '.join(columns)}."
+        )
 
 
 def check_columns(task: Task, columns: dict, image_columns: tuple, has_caption: bool, data: str) -> None:

@@ -2,25 +2,30 @@
 
 import glob
 import os
+import re
 from pathlib import Path
 
 from ..images_unicode2 import one_line
 from ..record import check_finished
-from .tables import ArrowTable, CaptionList, CsvTable, JsonTable, Tables, TextFiles, is_image
+from .hub_rows import HubRows
+from .tables import ArrowTable, CaptionList, CsvTable, JsonTable, Tables, TarTable, TextFiles, is_image
 
 KINDS = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz"), JsonTable),
     **dict.fromkeys((".csv", ".tsv"), CsvTable),
     **dict.fromkeys((".parquet", ".arrow"), ArrowTable),
+    ".tar": TarTable,
 }
 # Tables that name the images beside them.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.tsv")
 # Files of other programs' that are no data.
 NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json")
+# Of a data set, with a configuration or a split behind it.
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:|$)")
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 
 
-def open_table(data: str, split: str, streaming: bool) -> Tables:
+def open_table(data: str, split: str, streaming: bool) -> Tables | HubRows:
     """
     The rows that `data` names, see `open_source`.
 
@@ -33,8 +38,10 @@ def open_table(data: str, split: str, streaming: bool) -> Tables:
         return Tables(find_tables(place, split), place)
     files = [place] if place.is_file() else sorted(map(Path, glob.glob(data, recursive=True)))
     files = [file for file in files if file.is_file()]
+    if not files and HUB_NAME.match(data) and find_suffix(place) not in KINDS:
+        return HubRows(data, split, streaming)
     if not files:
-        raise ValueError(f"There is no file or folder {data}.")
+        raise ValueError(f"There is no file or folder {data}, and a data set of the Hub is not named so.")
     return Tables(open_files(files, data), Path(os.path.commonpath([file.parent for file in files])))
 
 
@@ -73,24 +80,32 @@ def is_caption_list(file: Path) -> bool:
 
 def find_tables(folder: Path, split: str) -> list:
     """The tables of one split in a folder: those with metadata of images, else those of one kind, else texts."""
-    files = sorted(
-        Path(place, name)
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not any(part.startswith(".") for part in Path(place, name).relative_to(folder).parts)
-    )
+    files = list_files(folder)
     tables = [file for file in files if find_suffix(file) in KINDS and file.name not in NO_DATA]
     tables = [file for file in tables if file.name.lower() in METADATA] or tables
     if tables:
         return open_files(choose_split(tables, folder, split), str(folder))
     images = choose_split([file for file in files if is_image(file)], folder, split)
     texts = TextFiles(folder, images)
-    if not len(texts):
+    if not texts.texts:
         raise ValueError(
             f"{folder} has {len(images)} images and no texts: it needs a table ({', '.join(KINDS)}), one of "
             f"{', '.join(METADATA)}, or a .txt of the same name beside each image."
         )
     return [texts]
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Files in a folder and those that its links lead to, sorted, without hidden ones. Each folder is visited once."""
+    seen, files = set(), []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def choose_split(files: list[Path], folder: Path, split: str) -> list[Path]:

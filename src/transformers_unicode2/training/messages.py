@@ -10,13 +10,18 @@ ROLES = {
     **{"chatgpt": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "function": "tool"},
     "observation": "tool",
 }
+# Who may speak after whom.
+FOLLOWS = {
+    **{None: ("system", "user"), "system": ("system", "user"), "user": ("assistant",)},
+    **{"assistant": ("user", "tool"), "tool": ("tool", "assistant", "user")},
+}
 # Entries of a message that chat templates know beside its role and content.
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
 def parse_cell(value):
     """A list that a table keeps as JSON in a text, or the value as it is. Raises `ValueError` on damaged JSON."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+    if not isinstance(value, str) or not (value.lstrip().startswith("[") and value.rstrip().endswith("]")):
         return value
     try:
         return json.loads(value)
@@ -24,14 +29,14 @@ def parse_cell(value):
         raise ValueError(f"{value!r:.60} is no JSON ({error})") from error
 
 
-def read_messages(turns: list[dict], images: list) -> list[dict]:
+def read_messages(turns: list[dict], images: list) -> tuple[list[dict], list]:
     """
-    Turns as people write them to messages whose contents are lists of parts.
+    Turns as people write them to messages whose contents are lists of parts, and the images of the chat.
 
     Args:
         turns: of LLaVA (`from` and `value`) or TRL (`role` and `content`).
-        images: of the row; those that parts carry themselves are added to it. Without any place for an image in a
-            chat of TRL's, they come first in the first turn of the user, as in TRL.
+        images: of the row. They may be in the parts instead. In a chat of TRL's without places for them, they come
+            first in the first turn of the user, as in TRL.
 
     Raises:
         `ValueError`: on a role or a content that is none.
@@ -52,14 +57,13 @@ def read_messages(turns: list[dict], images: list) -> list[dict]:
         messages.append({"role": ROLES[str(role).lower()], "content": parts, **kept})
     if carried and images:
         raise ValueError(f"it has {len(images)} images in its column and {len(carried)} in its parts")
-    images += carried
     strings = all(isinstance(turn.get("content"), str) for turn in turns)
     places = [part for message in messages for part in message["content"] if part["type"] == "image"]
     if images and not places and strings:
         asked = next((message for message in messages if message["role"] == "user"), None)
         if asked:
             asked["content"][:0] = [{"type": "image"} for _ in images]
-    return messages
+    return messages, images or carried
 
 
 def split_markers(text: str) -> list[dict]:
@@ -97,18 +101,18 @@ def check_messages(messages: list[dict], num_images: int) -> None:
     """Raises `ValueError` unless messages are a chat with an answer and a place for each image."""
     places = sum(part["type"] == "image" for message in messages for part in message["content"])
     if places != num_images:
-        raise ValueError(f"it has places for {places} images, and {num_images} images")
+        raise ValueError(f"it has {places} places for images and {num_images} images")
     before = None
     for number, message in enumerate(messages, 1):
         role, parts = message["role"], message["content"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         if not any(text.strip() for text in texts) and len(texts) == len(parts) and "tool_calls" not in message:
             raise ValueError(f"turn {number} of {len(messages)}, by {role}, is empty")
-        if any(not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text) for text in texts):
-            raise ValueError(f"turn {number} has half a character, which UTF-8 cannot write")
-        follows = {None: ("system", "user"), "system": ("system", "user"), "user": ("assistant",)}
-        follows |= {"assistant": ("user", "tool"), "tool": ("tool", "assistant", "user")}
-        if role not in follows[before]:
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"turn {number} has half a character, which UTF-8 cannot write") from None
+        if role not in FOLLOWS[before]:
             raise ValueError(f"turn {number}, by {role}, follows {f'one by {before}' if before else 'nothing'}")
         before = role
     if not any(message["role"] == "assistant" for message in messages):

@@ -14,20 +14,25 @@ image parts. An image in a user's turn is read, one in the assistant's is drawn.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..image_tables import find_file, read_cell
 from ..images_unicode2 import URLS, decode_image, load_image, one_line
-from .columns import check_columns, find_caption_column, find_columns, find_image_columns, recognize
+from .columns import check_columns, check_format, find_caption_column, find_columns, find_image_columns, recognize
 from .folders import open_table
+from .hub_rows import HubRows, find_stored
 from .messages import check_messages, parse_cell, read_messages
 from .tables import Tables
 from .templates import CAPTION_PROMPT, USUAL, Task, build_chat
 
-FORMATS = ("llava", "messages", "journeydb", "questions", "captions")
+# Columns of chats with their images.
+CHAT_IMAGES = ("images", "image", "file_names", "file_name")
+# Characters of a text that are shown.
+SHOWN = 300
+# Columns of chats about something else.
+NOT_READ = ("video", "videos", "audio", "audios")
 
 
 class RowError(ValueError):
@@ -62,18 +67,19 @@ class Source:
 
     Args:
         name (`str`): as the user gave it.
-        format (`str`): one of `FORMATS`.
-        table (`Tables`): the rows as they are stored.
+        format (`str`): one of `columns.FORMATS`.
+        table (`Tables` or `HubRows`): the rows as they are stored.
         image_root (`Path`, *optional*): folder of the images; by default that of the file which names them.
         task (`Task`, *optional*): what is made of a row that is no chat yet.
-        image_columns (`tuple[str]`): columns with images, of which a row without a chat has one.
+        image_columns (`tuple[str]`): columns with images. A chat has those of the first that is filled; a row that is
+            no chat yet has one image in one of them.
         caption_column (`str`, *optional*): what `{caption}` stands for.
         caption_prompt (`str`): what `{caption_prompt}` stands for.
     """
 
     name: str
     format: str
-    table: Tables
+    table: Tables | HubRows
     image_root: Path | None = None
     task: Task | None = None
     image_columns: tuple[str, ...] = ()
@@ -117,8 +123,10 @@ class Source:
     def convert(self, number: int, row: dict, folder: Path | None) -> Row:
         """The chat of a row. Raises `ValueError` when it makes none."""
         if self.format in ("llava", "messages"):
-            images = list_images(row)
-            messages = read_messages(row["conversations" if self.format == "llava" else "messages"], images)
+            if any(row.get(name) for name in NOT_READ):
+                raise ValueError(f"it has a column {' or '.join(NOT_READ)}, which is not read")
+            turns = row.get("conversations" if self.format == "llava" else "messages")
+            messages, images = read_messages(turns, list_images(row, self.image_columns))
         else:
             messages = build_chat(self.name_caption(row, number), number, self.task, self.caption_prompt)
             count = sum(part["type"] == "image" for message in messages for part in message["content"])
@@ -128,7 +136,7 @@ class Source:
 
     def name_caption(self, row: dict, number: int) -> dict:
         """The row with its caption in the column `caption`. Of several captions, rows take another one in turn."""
-        if self.format == "journeydb":
+        if self.format == "journeydb" and self.caption_column is None:
             about = row.get("Task2")
             return {**row, "caption": (about.get("Caption") if isinstance(about, dict) else None) or row.get("prompt")}
         if self.caption_column is None:
@@ -148,7 +156,7 @@ class Source:
         return found[0]
 
 
-def list_images(row: dict, columns: tuple[str, ...] = ("images", "image")) -> list:
+def list_images(row: dict, columns: tuple[str, ...]) -> list:
     """The values of the images in the first of these columns that has some."""
     for name in columns:
         value = parse_cell(row.get(name))
@@ -164,7 +172,7 @@ def find_image(value, folder: Path | None) -> dict:
 
     Args:
         value: of a cell, see `image_tables.read_cell`.
-        folder: that a path is relative to, and stays inside unless it is absolute.
+        folder: that a path is relative to, and stays inside unless it is absolute. Without one, see `find_stored`.
 
     Raises:
         `MissingFileError`: when there is no such file. `ValueError`: when there is no image.
@@ -172,10 +180,10 @@ def find_image(value, folder: Path | None) -> dict:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value:
-        folder = Path(os.sep) if folder is None and os.path.isabs(value) else folder
         path = find_file(value, folder, absolute=True)
-        if path is not None:
-            return {"path": path, "bytes": None}
+        found = find_stored(value) if folder is None else path and {"path": path, "bytes": None}
+        if found:
+            return found
     try:
         return {"path": None, "bytes": read_cell(value, folder, absolute=True)}
     except ValueError as error:
@@ -206,7 +214,7 @@ def open_source(
 
     Args:
         data: a file, a folder or a glob; or the name of a data set, `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`.
-        format: one of `FORMATS`, by default recognised by the columns.
+        format: one of `columns.FORMATS`, by default recognised by the columns.
         image_root: folder that the paths of images are relative to.
         task: what to make of rows that are no chats; by default the questions that rows have, or `read`.
         split: of a folder or data set with several.
@@ -218,8 +226,6 @@ def open_source(
     Raises:
         `ValueError`: when there is no such data, or it cannot be told what its rows are.
     """
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"--format is {format}; it must be one of {', '.join(FORMATS)}.")
     if image_root is not None and not Path(image_root).is_dir():
         raise ValueError(f"--image-root {image_root} is no folder.")
     table = open_table(data, split, streaming)
@@ -227,13 +233,15 @@ def open_source(
     for option, column in (("image", image_column), ("caption", caption_column)):
         if column is not None and column not in columns:
             raise ValueError(f"--{option}-column is {column}, and {data} has the columns {', '.join(columns)}.")
-    image_columns = (image_column,) if image_column else find_image_columns(columns)
+    given = (image_column,) if image_column else ()
+    image_columns = given or find_image_columns(columns)
     format = format or recognize(columns, image_columns, task, data)
+    check_format(format, columns, data)
     root = Path(image_root) if image_root else None
     if format in ("llava", "messages"):
-        return Source(data, format, table, root)
+        return Source(data, format, table, root, image_columns=given or CHAT_IMAGES)
     if format == "journeydb":
-        image_columns, caption_column = ("img_path",), None
+        image_columns = given or ("img_path",)
     elif format == "captions":
         caption_column = caption_column or find_caption_column(columns)
     task = task or Task(**USUAL["questions" if format == "questions" else "read"])
@@ -252,6 +260,7 @@ def describe(source: Source) -> str:
     for message in first.messages:
         parts = message["content"]
         texts = [one_line(p["text"]) if p["type"] == "text" else name_image(next(images)) for p in parts]
+        texts = [text if len(text) <= SHOWN else f"{text[:SHOWN]}..." for text in texts]
         lines.append(f"  {message['role']}: {' '.join(texts)}")
     return "\n".join(lines)
 

@@ -9,20 +9,25 @@ import csv
 import gzip
 import json
 import os
+import posixpath
 import re
 import sys
+import zlib
 from array import array
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from json import JSONDecodeError, JSONDecoder
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
 from ..image_tables import named, open_arrow
 from ..images_unicode2 import FORMATS, one_line
 from ..record import hash_file
+from ..tar_members import find_place, follow, read_members
+from ..tar_members import named as named_tar
 
 # Characters of a JSON array that are read at a time.
 CHUNK = 2**20
@@ -30,6 +35,8 @@ CHUNK = 2**20
 BATCH = 32
 BETWEEN = re.compile(r"\s*,?\s*")
 BOM = b"\xef\xbb\xbf"
+# Suffixes of the texts of a WebDataset.
+TEXTS = ("txt", "text", "caption")
 
 
 class JsonTable:
@@ -48,12 +55,15 @@ class JsonTable:
     def places(self) -> tuple[array, array]:
         """First and last offsets of the rows, in bytes."""
         starts, ends = array("Q"), array("Q")
-        with self.open() as content:
-            head = content.read(CHUNK).removeprefix(BOM).lstrip()[:1]
-            content.seek(0)
-            for start, end in find_items(content, self.file) if head == b"[" else find_lines(content):
-                starts.append(start)
-                ends.append(end)
+        try:
+            with self.open() as content:
+                head = content.read(CHUNK).removeprefix(BOM).lstrip()[:1]
+                content.seek(0)
+                for start, end in find_items(content, self.file) if head == b"[" else find_lines(content):
+                    starts.append(start)
+                    ends.append(end)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{one_line(str(self.file))} cannot be read: {error}.") from error
         return starts, ends
 
     def __len__(self) -> int:
@@ -195,7 +205,8 @@ class TextFiles:
     """Images of a folder, each with a text file of the same name beside it."""
 
     def __init__(self, folder: Path, images: list[Path]):
-        self.file, self.images = folder, [image for image in images if image.with_suffix(".txt").is_file()]
+        self.file, self.images = folder, images
+        self.texts = [image.with_suffix(".txt") for image in images if image.with_suffix(".txt").is_file()]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -206,7 +217,76 @@ class TextFiles:
                 text = image.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
                 yield {"file_name": str(image.relative_to(self.file)), "caption": text}
             except (OSError, UnicodeDecodeError) as error:
-                yield ValueError(f"{one_line(str(image.with_suffix('.txt')))} cannot be read ({error})")
+                yield ValueError(f"the text of {one_line(image.name)} cannot be read ({error})")
+
+
+class TarTable:
+    """Samples of a WebDataset tar: members one after the other whose names are the same up to their first dot.
+
+    A row has the images of a sample in the column `images`, its texts by their suffixes, and the entries of its JSON.
+    Raises `ValueError` on a tar that cannot be read in full.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.find_samples())
+
+    def read(self, start: int = 0) -> Iterator[dict | ValueError]:
+        with open(self.file, "rb") as tar:
+            for sample in islice(self.find_samples(), start, None):
+                yield read_sample(tar, sample)
+
+    def find_samples(self) -> Iterator[dict[str, tuple[int, int] | None]]:
+        """Yields the places of the members of each sample, by the suffixes of their names."""
+        places, sample, key = {}, {}, None
+        with named_tar(self.file):
+            for member in read_members(self.file):
+                name = posixpath.normpath(member.name)
+                places[name] = find_place(member, places)
+                folder, _, base = name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                is_hidden = any(part.startswith(".") for part in name.split("/"))
+                if is_hidden or not suffix or not (member.isfile() or member.issym() or member.islnk()):
+                    continue
+                if sample and (key != (folder, stem) or suffix.lower() in sample):
+                    yield sample
+                    sample = {}
+                key = folder, stem
+                sample[suffix.lower()] = follow(name, places[name], places)[1]
+        if sample:
+            yield sample
+
+
+def read_sample(tar: BinaryIO, sample: dict[str, tuple[int, int] | None]) -> dict | ValueError:
+    """The row of a sample, see `TarTable`."""
+    row, images = {}, []
+    for suffix, place in sample.items():
+        kind = suffix.rsplit(".", 1)[-1]
+        if kind not in ("json", *TEXTS) and not is_image(Path(f"x.{kind}")):
+            continue
+        if place is None:
+            return ValueError(f"its .{suffix} is a link to nothing, or stored in a form that is not read")
+        tar.seek(place[0])
+        content = tar.read(place[1])
+        if kind not in ("json", *TEXTS):
+            images.append(content)
+            continue
+        entry = parse_object(content) if kind == "json" else parse_text(content, suffix)
+        if isinstance(entry, ValueError):
+            return ValueError(f"its .{suffix}: {entry}")
+        row |= entry
+    if images:
+        row.pop("image", None)
+    return {**row, "images": images}
+
+
+def parse_text(content: bytes, name: str) -> dict | ValueError:
+    try:
+        return {name: content.decode("utf-8-sig").strip()}
+    except UnicodeDecodeError as error:
+        return ValueError(str(error))
 
 
 class Tables:
@@ -241,7 +321,7 @@ class Tables:
 
     def list_versions(self) -> list[str]:
         """Names and SHA-256 of the files that texts are in."""
-        texts = [image.with_suffix(".txt") for t in self.tables if isinstance(t, TextFiles) for image in t.images]
+        texts = [text for table in self.tables if isinstance(table, TextFiles) for text in table.texts]
         files = texts or [table.file for table in self.tables]
         return [f"{one_line(str(file.relative_to(self.folder)))} {hash_file(file)}" for file in files]
 
