@@ -200,17 +200,17 @@ def tokenize(folder: Path, model: Path, output: Path) -> list[list[int]]:
 
     words = ["--data", str(folder), "--model", str(model), "--output", str(output)]
     command.main(command.make_parser().parse_args(words))
-    return parquet.read_table(output / "train-0.parquet").to_pydict()["codes"]
+    return parquet.read_table(output / "train-00000.parquet").to_pydict()["codes"]
 
 
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ([picture(0), None], r"train-0.parquet row 1: there is no image"),
-        ([picture(0), b"\xff\xd8 broken"], r"row 1: The file \(9 bytes\) cannot be read as an image"),
-        (["0.png", "../0.png"], "row 1: ../0.png is outside the table's folder"),
-        (["0.png", "nowhere.png"], "row 1: There is no image file nowhere.png"),
-        ([1, 2], "has a column image of int64"),
+        ([picture(0), None], "data row 1: it has 0 images"),
+        ([picture(0), b"\xff\xd8 broken"], r"data row 1: The file \(9 bytes\) cannot be read as an image"),
+        (["0.png", "../0.png"], "data row 1: ../0.png is outside the table's folder"),
+        (["0.png", "nowhere.png"], "data row 1: there is no image file nowhere.png"),
+        ([1, 2], "2 of 2 rows cannot be used"),
     ],
 )
 def test_tokenize_names_the_row_that_cannot_be_read(tmp_path, tiny_checkpoint, cells, message):

@@ -416,7 +416,7 @@ def test_tokenize_makes_the_codes_of_the_model(by_path, tiny_checkpoint, tiny_mo
     parquet.write_table(pa.table({"image": pa.array(images, kind), "caption": list(PICTURES)}), table)
     words = ["--data", str(folder), "--model", str(tiny_checkpoint), "--output", str(tmp_path)]
     tokenize.main(tokenize.make_parser().parse_args([*words, "--batch-size", str(len(images))]))
-    codes = torch.tensor(parquet.read_table(tmp_path / "train-0.parquet")["codes"].to_pylist())
+    codes = torch.tensor(parquet.read_table(tmp_path / "train-00000.parquet")["codes"].to_pylist()).squeeze(1)
     assert torch.equal(codes, tiny_model.get_quantizer().encode_images(pixels))
     rows = data.load_images(str(folder))
     collated = data.pixel_collator([rows[n] for n in range(len(images))])["pixel_values"]

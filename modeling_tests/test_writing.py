@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 from kills import read
 from PIL import Image
 from safetensors.torch import save_file
@@ -62,24 +63,34 @@ def place(tmp_path_factory, tiny_checkpoint, processor):
     )
     commands = {
         "scenes": "--num-scenes 16 --output {}",
-        "tokenize": f"--data {folder}/scenes --model {folder}/model --output {{}}",
+        "tokenize": f"--data {folder}/scenes --model {folder}/model --rows-per-shard 6 --output {{}}",
         "codebook build": f"--images {folder}/images --encoder {folder}/encoder --codebook-size 24 --num-cells 2 "
         "--iterations 2 --images-per-shard 2 --output {}",
         "codebook grow": f"{folder}/codebook_build --images {folder}/images --add 8 --output {{}}",
         "init": f"--llm {folder}/llm --vision {folder}/encoder --codebook {folder}/codebook_build --output {{}}",
         "assemble": f"--model {tiny_checkpoint} --mapper {tiny_checkpoint}/condition_mapper "
         f"--decoder {tiny_checkpoint} --image-size 64 --output {{}}",
-        "sft": f"--config {RECIPES}/unicode2-tiny/stage2.yaml --model {folder}/model --data {folder}/tokenize "
+        "sft": f"--config {folder}/sft.yaml --model {folder}/model "
         f"--per_device_train_batch_size 2 --warmup_steps 1 {training}",
         "mapper": f"--config {folder}/mapper.yaml --data {folder}/scenes --tokens {folder}/tokenize "
         f"--model {folder}/model --image_prompts {folder}/image_prompts "
         "--contrastive_weight 0 --flow_matching_weight 0 --regression_weight 1 "
         f"--per_device_train_batch_size 2 {training}",
     }
+    recipe = yaml.safe_load((RECIPES / "unicode2-tiny/stage2.yaml").read_text())
+    recipe["datasets"] = [{"path": str(folder / "tokenize")}]
+    (folder / "sft.yaml").write_text(json.dumps(recipe))
     change_codes(folder / "model", folder / "other_codes")
     for command in ("scenes", "tokenize", "codebook build"):
         assert execute(command, commands[command], folder / command.replace(" ", "_"))[0] == 0
     return folder, commands
+
+
+def train_on(data: Path, place: tuple, recipe: Path) -> str:
+    """The words of the stage with another data set, named in a new recipe."""
+    folder, commands = place
+    recipe.write_text((folder / "sft.yaml").read_text().replace(str(folder / "tokenize"), str(data)))
+    return commands["sft"].replace(f"{folder}/sft.yaml", str(recipe))
 
 
 def change_codes(model: Path, output: Path) -> None:
@@ -351,33 +362,27 @@ def test_a_disk_that_cannot_be_written_to_is_named_and_what_is_finished_there_is
     assert "is finished; nothing to do" in capsys.readouterr().out
 
 
-def test_data_that_changed_are_refused_and_added_files_are_tokenized(place, wanted, tmp_path):
+def test_data_that_changed_are_refused(place, wanted, tmp_path):
     folder, commands = place
     data, output = tmp_path / "data", tmp_path / "tokens"
     data.mkdir()
     shutil.copy(folder / "scenes" / "train-00000.parquet", data)
     words = commands["tokenize"].replace(str(folder / "scenes"), str(data))
     assert execute("tokenize", words, output) == (0, "")
-    first = (output / "train-00000.parquet").read_bytes()
     # The place of the data does not matter.
-    assert first == wanted("tokenize")[0]["train-00000.parquet"]
+    assert read(output) == wanted("tokenize")[0]
     assert execute("scenes", "--num-scenes 4 --seed 3 --output {}", tmp_path / "more") == (0, "")
-    shutil.copy(tmp_path / "more" / "train-00000.parquet", data / "train-00001.parquet")
-    assert execute("tokenize", words, output) == (0, "")
-    assert (output / "train-00000.parquet").read_bytes() == first and len(read(output)) == 2
-    shutil.copy(tmp_path / "more" / "train-00000.parquet", data / "train-00000.parquet")
-    code, said = execute("tokenize", words, output)
-    assert code == 2 and "data train-00000.parquet was " in said
-    (data / "train-00001.parquet").unlink()
-    assert "data train-00001.parquet was " in execute("tokenize", words, output)[1]
+    for name in ("train-00001.parquet", "train-00000.parquet"):
+        shutil.copy(tmp_path / "more" / "train-00000.parquet", data / name)
+        code, said = execute("tokenize", words, output)
+        assert code == 2 and "was begun with something else (data 1 was " in said
+        assert read(output) == wanted("tokenize")[0]
     # As after a copy of the visible files. Each of them records what made it.
     shutil.rmtree(output / ".unicode2")
-    code, said = execute("sft", commands["sft"].replace(str(folder / "tokenize"), str(output)), tmp_path / "stage")
-    assert code == 0
-    code, said = execute(
-        "mapper", commands["mapper"].replace(str(folder / "tokenize"), str(output)), tmp_path / "mapper"
-    )
-    assert code == 2 and "was not made of train-00001.parquet" in said
+    assert execute("sft", train_on(output, place, tmp_path / "sft.yaml"), tmp_path / "stage") == (0, "")
+    words = commands["mapper"].replace(str(folder / "tokenize"), str(output)).replace(str(folder / "scenes"), str(data))
+    code, said = execute("mapper", words, tmp_path / "mapper")
+    assert code == 2 and f"{output} was not made of what {data} holds now" in said
 
 
 def test_codes_and_a_codebook_of_others_are_refused(place, tmp_path):
@@ -417,27 +422,28 @@ def test_what_is_not_finished_is_no_input(place, tmp_path):
         record = {"made_of": {"command": "x y"}, "finished": False, "files": {}}
         (copy / ".unicode2").mkdir(exist_ok=True)
         (copy / ".unicode2" / f"{part}.json").write_text(json.dumps(record))
-        code, said = execute(command, commands[command].replace(str(folder / name), str(copy)), tmp_path / "output")
+        words = commands[command].replace(str(folder / name), str(copy))
+        words = train_on(copy, place, tmp_path / "sft.yaml") if name == "tokenize" else words
+        code, said = execute(command, words, tmp_path / "output")
         assert code == 2 and "is not finished; run `x y` again" in said, said
 
 
 def test_codes_that_are_none_of_the_model_are_refused(place, tmp_path):
     from datasets import Dataset
 
-    folder, commands = place
-    texts = {"caption": "a", "dense_caption": "b", "questions": ["q"], "answers": ["a"]}
+    messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": []}]
     for codes, sentence in (
-        ([8192] * 64, "has codes from 8192 to 8192"),
-        ([-1] * 64, "has codes from -1 to -1"),
-        ([0] * 63, "Row 0 of .* has 63 codes; an image has 64"),
-        ([0.5] * 64, "lists of integers"),
-        (None, "lists of integers"),
+        ([[8192] * 64], "has codes from 8192 to 8192"),
+        ([[-1] * 64], "has codes from -1 to -1"),
+        ([[0] * 64, [0] * 63], "Row 0 of .* has an image of 63 codes; an image has 64"),
+        ([[0.5] * 64], "a list of integers for each image"),
+        ([0] * 64, "a list of integers for each image"),
+        (None, "a list of integers for each image"),
     ):
         data = tmp_path / sentence[:3].strip()
         data.mkdir(exist_ok=True)
-        Dataset.from_list([{**texts, "codes": codes}]).to_parquet(str(data / "train-0.parquet"))
-        words = commands["sft"].replace(str(folder / "tokenize"), str(data))
-        code, said = execute("sft", words, tmp_path / "output")
+        Dataset.from_list([{"messages": messages, "codes": codes}]).to_parquet(str(data / "train-0.parquet"))
+        code, said = execute("sft", train_on(data, place, tmp_path / "sft.yaml"), tmp_path / "output")
         assert code == 2
         assert re.search(sentence, said), said
     assert not (tmp_path / "output").exists()
@@ -562,7 +568,7 @@ def test_a_stage_refuses_what_it_does_not_follow(option, place, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["sft", "mapper", "assemble", "init"])
+@pytest.mark.parametrize("command", ["sft", "mapper", "assemble", "init", "tokenize"])
 def test_twenty_kills_while_a_command_writes_all_go_on_to_the_same_bytes(command, place, wanted, tmp_path):
     wanted("tokenize")
     script, environment = Path(__file__).with_name("kills.py"), {**os.environ, "OMP_NUM_THREADS": "1"}

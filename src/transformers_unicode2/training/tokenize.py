@@ -16,15 +16,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoints import check_checkpoint
+from ..checkpoints import check_checkpoint, check_name
 from ..cli import at_least
 from ..files import explained, make_folders, remove, write_file
 from ..images_unicode2 import one_line
 from ..processes import agree, follow_launcher, join
 from ..record import Record
+from .columns import FORMATS
 from .shards import write_shard
-from .sources import CAPTION_PROMPT, FORMATS, describe, open_source
-from .templates import USUAL, read_tasks
+from .sources import describe, open_source
+from .templates import CAPTION_PROMPT, USUAL, read_tasks
 from .tokens import hash_image_processor, hash_quantizer, hash_rows
 
 # folder of rows that are chats already, beside the folders of several tasks
@@ -83,7 +84,6 @@ def run(args: argparse.Namespace, state) -> None:
     from .image_codes import encode_images
     from .row_index import RowIndex, index_rows
 
-    check_checkpoint(args.model)
     jobs = open_jobs(args)
     made_of, work = agree(lambda: describe_inputs(args, jobs)), Path(args.output, f"work-{args.split}")
     with explained(args.output), ExitStack() as stack:
@@ -107,12 +107,10 @@ def run(args: argparse.Namespace, state) -> None:
 
 def open_jobs(args: argparse.Namespace) -> list:
     """Each task with each source. Chats are as they are, whatever the tasks."""
-    from transformers_unicode2 import UniCode2Config
-
     from .row_index import Job
 
     tasks = {None: None} if args.task is None else read_tasks(args.task)
-    prompt = UniCode2Config.get_config_dict(args.model)[0].get("caption_prompt") or CAPTION_PROMPT
+    prompt = find_caption_prompt(args.model)
     options = {name: getattr(args, name) for name in ("format", "image_root", "split", "streaming")}
     options |= {"image_column": args.image_column, "caption_column": args.caption_column, "caption_prompt": prompt}
     jobs = []
@@ -128,6 +126,19 @@ def open_jobs(args: argparse.Namespace) -> list:
                 break
             jobs.append(Job(name if len(tasks) > 1 else "", number, source))
     return jobs
+
+
+def find_caption_prompt(model: str) -> str:
+    """The question that captions answer to a checkpoint. Raises `ValueError` when there is no such checkpoint."""
+    from transformers_unicode2 import UniCode2Config
+
+    check_name(model)
+    check_checkpoint(model)
+    try:
+        config = UniCode2Config.get_config_dict(model)[0]
+    except OSError as error:
+        raise ValueError(f"There is no folder {model}, and the Hub gives no checkpoint of this name.") from error
+    return config.get("caption_prompt") or CAPTION_PROMPT
 
 
 def describe_inputs(args: argparse.Namespace, jobs: list) -> dict:
