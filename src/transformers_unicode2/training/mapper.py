@@ -292,23 +292,35 @@ class MapperCollator:
 
     def __init__(self, args: MapperArguments, training_args, decoder, source):
         self.device, self.bf16, self.decoder = training_args.device, training_args.bf16, decoder
-        self.caption_column, self.teacher, self.encoder = args.caption_column, None, None
+        self.caption_column, self.teacher = args.caption_column, None
         if args.image_prompts or args.start and args.regression_weight:
             self.load_teacher(args, source)
 
     def load_teacher(self, args: MapperArguments, source) -> None:
-        """Loads what makes image prompts of pixels."""
-        from transformers import SiglipVisionModel
+        """Loads what makes image prompts of images. Raises `ValueError` when its width is not the encoder's."""
+        from transformers import AutoImageProcessor
 
-        from transformers_unicode2 import UniCode2ConditionMapper
+        from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ImageProcessor
+
+        from ..encoders_unicode2 import load_encoder
 
         teacher = UniCode2ConditionMapper.from_pretrained(args.image_prompts or args.start).float()
-        encoder = SiglipVisionModel.from_pretrained(args.encoder) if args.encoder else None
-        encoder = encoder or source.get_quantizer().vision_model
+        if args.encoder:
+            encoder, image_processor = load_encoder(args.encoder)
+        else:
+            encoder = source.get_quantizer().vision_model
+            image_processor = AutoImageProcessor.from_pretrained(args.model)
+        if encoder.config.hidden_size != teacher.config.visual_dim:
+            raise ValueError(
+                f"{args.image_prompts or args.start} reads patch features of width {teacher.config.visual_dim}; those "
+                f"of {args.encoder or args.model} are {encoder.config.hidden_size} wide."
+            )
+        self.image_processor = UniCode2ImageProcessor.adopt(image_processor)
         self.teacher, self.encoder = (part.requires_grad_(False).eval().to(self.device) for part in (teacher, encoder))
 
     def __call__(self, batch: list[dict]) -> dict[str, torch.Tensor]:
-        from .data import pixel_collator
+        from ..encoders_unicode2 import encode_patches
+        from .data import decode_row, pixel_collator
 
         pixel_values = pixel_collator(batch)["pixel_values"].to(self.device)
         inputs = {"codes": torch.tensor([row["codes"] for row in batch])}
@@ -319,9 +331,11 @@ class MapperCollator:
             )["input_ids"]
             inputs["latents"] = encode_latents(self.decoder.vae, pixel_values).cpu()
         if self.teacher:
+            # Sizes and means of an encoder need not be those of the decoder.
+            pixels = self.image_processor([decode_row(row) for row in batch], return_tensors="pt")["pixel_values"]
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                features = self.encoder(pixel_values).last_hidden_state  # (batch_size, num_patches, visual_dim)
-                inputs["prompt_embeds"] = self.teacher(features).prompt_embeds.float().cpu()
+                features = encode_patches(self.encoder, pixels.to(self.device)).last_hidden_state
+                inputs["prompt_embeds"] = self.teacher(features.float()).prompt_embeds.float().cpu()
         return inputs
 
 
