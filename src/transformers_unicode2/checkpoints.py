@@ -39,25 +39,63 @@ def find_safetensors(source: str) -> list[Path]:
     return files
 
 
-def check_encoder_keys(info: dict, source: str) -> None:
-    """Raises `ValueError` when loading an encoder left weights at random, or ignored layers that the file holds.
+def load_model(name: str) -> tuple:
+    """Loads a model with its processor, for use: a checkpoint, or an adapter on the checkpoint that it names.
+
+    The model keeps the dtype of its checkpoint, and goes to the accelerator if there is one.
 
     Args:
-        info (`dict`): what `from_pretrained(output_loading_info=True)` reports.
-        source (`str`): where the encoder comes from, for the message.
+        name (`str`): folder or Hub name.
+
+    Returns:
+        The `UniCode2ForConditionalGeneration` with active adapters, and its `UniCode2Processor`.
+
+    Raises:
+        `ValueError`: when `name` is neither.
+        `FileNotFoundError`: when a folder lacks a file.
     """
-    layers = r"(vision_model\.)?(encoder|embeddings)\."
-    missing = sorted(info["missing_keys"])
-    surplus = sorted(key for key in info["unexpected_keys"] if re.match(layers, key))
-    if missing:
-        raise ValueError(
-            f"The encoder {source} lacks {len(missing)} weights, which would be random; the first is {missing[0]}."
-        )
-    if surplus:
-        raise ValueError(
-            f"The encoder {source} holds {len(surplus)} weights that its configuration has no place for; the first is "
-            f"{surplus[0]}."
-        )
+    import torch
+    from transformers.utils import find_adapter_config_file
+
+    from .modeling_unicode2 import UniCode2ForConditionalGeneration
+    from .processing_unicode2 import UniCode2Processor
+
+    check_name(name)
+    adapter = find_adapter_config_file(name)
+    base = name if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+    try:
+        check_model(base)
+    except (ValueError, OSError) as error:
+        raise error if adapter is None else ValueError(f"{name} is an adapter of {base}: {error}") from error
+    model, source = UniCode2ForConditionalGeneration.from_pretrained(base), base
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, name).get_base_model()
+        source = name if Path(adapter).with_name("processor_config.json").is_file() else base
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return model.to(device or "cpu").eval(), UniCode2Processor.from_pretrained(source)
 
 
-__all__ = ["check_checkpoint", "check_encoder_keys", "find_safetensors"]
+def check_model(name: str) -> None:
+    """Raises `ValueError` when a folder or Hub name is of no UniCode² model, `FileNotFoundError` when a file lacks."""
+    from .configuration_unicode2 import UniCode2Config
+
+    check_name(name)
+    check_checkpoint(name)
+    try:
+        found = UniCode2Config.get_config_dict(name)[0].get("model_type")
+    except OSError as error:
+        raise ValueError(f"There is no folder {name}, and the Hub gives no checkpoint of this name.") from error
+    if found != UniCode2Config.model_type:
+        kind = f"a {found} model" if found else "of another kind"
+        raise ValueError(f"{name} is no UniCode² checkpoint, but {kind}; `unicode2 init` makes one of its parts.")
+
+
+def check_name(name: str) -> None:
+    """Raises `ValueError` on what is neither a folder nor written as `owner/name`, as a repository on the Hub is."""
+    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise ValueError(f"There is no folder {name}; give the folder of a checkpoint, or its name on the Hub.")
+
+
+__all__ = ["check_checkpoint", "check_model", "find_safetensors", "load_model"]

@@ -10,7 +10,9 @@ from importlib import import_module
 # command: module, its functions for the parser and for the work, what it does
 COMMANDS = {
     "demo": ("demo", "make_parser", "main", "ask about an image, draw a prompt"),
+    "ask": ("ask", "make_parser", "main", "ask any checkpoint or adapter about images, or draw with it"),
     "evaluate scenes": ("evaluation.scenes", "make_parser", "main", "score a checkpoint on drawn scenes"),
+    "evaluate captions": ("evaluation.captions", "make_parser", "main", "whether a checkpoint reads its images"),
     "codebook build": ("codebook.build", "make_parser", "main", "build a codebook from images (Algorithm 1)"),
     "codebook report": ("codebook.report", "make_parser", "main", "write a page about how images use a codebook"),
     "codebook grow": ("codebook.grow", "make_parser", "main", "add codes to a codebook; existing ids stay"),

@@ -22,6 +22,10 @@ EXAMPLES = (
     ("emoji_on_photo.jpg", "what is this?", "a red circle and a blue square"),
     ("scene.png", "how many objects are there?", "three green hearts"),
 )
+KNOWN = (
+    "unicode2-tiny knows drawn shapes and 104 emoji. Whatever else it is asked about or asked to draw, it guesses; "
+    "`unicode2 ask` is for models of your own."
+)
 # pixels
 TILE = 256
 
@@ -74,6 +78,8 @@ def main(args: argparse.Namespace) -> None:
     from transformers_unicode2.evaluation.drawing import answer
 
     check_checkpoint(root)
+    if args.model is None:
+        print(KNOWN)
     start = time.perf_counter()
     pipe = UniCode2FluxPipeline.from_pretrained(root)
     print(f"model loaded in {time.perf_counter() - start:.1f} s")
