@@ -53,7 +53,8 @@ class HubRows:
         for row in self.rows.skip(start):
             yield None, flatten_sample(row) if "__key__" in row else row
 
-    def list_versions(self) -> list[str]:
+    @property
+    def versions(self) -> list[str]:
         """What tells the rows from those of another data set: its hash, which is a commit on the Hub, and the split."""
         return [self.builder.cache_dir.rsplit("___")[-1], str(self.builder.hash), self.split]
 

@@ -100,7 +100,7 @@ class Source:
     def digest(self) -> str:
         """SHA-256 of all that the rows depend on, but for the contents of image files that they name."""
         made_of = {
-            "files": self.table.list_versions(),
+            "files": self.table.versions,
             "format": self.format,
             "task": self.task and self.task.to_dict(),
             "columns": [*self.image_columns, self.caption_column],

@@ -319,8 +319,9 @@ class Tables:
                 yield table.file if table.file.is_dir() else table.file.parent, row
             start = 0
 
-    def list_versions(self) -> list[str]:
-        """Names and SHA-256 of the files that texts are in."""
+    @cached_property
+    def versions(self) -> list[str]:
+        """Names and SHA-256 of the files that texts are in, which are read once for it."""
         texts = [text for table in self.tables if isinstance(table, TextFiles) for text in table.texts]
         files = texts or [table.file for table in self.tables]
         return [f"{one_line(str(file.relative_to(self.folder)))} {hash_file(file)}" for file in files]

@@ -173,7 +173,7 @@ def check_range(file: Path, codebook_size: int, num_image_tokens: int) -> None:
 
 def hash_rows(table) -> str:
     """SHA-256 of the names and contents of the files that the rows of a `Tables` are in."""
-    return hashlib.sha256("\n".join(table.list_versions()).encode()).hexdigest()
+    return hashlib.sha256("\n".join(table.versions).encode()).hexdigest()
 
 
 def check_same_rows(images: str, tokens: list[Path], split: str = "train") -> None:
