@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
+from transformers_unicode2.training.checkpointing import ResumedProgress
+from transformers_unicode2.training.prompt_images import swap_images, thin_images
 from transformers_unicode2.training.sft import (
     StageArguments,
     UniCode2SFTTrainer,
@@ -241,3 +243,207 @@ def test_what_a_stage_teaches_is_kept_in_the_configs_of_the_model(model):
     assert model.generation_config.image_generation == {"temperature": 0.5, "max_plan_tokens": 9}
     keep_settings(model, StageArguments("model", []))
     assert model.config.caption_prompt == "what is it?"
+
+
+@pytest.fixture
+def questions(config):
+    """Examples with images of 16 codes in the question and a text in the answer, and one that draws."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for number in range(6):
+        codes = (768 + rng.integers(0, 96, 16)).tolist()
+        prompt = [20, config.boi_token_id, *codes, config.eoi_token_id]
+        answer = rng.integers(20, 768, 2 + number).tolist()
+        examples.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    drawn = [config.boi_token_id, *codes, config.eoi_token_id]
+    examples.append({"input_ids": [20, *drawn], "labels": [-100, *drawn]})
+    return Dataset.from_list(examples)
+
+
+def score_row(model, ids: list[int], labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihoods of the targets of a row within their own head, and whether each is the best of it."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    chances, hits = [], []
+    for place, label in enumerate(labels):
+        if label != -100:
+            head = logits[place - 1, :768] if label < 768 else logits[place - 1, 768:]
+            chances.append(head.log_softmax(-1)[label - 768 * (label >= 768)].item())
+            hits.append(head.argmax().item() == label - 768 * (label >= 768))
+    return np.array(chances), np.array(hits)
+
+
+def test_evaluation_gives_losses_accuracies_and_the_image_gap_of_its_rows(make, model, questions, capsys):
+    model.eval()
+    metrics = make(eval_dataset=questions, per_device_eval_batch_size=3).evaluate()
+    _, swapped = swap_images(questions, 768)
+    own = [score_row(model, row["input_ids"], row["labels"]) for row in questions]
+    other = [score_row(model, row["input_ids"], row["labels"]) for row in swapped]
+    gaps = [a[0].mean() - b[0].mean() for a, b in zip(own, other)]
+    assert len(gaps) == 6 and metrics["eval_image_gap_rows"] == 6
+    assert metrics["eval_image_gap"] == pytest.approx(np.mean(gaps), abs=1e-4)
+    assert metrics["eval_image_gap_se"] == pytest.approx(np.std(gaps, ddof=1) / 6**0.5, rel=1e-3)
+    # the row that draws has a text at both ends of its image
+    texts, hits = (np.concatenate([row[kind] for row in own[:6]] + [own[6][kind][[0, -1]]]) for kind in (0, 1))
+    assert metrics["eval_text_loss"] == pytest.approx(-texts.mean(), rel=1e-4)
+    assert metrics["eval_text_accuracy"] == pytest.approx(hits.mean())
+    assert metrics["eval_visual_loss"] == pytest.approx(-own[6][0][1:-1].mean(), rel=1e-4)
+    assert metrics["eval_visual_accuracy"] == pytest.approx(own[6][1][1:-1].mean())
+    assert "6 rows: nothing shows that the images are read." in capsys.readouterr().out
+
+
+def test_each_evaluation_data_set_has_metrics_of_its_own(make, questions, rows):
+    metrics = make(eval_dataset={"read": questions, "other": rows}).evaluate()
+    assert {"eval_read_image_gap", "eval_read_text_loss", "eval_other_visual_accuracy"} <= metrics.keys()
+    assert "eval_other_image_gap" not in metrics
+    assert metrics["eval_read_text_loss"] != metrics["eval_other_text_loss"]
+
+
+def test_a_model_that_reads_its_images_has_a_gap(make, model, questions, capsys):
+    trainer = make(
+        questions.select(range(6)), eval_dataset=questions, max_steps=60, learning_rate=1e-2, logging_steps=60
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_image_gap"] > before["eval_image_gap"] + 0.3
+    assert after["eval_image_gap"] > 2 * after["eval_image_gap_se"]
+    assert "the images are read." in capsys.readouterr().out
+
+
+def test_a_step_reads_a_part_of_the_codes_and_evaluation_all(make, model, questions):
+    read = questions.select(range(6))
+    trainer = make(read, eval_dataset=read, per_device_train_batch_size=6)
+    trainer.codes_per_image = 4
+    batch = trainer.data_collator([dict(row) for row in read])
+    thinned = thin_images(batch, 768, 4, seed=0)
+    assert thinned["input_ids"].shape[1] == batch["input_ids"].shape[1] - 12
+    model.eval()
+    with torch.no_grad():
+        expected = model(**thinned).loss.item()
+        whole = model(**batch).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-4)
+    assert first_loss(trainer) == pytest.approx(expected, rel=1e-4)
+
+
+def test_learning_rates_of_parts_are_followed_and_logged(make, model, questions):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    freeze_all_but(model, ["projector", "visual_embeddings", "language_model.layers"])
+    options = {"learning_rate": 1e-30, "lr_scheduler_type": "constant", "max_steps": 2}
+    trainer = make(questions.select(range(6)), **options)
+    trainer.learning_rates = {"projector": 1e-2}
+    trainer.train()
+    changed = {name for name, value in model.state_dict().items() if (value - before[name]).abs().max() > 1e-9}
+    assert changed and all("projector" in name for name in changed)
+    logged = trainer.state.log_history[0]
+    assert logged["learning_rate_projector"] == 1e-2 and logged["learning_rate"] == 1e-30
+    trainer = make(questions)
+    trainer.learning_rates = {"visual_head": 1e-2}
+    with pytest.raises(ValueError, match="names `visual_head`, in which no parameter learns"):
+        trainer.train()
+
+
+def test_an_image_in_an_answer_is_learnt_as_the_codes_of_its_pixels(tiny_run, photo, tmp_path):
+    """Chats with pixels and the same chats with codes give the same losses, of which one is the visual head's."""
+    from transformers import AutoProcessor
+
+    from transformers_unicode2 import UniCode2ForConditionalGeneration
+
+    model = UniCode2ForConditionalGeneration.from_pretrained(tiny_run / "model")
+    processor = AutoProcessor.from_pretrained(tiny_run / "model")
+    image, text = {"type": "image"}, {"type": "text", "text": "a red circle"}
+    drawing = [{"role": "user", "content": [text]}, {"role": "assistant", "content": [image]}]
+    reading = [{"role": "user", "content": [image]}, {"role": "assistant", "content": [text]}]
+    chats = Dataset.from_list([{"messages": chat, "images": [photo]} for chat in (drawing, reading)])
+    with torch.no_grad():
+        ids = model.get_image_tokens(processor(images=photo, return_tensors="pt")["pixel_values"])[0].tolist()
+    coded = [processor.encode_turns(chat, ids) for chat in (drawing, reading)]
+    coded = [{"input_ids": i, "labels": [a if m else -100 for a, m in zip(i, mask)]} for i, mask in coded]
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "logging_steps": 1}
+    settings |= {"max_length": None, "per_device_train_batch_size": 2, "learning_rate": 0.1, "disable_tqdm": True}
+    settings |= {"save_strategy": "no", "gradient_checkpointing": False}
+    logs, head = [], model.visual_head.linear.weight.detach().clone()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    for data, options in ((chats, {"assistant_only_loss": True}), (Dataset.from_list(coded), {})):
+        model.load_state_dict(start)
+        freeze_all_but(model, ["projector", "visual_embeddings", "language_model", "lm_head", "visual_head"])
+        arguments = SFTConfig(str(tmp_path), **settings, **options)
+        given = processor if "images" in data.column_names else processor.tokenizer
+        trainer = UniCode2SFTTrainer(model, arguments, train_dataset=data, processing_class=given)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+        assert not torch.equal(model.visual_head.linear.weight, head)
+    for name in ("loss", "text_loss", "visual_loss"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4) and logs[0][name] > 0
+
+
+def test_the_bar_of_a_resumed_run_counts_its_own_steps(make, monkeypatch):
+    options = {"save_strategy": "steps", "save_steps": 2, "disable_tqdm": False}
+    make(**options, max_steps=2).train()
+    trainer = make(**options, max_steps=4)
+    bars = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            bar = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ResumedProgress)).training_bar
+            bars.append((bar.n, bar.initial, bar.format_dict["total"]))
+
+    trainer.add_callback(Watch)
+    trainer.train(resume_from_checkpoint=True)
+    # the bar is moved after this callback or before it, by one step
+    assert len(bars) == 2 and bars[-1][0] in (3, 4) and bars[0][1:] == (2, 4)
+
+
+STAGE = {
+    "masters": {
+        "dtype": "bfloat16",
+        "master_weights": True,
+        "codes_per_image": 16,
+        "learning_rates": {"projector": 1e-2},
+    },
+    "lora": {"lora": {"r": 4, "lora_dropout": 0.1}, "learning_rates": {"projector": 1e-2, "language_model": 1e-3}},
+    "muon": {"muon": True, "learning_rates": {"visual_embeddings": 1e-2}, "codes_per_image": 8},
+}
+
+
+def run_main(tiny_run, output, options: dict, **settings) -> None:
+    data = [{"path": str(tiny_run / "tokens" / name)} for name in ("caption", "text_to_image")]
+    args = StageArguments(str(tiny_run / "model"), data, eval_datasets=data, **options)
+    fixed = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}
+    fixed |= {"max_length": None, "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2}
+    fixed |= {"gradient_checkpointing": False, "disable_tqdm": True, "learning_rate": 1e-3}
+    main(args, SFTConfig(str(output), **{**fixed, **settings}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", STAGE)
+def test_a_killed_stage_resumes_to_the_same_bytes(tiny_run, tmp_path, kind):
+    """With evaluation, rates of parts, a part of the codes, masters, adapters and Muon."""
+    run_main(tiny_run, tmp_path / "whole", STAGE[kind])
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "killed/checkpoint-2")
+    run_main(tiny_run, tmp_path / "killed", STAGE[kind])
+    name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    one, other = (tmp_path / run / name for run in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()
+    history = json.loads((tmp_path / "killed/checkpoint-4/trainer_state.json").read_text())["log_history"]
+    assert {f"learning_rate_{part}" for part in STAGE[kind]["learning_rates"]} <= history[0].keys()
+    assert {"eval_caption_image_gap", "eval_text_to_image_visual_loss"} <= set().union(*history)
+    card = (tmp_path / "killed/README.md").read_text()
+    assert "eval_caption_image_gap" in card and "tokens/caption" in card
+
+
+@pytest.mark.slow
+def test_a_stage_ends_with_its_best_checkpoint_if_told_so(tiny_run, tmp_path):
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_caption_text_loss",
+        "greater_is_better": True,
+    }
+    run_main(tiny_run, tmp_path / "out", {}, learning_rate=1e-2, **best)
+    one, other = (tmp_path / f"out/{name}model.safetensors" for name in ("", "checkpoint-2/"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_evaluation_without_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there are no `eval_datasets`"):
+        main(StageArguments("model", [{"path": "x"}]), SFTConfig(str(tmp_path), use_cpu=True, eval_strategy="epoch"))
