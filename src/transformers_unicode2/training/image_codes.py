@@ -110,13 +110,15 @@ def encode_images(index: RowIndex, quantizer, image_processor, batch_size: int, 
     spans = list(pairwise(limits)) if num_images else []
     # one run of shards for each process, so that it reads its part of the tables once
     first, last = (len(spans) * (state.process_index + step) // state.num_processes for step in (0, 1))
-    missing = [shard for shard in range(first, last) if not codes_file(index.work, shard).is_file()]
+    keys = {shard: hash_keys(index, *spans[shard]) for shard in range(first, last)}
+    missing = [shard for shard, digest in keys.items() if not is_made_of(codes_file(index.work, shard), digest)]
     todo = [spans[shard] for shard in missing]
     batches = read_batches(index, todo, image_processor, batch_size, num_workers)
     with tqdm(total=num_images, unit="image", desc="encoding", disable=not state.is_main_process) as bar:
         for shard, (start, stop) in zip(missing, todo):
             settle_bar(bar, index.work)
-            write_codes(codes_file(index.work, shard), batches, start, stop, quantizer, batch_size, bar)
+            codes, errors = encode_span(batches, start, stop, quantizer, batch_size, bar)
+            write_codes(codes_file(index.work, shard), codes, {"images": keys[shard], "errors": errors})
         settle_bar(bar, index.work)
         while state.is_main_process and bar.n < num_images:
             time.sleep(1)
@@ -133,8 +135,23 @@ def codes_file(work: Path, shard: int) -> Path:
     return work / f"codes-{shard:06d}.npy"
 
 
-def write_codes(file: Path, batches: Iterator, start: int, stop: int, quantizer, batch_size: int, bar) -> None:
-    """Writes the codes of the images from `start` to `stop`, and a list of those that cannot be read beside it."""
+def hash_keys(index: RowIndex, start: int, stop: int) -> str:
+    """SHA-256 of the keys of the images from `start` to `stop`."""
+    keys = [image["key"] for image in index.images[start:stop]]
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+
+
+def is_made_of(file: Path, digest: str) -> bool:
+    """Whether a shard of codes is there, of images whose keys have this digest. One of other images is removed."""
+    if file.is_file() and json.loads(file.with_suffix(".json").read_text())["images"] != digest:
+        file.unlink()
+    return file.is_file()
+
+
+def encode_span(
+    batches: Iterator, start: int, stop: int, quantizer, batch_size: int, bar
+) -> tuple[np.ndarray, dict[int, str]]:
+    """The codes of the images from `start` to `stop`, `(num_images, num_image_tokens)`, and why some have none."""
     settings = quantizer.config
     kind = np.min_scalar_type(settings.codebook_config.codebook_size - 1)
     codes, errors = np.zeros((stop - start, settings.num_image_tokens), kind), {}
@@ -145,7 +162,12 @@ def write_codes(file: Path, batches: Iterator, start: int, stop: int, quantizer,
             pixels = pixels.to(quantizer.device, non_blocking=True)
             codes[np.array(numbers) - start] = quantizer.encode_images(pixels).cpu().numpy()
         bar.update(len(numbers) + len(wrong))
-    write_file(file.with_suffix(".json"), json.dumps(errors).encode())
+    return codes, errors
+
+
+def write_codes(file: Path, codes: np.ndarray, about: dict) -> None:
+    """Writes a shard of codes, and beside it what it is about: a digest of the `images`, and the `errors`."""
+    write_file(file.with_suffix(".json"), json.dumps(about).encode())
     with whole_file(file) as temporary, open(temporary, "wb") as content:
         np.save(content, codes)
 
@@ -162,7 +184,7 @@ class ImageCodes:
         self.errors = {
             int(number): reason
             for file in sorted(work.glob("codes-*.json"))
-            for number, reason in json.loads(file.read_text()).items()
+            for number, reason in json.loads(file.read_text())["errors"].items()
         }
 
     def __getitem__(self, number: int) -> np.ndarray:

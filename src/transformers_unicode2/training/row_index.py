@@ -123,6 +123,16 @@ class RowIndex:
         self.images = [{**image, "job": block["job"]} for block in self.blocks for image in block.pop("images")]
         self.extras = sorted({name for block in self.blocks for name in block["extras"]})
 
+    def forget(self) -> None:
+        """Removes what may be another once files are repaired: all but the shards of codes without errors."""
+        for pattern in ("indexed", "images-*.json", "rows-*.json"):
+            # the last first: what a kill leaves is a beginning
+            for file in sorted(self.work.glob(pattern), reverse=True):
+                file.unlink()
+        for file in self.work.glob("codes-*.json"):
+            if json.loads(file.read_text())["errors"]:
+                file.with_suffix(".npy").unlink(missing_ok=True)
+
     def read_chats(self, block: int) -> list[dict]:
         return json.loads((self.work / f"rows-{block:05d}.json").read_text())
 

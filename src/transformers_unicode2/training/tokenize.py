@@ -187,7 +187,10 @@ def load_quantizer(model: str, device):
 
 
 def check_refused(index, errors: dict[int, str], args: argparse.Namespace) -> None:
-    """Lists the rows that cannot be used in a file. Raises `ValueError` when they are too many.
+    """Lists the rows that cannot be used in a file.
+
+    Raises `ValueError` when they are too many. The next run then reads the rows again, of repaired files or with
+    another `--image-root`, and keeps the codes.
 
     Args:
         index: `RowIndex` of all rows.
@@ -200,6 +203,7 @@ def check_refused(index, errors: dict[int, str], args: argparse.Namespace) -> No
         reason = lines[0][:-1] if lines else "there are none"
         if missing:
             reason += f"; {len(missing)} of them name image files that are not there, see --image-root"
+        index.forget()
         raise ValueError(
             f"{len(refused)} of {count} rows cannot be used, and --max-bad-share allows a share of "
             f"{args.max_bad_share:g}; the first is {reason}."
