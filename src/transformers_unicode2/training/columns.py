@@ -54,7 +54,7 @@ def find_image_columns(columns: dict) -> tuple[str, ...]:
     return tuple(names or held)
 
 
-def is_image_struct(value) -> bool:
+def is_image_struct(value: object) -> bool:
     return isinstance(value, dict) and {"bytes", "path"} >= value.keys() > set()
 
 

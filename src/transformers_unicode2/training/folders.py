@@ -121,5 +121,6 @@ def choose_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     if split in named:
         return named[split]
     if set(named) - {None}:
-        raise ValueError(f"{folder} has no files of the split {split}; there is {', '.join(map(str, named))}.")
+        others = [name or "files of no split" for name in named]
+        raise ValueError(f"{folder} has no files of the split {split}; there is {', '.join(others)}.")
     return files

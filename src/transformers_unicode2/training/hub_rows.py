@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..image_tables import find_inside
-from .tables import TEXTS, is_image
+from .tables import BATCH, TEXTS, is_image
 
 NAME = re.compile(r"(?P<name>[^:]+)(:(?P<config>[^:\[\]]+))??(:(?P<split>[^:\[\]]+(\[.*\])?))?")
 # What an image is in that is read as a stream.
@@ -42,16 +42,22 @@ class HubRows:
             # Of any kind: of the network, of the Hub, of the reader of the files.
             reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
             raise ValueError(f"{data} is no file or folder, nor a data set that can be loaded: {reason}.") from error
-        if streaming:
-            self.rows, self.num_rows = rows.decode(False), None
-        else:
-            stored = Features({column: undecoded(kind) for column, kind in rows.features.items()})
-            self.rows, self.num_rows = rows.cast(stored), len(rows)
+        self.num_rows = None if streaming else len(rows)
+        self.rows = rows.decode(False) if streaming else rows.with_format("arrow")
+        # Some streams tell them only as they are read.
+        kinds = rows.features or {}
+        self.features = Features({column: undecoded(kind) for column, kind in kinds.items()})
 
     def read(self, start: int = 0) -> Iterator[tuple[Path | None, dict]]:
         """Yields the rows from `start` on; their files are in no folder of the user's, see `find_stored`."""
-        for row in self.rows.skip(start):
+        for row in self.rows.skip(start) if self.num_rows is None else self.read_stored(start):
+            row = self.features.decode_example(row) if self.features else row
             yield None, flatten_sample(row) if "__key__" in row else row
+
+    def read_stored(self, start: int) -> Iterator[dict]:
+        """Rows as they are on disk. `cast`, which would leave images undecoded, too, copies all of them."""
+        for first in range(start, self.num_rows, BATCH):
+            yield from self.rows[first : first + BATCH].to_pylist()
 
     @property
     def versions(self) -> list[str]:

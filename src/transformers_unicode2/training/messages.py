@@ -19,7 +19,7 @@ FOLLOWS = {
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
-def parse_cell(value):
+def parse_cell(value: object) -> object:
     """A list that a table keeps as JSON in a text, or the value as it is. Raises `ValueError` on damaged JSON."""
     if not isinstance(value, str) or not (value.lstrip().startswith("[") and value.rstrip().endswith("]")):
         return value
@@ -29,7 +29,7 @@ def parse_cell(value):
         raise ValueError(f"{value!r:.60} is no JSON ({error})") from error
 
 
-def read_messages(turns: list[dict], images: list) -> tuple[list[dict], list]:
+def read_messages(turns: list[dict] | str, images: list) -> tuple[list[dict], list]:
     """
     Turns as people write them to messages whose contents are lists of parts, and the images of the chat.
 

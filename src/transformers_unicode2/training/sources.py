@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from ..image_tables import find_file, read_cell
 from ..images_unicode2 import URLS, decode_image, load_image, one_line
 from .columns import check_columns, check_format, find_caption_column, find_columns, find_image_columns, recognize
@@ -146,7 +148,7 @@ class Source:
             caption = caption[number % len(caption)]
         return {**row, "caption": caption}
 
-    def find_only_image(self, row: dict):
+    def find_only_image(self, row: dict) -> bytes | str | dict:
         """The value of the image of a row. Raises `ValueError` unless there is one."""
         images = {name: list_images(row, (name,)) for name in self.image_columns}
         found = [image for values in images.values() for image in values]
@@ -167,7 +169,7 @@ def list_images(row: dict, columns: tuple[str, ...]) -> list:
     return []
 
 
-def find_image(value, folder: Path | None) -> dict:
+def find_image(value: bytes | str | dict | None, folder: Path | None) -> dict:
     """Where an image is: the path of its file, or its content.
 
     Args:
@@ -192,7 +194,7 @@ def find_image(value, folder: Path | None) -> dict:
         raise
 
 
-def read_image(image: dict):
+def read_image(image: dict) -> Image.Image:
     """The RGB image of a record of `Row.images`. Raises `ValueError` when it cannot be read."""
     return load_image(Path(image["path"])) if image["bytes"] is None else decode_image(image["bytes"])
 

@@ -39,14 +39,29 @@ BOM = b"\xef\xbb\xbf"
 TEXTS = ("txt", "text", "caption")
 
 
-class JsonTable:
+class FileTable:
+    """Rows of one file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def list_files(self) -> list[Path]:
+        """Files that the rows are in."""
+        return [self.file]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.read())
+
+    def read(self, start: int = 0) -> Iterator[dict | ValueError]:
+        """Yields the rows from `start` on; in the place of one that is damaged, the `ValueError` that says so."""
+        raise NotImplementedError
+
+
+class JsonTable(FileTable):
     """Objects of a JSON array or of JSON lines, plain or compressed by gzip. Only their places are held in memory.
 
     Raises `ValueError` on a damaged array, or on one of anything but objects.
     """
-
-    def __init__(self, file: Path):
-        self.file = file
 
     def open(self):
         return gzip.open(self.file) if self.file.suffix.lower() == ".gz" else open(self.file, "rb")
@@ -121,14 +136,8 @@ def parse_object(content: bytes) -> dict | ValueError:
     return row if isinstance(row, dict) else ValueError(f"it is {type(row).__name__} in JSON, where an object must be")
 
 
-class CsvTable:
+class CsvTable(FileTable):
     """Rows of a CSV or TSV file with a header, all of them texts. Raises `ValueError` on a damaged file."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.read())
 
     def read(self, start: int = 0) -> Iterator[dict | ValueError]:
         # A cell may hold a base64 image.
@@ -146,30 +155,26 @@ class CsvTable:
             raise ValueError(f"{one_line(str(self.file))} cannot be read as a table: {error}.") from error
 
 
-class CaptionList:
+class CaptionList(FileTable):
     """Lines of a file name, a tabulator and a caption, without a header, as `captions.tsv` has them."""
 
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.read())
-
     def read(self, start: int = 0) -> Iterator[dict | ValueError]:
-        with open(self.file, encoding="utf-8-sig") as content:
-            for line in islice(filter(str.strip, content), start, None):
-                name, separator, caption = line.rstrip("\n").partition("\t")
-                if separator:
-                    yield {"file_name": name, "caption": caption}
-                else:
-                    yield ValueError(f"its line {one_line(name)!r:.80} has no tabulator")
+        try:
+            with open(self.file, encoding="utf-8-sig") as content:
+                for line in islice(filter(str.strip, content), start, None):
+                    name, separator, caption = line.rstrip("\n").partition("\t")
+                    row = {"file_name": name, "caption": caption}
+                    yield row if separator else ValueError(f"its line {one_line(name)!r:.80} has no tabulator")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{one_line(str(self.file))} is no text in UTF-8: {error}.") from error
 
 
-class ArrowTable:
+class ArrowTable(FileTable):
     """Rows of a parquet or arrow file, as Python objects. Raises `ValueError` when the file is damaged."""
 
     def __init__(self, file: Path):
-        self.file, self.rows, self.groups = file, None, []
+        super().__init__(file)
+        self.rows, self.groups = None, []
         with named(file):
             if file.suffix.lower() == ".arrow":
                 self.rows = open_arrow(file)
@@ -201,12 +206,16 @@ class ArrowTable:
                         skipped = max(skipped - len(batch), 0)
 
 
-class TextFiles:
+class TextFiles(FileTable):
     """Images of a folder, each with a text file of the same name beside it."""
 
     def __init__(self, folder: Path, images: list[Path]):
-        self.file, self.images = folder, images
+        super().__init__(folder)
+        self.images = images
         self.texts = [image.with_suffix(".txt") for image in images if image.with_suffix(".txt").is_file()]
+
+    def list_files(self) -> list[Path]:
+        return self.texts
 
     def __len__(self) -> int:
         return len(self.images)
@@ -220,15 +229,12 @@ class TextFiles:
                 yield ValueError(f"the text of {one_line(image.name)} cannot be read ({error})")
 
 
-class TarTable:
+class TarTable(FileTable):
     """Samples of a WebDataset tar: members one after the other whose names are the same up to their first dot.
 
     A row has the images of a sample in the column `images`, its texts by their suffixes, and the entries of its JSON.
     Raises `ValueError` on a tar that cannot be read in full.
     """
-
-    def __init__(self, file: Path):
-        self.file = file
 
     def __len__(self) -> int:
         return sum(1 for _ in self.find_samples())
@@ -322,8 +328,7 @@ class Tables:
     @cached_property
     def versions(self) -> list[str]:
         """Names and SHA-256 of the files that texts are in, which are read once for it."""
-        texts = [text for table in self.tables if isinstance(table, TextFiles) for text in table.texts]
-        files = texts or [table.file for table in self.tables]
+        files = [file for table in self.tables for file in table.list_files()]
         return [f"{one_line(str(file.relative_to(self.folder)))} {hash_file(file)}" for file in files]
 
 

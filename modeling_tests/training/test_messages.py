@@ -1,0 +1,109 @@
+"""Turns of LLaVA and of TRL as messages, and chats that are refused."""
+
+import pytest
+
+from transformers_unicode2.training.messages import check_messages, read_messages
+
+IMAGE = {"type": "image"}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def said(*values: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("<image>\nWhat?", [IMAGE, text("What?")]),
+        ("What?\n<image>", [text("What?"), IMAGE]),
+        ("<image>\n<image>\nWhat?", [IMAGE, IMAGE, text("What?")]),
+        ("from <image> to <image>.", [text("from "), IMAGE, text(" to "), IMAGE, text(".")]),
+        ("a\n\nb", [text("a\n\nb")]),
+    ],
+)
+def test_markers_become_parts_and_lose_the_line_break_beside_them(value, parts):
+    messages, images = read_messages(said(value, "yes"), ["x"] * parts.count(IMAGE))
+    assert messages[0]["content"] == parts and len(images) == parts.count(IMAGE)
+    check_messages(messages, parts.count(IMAGE))
+
+
+def test_roles_have_the_names_of_chat_templates_and_tool_calls_are_kept():
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"x": 1}}}]
+    turns = [
+        {"from": "system", "value": "be brief"},
+        {"from": "human", "value": "look"},
+        {"role": "assistant", "content": None, "tool_calls": calls, "weight": 1},
+        {"from": "function", "value": "seen", "tool_call_id": "7"},
+        {"from": "gpt", "value": "done"},
+    ]
+    messages, _ = read_messages(turns, [])
+    check_messages(messages, 0)
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert messages[2] == {"role": "assistant", "content": [], "tool_calls": calls}
+    assert messages[3] == {"role": "tool", "content": [text("seen")], "tool_call_id": "7"}
+
+
+def test_images_without_places_come_first_as_trl_has_them():
+    """TRL itself is the reference."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "compare them"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": "so"},
+    ]
+    ours, _ = read_messages(turns, ["a", "b"])
+    theirs = prepare_multimodal_messages(turns, images=["a", "b"])
+    for message in theirs:
+        message["content"] = [{k: v for k, v in part.items() if k != "image"} for part in message["content"]]
+    assert ours == theirs
+
+
+def test_parts_may_carry_their_images():
+    turns = [
+        {"role": "user", "content": [text("a"), {"type": "image", "image": "1.png", "text": None}]},
+        {"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]},
+    ]
+    messages, images = read_messages(turns, [])
+    assert images == ["1.png", "data:,"] and messages[1]["content"] == [IMAGE]
+    with pytest.raises(ValueError, match="it has 1 images in its column and 2 in its parts"):
+        read_messages(turns, ["x.png"])
+
+
+def test_turns_may_be_json_in_a_cell():
+    messages, _ = read_messages('[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]', [])
+    assert messages[1]["content"] == [text("b")]
+
+
+@pytest.mark.parametrize(
+    ("turns", "num_images", "message"),
+    [
+        (said("<image>a <image>", "b"), 1, "it has 2 places for images and 1 images"),
+        (said("a", "b"), 1, "it has 0 places for images and 1 images"),
+        (said("<image>a", "b"), 0, "it has 1 places for images and 0 images"),
+        (said("a", ""), 0, "turn 2 of 2, by assistant, is empty"),
+        (said(" \n", "b"), 0, "turn 1 of 2, by user, is empty"),
+        (said("a"), 0, "it has 1 turns and none by the assistant"),
+        ([], 0, "it has 0 turns"),
+        (said("a", "b")[1:], 0, "turn 1, by assistant, follows nothing"),
+        (said("a", "b") + said("x", "c")[1:], 0, "turn 3, by assistant, follows one by assistant"),
+        (said("a")[:1] * 2, 0, "turn 2, by user, follows one by user"),
+        ([{"from": "alien", "value": "a"}], 0, "turn 1 is by 'alien', which is none of assistant, bot"),
+        ([{"from": "human", "value": 7}], 0, "turn 1: its content is 7, where a text or a list of parts must be"),
+        ([{"role": "user", "content": [{"type": "video"}]}], 0, "turn 1: a part is of type 'video'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], 0, "a part of type text has None"),
+        ("[broken]", 0, "is no JSON"),
+        ("words", 0, "its turns are 'words'"),
+        (None, 0, "its turns are None"),
+        (said("\ud800", "b"), 0, "turn 1 has half a character"),
+    ],
+)
+def test_chats_that_cannot_be_learnt_are_refused(turns, num_images, message):
+    with pytest.raises(ValueError, match=message):
+        check_messages(read_messages(turns, ["x.png"] * num_images)[0], num_images)
