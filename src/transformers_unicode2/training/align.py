@@ -258,8 +258,7 @@ def train(
 
     set_seed(training_args.seed)
     alignment, config = load_alignment(args.model, args.temperature)
-    size, num_tokens = config.codebook_config.codebook_size, config.num_image_tokens
-    agree(lambda: check_mixture([*parts, *eval_parts], args.model, size, num_tokens))
+    agree(lambda: check_mixture([*parts, *eval_parts], args.model, config))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs = build_pairs(open_mixture(parts, training_args.seed), tokenizer, "`datasets`")
     if eval_parts:

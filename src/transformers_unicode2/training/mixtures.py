@@ -112,10 +112,16 @@ def check_fractions(fractions: list[float | None], option: str) -> None:
         raise ValueError(f"The fractions of {option} are {given}; none may be negative, and one must be above 0.")
 
 
-def check_mixture(parts: list[MixturePart], model: str, codebook_size: int, num_image_tokens: int) -> None:
-    """`check_codes` of each part. Raises `ValueError` on codes that `model` does not make."""
+def check_mixture(parts: list[MixturePart], model: str, config) -> None:
+    """`check_codes` of each part. Raises `ValueError` on codes that `model` does not make.
+
+    Args:
+        parts: as of `find_parts`.
+        model: folder or Hub name of a checkpoint.
+        config: its `UniCode2Config`.
+    """
     for part in parts:
-        check_codes(list(part.files), model, codebook_size, num_image_tokens)
+        check_codes(list(part.files), model, config.codebook_config.codebook_size, config.num_image_tokens)
 
 
 def hash_parts(parts: list[MixturePart]) -> dict[str, dict]:

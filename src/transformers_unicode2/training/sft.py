@@ -155,8 +155,7 @@ def train(
     model = UniCode2ForConditionalGeneration.from_pretrained(
         args.model, dtype=args.dtype, attn_implementation=args.attn_implementation
     )
-    size, num_tokens = model.config.codebook_config.codebook_size, model.config.num_image_tokens
-    agree(lambda: check_mixture([*parts, *eval_parts], args.model, size, num_tokens))
+    agree(lambda: check_mixture([*parts, *eval_parts], args.model, model.config))
     keep_settings(model, args)
     processor = AutoProcessor.from_pretrained(args.model)
     rows, offset = open_mixture(parts, training_args.seed), model.config.visual_token_offset
