@@ -50,8 +50,8 @@ PROBES = (
 )
 
 
-def teach_template(tokenizer, image_token: str) -> str:
-    """The chat template of a tokenizer, taught to carry images and to mark answers.
+def teach_template(tokenizer, image_token: str) -> tuple[str, str]:
+    """The chat template of a tokenizer, taught to carry images and to mark answers, and the token that ends an answer.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): has the template and knows the image token.
@@ -70,7 +70,7 @@ def teach_template(tokenizer, image_token: str) -> str:
     check_texts(tokenizer, taught)
     check_marks(tokenizer, taught, end)
     check_images(tokenizer, taught, image_token)
-    return taught
+    return taught, end
 
 
 def find_answer(tokenizer) -> tuple[str, str]:

@@ -1,0 +1,224 @@
+"""Language models that a checkpoint can be made of, their tokens, and their weights under the names of UniCode².
+
+A language model is taken as Transformers builds it: an embedding, layers and a norm under `model`, and a head without a
+bias, `lm_head`. The image tokens that its tokenizer lacks are added. Their rows are those that pad the embedding, or
+new ones behind the others. Text scores of all ids of before stay exactly as they are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+
+from ..checkpoints import find_safetensors
+from ..processing_unicode2 import read_chat_template
+from .chat_templates import teach_template
+
+# Names of placeholder, begin and end of an image, as Qwen and Gemma have them. Others get the first.
+IMAGE_TOKENS = (
+    ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>"),
+    ("<image_soft_token>", "<start_of_image>", "<end_of_image>"),
+)
+# Settings of what a head does beside its product. Only the bound of Gemma 2 is part of UniCode².
+OTHER_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap", "unpadded_vocab_size")
+# Settings that count the experts of a mixture.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHAT_TEMPLATES = ("own", "chatml")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def load_text_config(llm: str):
+    """The configuration of a language model.
+
+    Raises `ValueError`, with the name of its family, on a model that cannot be a part of UniCode².
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(llm)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--llm {llm} has no configuration that can be read: {first_line(error)}") from error
+    what, models = f"{llm} is a {config.model_type} model", AutoModelForCausalLM._model_mapping
+    if type(config) not in models:
+        raise ValueError(f"{what}; --llm must be a causal language model.")
+    prefix = models[type(config)].base_model_prefix
+    if prefix != "model":
+        raise ValueError(f"{what}, whose weights begin with {prefix!r}, not with 'model'.")
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        raise ValueError(f"{what}, which has more than one part; --llm must be a language model alone.")
+    settings = config.to_dict()
+    experts = next((name for name in EXPERTS if settings.get(name)), None)
+    if experts:
+        raise ValueError(f"{what}, a mixture of {settings[experts]} experts; UniCode² has no loss for their router.")
+    other = next((name for name in OTHER_HEADS if settings.get(name) not in (None, 1)), None)
+    if other:
+        raise ValueError(f"{what}, whose head changes its scores by `{other}`; UniCode² would not keep them.")
+    check_build(what, config)
+    return config
+
+
+def check_build(what: str, config) -> None:
+    """Raises `ValueError` unless a model, called `what`, has `model.embed_tokens`, a plain `lm_head` and no more."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        whole, base = AutoModelForCausalLM.from_config(config), AutoModel.from_config(config)
+    parts = [name for name, _ in whole.named_children()]
+    if sorted(parts) != ["lm_head", "model"] or type(whole.model) is not type(base):
+        raise ValueError(f"{what} of {', '.join(parts)}; it must be a `model` and an `lm_head`.")
+    names = set(whole.state_dict())
+    if EMBEDDING not in names or {name for name in names if name.startswith("lm_head.")} != {HEAD}:
+        raise ValueError(f"{what}; it must have `embed_tokens`, and a head without a bias.")
+
+
+@dataclass
+class TextSide:
+    """
+    Tokenizer and vocabulary of a language model, with what was added.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): pads on the left; knows the image tokens and the chat template.
+        image_tokens (`tuple[str, str, str]`): placeholder, begin and end of an image.
+        end (`str`): what ends an answer.
+        vocab_size (`int`): rows of the embedding.
+        num_known (`int`): those that the language model has learnt.
+        num_rows (`int`): all of them, with those that are added.
+        fresh_ids (`list[int]`): ids whose rows begin at the mean of the known ones.
+        notes (`list[str]`): sentences about all this.
+    """
+
+    tokenizer: object
+    image_tokens: tuple[str, str, str]
+    end: str
+    vocab_size: int
+    num_known: int
+    num_rows: int
+    fresh_ids: list[int]
+    notes: list[str]
+
+
+def prepare_text(llm: str, vocab_size: int, chat_template: str) -> TextSide:
+    """Loads the tokenizer of a language model and gives it image tokens and a chat template that marks answers.
+
+    Args:
+        llm (`str`): folder or Hub name.
+        vocab_size (`int`): rows of its embedding.
+        chat_template (`str`): `"own"` teaches the model's own, `"chatml"` puts ChatML in its place.
+
+    Raises:
+        `ValueError`: without a tokenizer, and on a template that cannot be taught.
+    """
+    tokenizer = load_tokenizer(llm)
+    before, num_before = set(tokenizer.get_vocab().values()), len(tokenizer)
+    image_tokens = next((names for names in IMAGE_TOKENS if set(names) <= set(tokenizer.get_vocab())), IMAGE_TOKENS[0])
+    missing = [name for name in image_tokens if name not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    ids, added = set(tokenizer.get_vocab().values()), tokenizer.convert_tokens_to_ids(missing)
+    num_rows = max(vocab_size, max(ids) + 1)
+    fresh_ids = sorted({*added, *range(vocab_size, num_rows)})
+    notes = [f"{', '.join(missing)} are new, with the ids {', '.join(map(str, added))}"] if missing else []
+    if num_rows > vocab_size:
+        notes.append(f"the embedding grows from {vocab_size:,} to {num_rows:,} rows")
+    if before & set(added):
+        raise ValueError(
+            f"The tokenizer of {llm} gives new tokens the ids {added}, which others of its {num_before} have."
+        )
+    end, note = give_template(llm, tokenizer, image_tokens[0], chat_template)
+    num_known = min(vocab_size, num_before)
+    return TextSide(tokenizer, image_tokens, end, vocab_size, num_known, num_rows, fresh_ids, [*notes, note])
+
+
+def load_tokenizer(llm: str):
+    """The tokenizer of a language model, which pads on the left. Raises `ValueError` when none can be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"{llm} has no tokenizer that can be read: {first_line(error)}") from error
+    if not tokenizer("Which one?", add_special_tokens=False)["input_ids"]:
+        raise ValueError(f"{llm} has no tokenizer: the one that Transformers makes of it knows no words.")
+    if not tokenizer.is_fast:
+        raise ValueError(f"The tokenizer of {llm} is a slow one, which cannot mark answers; it needs a tokenizer.json.")
+    if tokenizer.eos_token is None:
+        raise ValueError(f"The tokenizer of {llm} has no `eos_token`, which ends a text; set one.")
+    if tokenizer.pad_token is None:
+        # Padding is masked, so it may be any token.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def give_template(llm: str, tokenizer, image_token: str, chat_template: str) -> tuple[str, str]:
+    """Gives a tokenizer its chat template. Returns the token that ends an answer, and a sentence about the template.
+
+    Without the tokens of ChatML, `<|im_start|>` is plain text and a turn ends with the tokenizer's own end of a text:
+    so no token has to be learnt. Raises `ValueError` when the template cannot be taught.
+    """
+    if chat_template == "own" and tokenizer.chat_template is not None:
+        try:
+            tokenizer.chat_template, end = teach_template(tokenizer, image_token)
+        except ValueError as error:
+            raise ValueError(
+                f"The chat template of {llm} cannot be taught to carry images and to mark answers: {error}. Use "
+                "`--chat-template chatml`."
+            ) from error
+        return end, f"the chat template is the language model's own; its answers end with {end}"
+    known = {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_vocab())
+    end = "<|im_end|>" if known else tokenizer.eos_token
+    reason = "" if tokenizer.chat_template else ", as the tokenizer has no chat template"
+    template = read_chat_template(image_token, end_token=end)
+    if tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        template = "{{- bos_token -}}" + template
+    tokenizer.chat_template = template
+    return end, f"chats are written in ChatML{reason}; answers end with {end}"
+
+
+def find_end_ids(llm: str, config, text: TextSide) -> int | list[int] | None:
+    """The ids that end a text: those that the language model has by itself, and the end of an answer."""
+    from transformers import GenerationConfig
+
+    try:
+        own = GenerationConfig.from_pretrained(llm).eos_token_id
+    except OSError:
+        own = config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    ends = [*own, text.tokenizer.eos_token_id, text.tokenizer.convert_tokens_to_ids(text.end)]
+    ends = list(dict.fromkeys(id_ for id_ in ends if id_ is not None))
+    return ends[0] if len(ends) == 1 else ends
+
+
+def read_language_model(llm: str, is_tied: bool, text: TextSide) -> Iterator[dict[str, torch.Tensor]]:
+    """The weights of a language model, file by file, under the names of UniCode² and with the rows that were added.
+
+    A tied head is left out. Raises `ValueError` when the embedding has not as many rows as its configuration says.
+    """
+    for file in find_safetensors(llm):
+        state = load_file(file)
+        if is_tied:
+            state.pop(HEAD, None)
+        for name in (name for name in (EMBEDDING, HEAD) if name in state):
+            state[name] = add_rows(state[name], text, f"{name} of {llm}")
+        yield {
+            f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name: value
+            for name, value in state.items()
+        }
+
+
+def add_rows(weight: torch.Tensor, text: TextSide, what: str) -> torch.Tensor:
+    """A weight `(vocab_size, hidden_size)` with `num_rows` rows; those of new tokens are the mean of the known ones."""
+    if len(weight) != text.vocab_size:
+        raise ValueError(f"{what} has {len(weight)} rows, and `vocab_size` in config.json is {text.vocab_size}.")
+    if not text.fresh_ids:
+        return weight
+    grown = weight.new_empty(text.num_rows, weight.shape[1])
+    grown[: len(weight)] = weight
+    grown[text.fresh_ids] = weight[: text.num_known].mean(0, dtype=torch.float32).to(weight.dtype)
+    return grown
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+__all__ = ["CHAT_TEMPLATES", "TextSide", "load_text_config", "prepare_text", "read_language_model"]
