@@ -389,7 +389,8 @@ def test_what_was_recognised_is_shown_with_the_first_chat(tmp_path):
     fill(tmp_path, "0.png")
     rows = [{"image": "none.png", "caption": "x"}, {"image": "0.png", "caption": f"two\nlines {'x' * 400}"}]
     shown = describe(open_source(str(write_lines(tmp_path / "t.jsonl", rows)))).splitlines()
-    assert shown[0] == f"captions: 2 rows in {tmp_path}/t.jsonl"
+    of = f"captions: 2 rows of {tmp_path}/t.jsonl, a JSON file; images from image, captions from caption"
+    assert shown[0] == of
     assert shown[1] == "  user: [image: 0.png] Describe the image."
     assert shown[2].startswith(r"  assistant: two\nlines xxx") and shown[2].endswith("xxx...") and len(shown[2]) < 330
 

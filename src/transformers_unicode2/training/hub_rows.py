@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..files import NotWrittenError, explained
 from ..image_tables import find_inside
 from .tables import BATCH, TEXTS, is_image
 
@@ -15,6 +16,8 @@ REMOTE = ("hf://", "zip://", "tar://", "gzip://")
 
 class HubRows:
     r"""
+    A data set of the Hub.
+
     Args:
         data (`str`): `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`.
         split (`str`): where `data` names none.
@@ -24,20 +27,21 @@ class HubRows:
         `ValueError`: when there is no such data set, configuration or split, or the Hub cannot be reached.
     """
 
+    kind = "a data set of the Hub"
+
     def __init__(self, data: str, split: str, streaming: bool):
-        from datasets import Features, load_dataset_builder
+        from datasets import Features, config, load_dataset_builder
 
         found = NAME.fullmatch(data)
         if found is None:
             raise ValueError(f"{data} is no file or folder; a data set is named NAME, NAME:SPLIT or NAME:CONFIG:SPLIT.")
-        name, config, self.split = found["name"], found["config"], found["split"] or split
+        name, part, self.split = found["name"], found["config"], found["split"] or split
         try:
-            self.builder = load_dataset_builder(name, config)
-            if streaming:
-                rows = self.builder.as_streaming_dataset(self.split)
-            else:
-                self.builder.download_and_prepare()
-                rows = self.builder.as_dataset(self.split)
+            with explained(config.HF_DATASETS_CACHE):
+                self.builder = load_dataset_builder(name, part)
+                rows = self.open(streaming)
+        except NotWrittenError:
+            raise
         except Exception as error:
             # Of any kind: of the network, of the Hub, of the reader of the files.
             reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
@@ -47,6 +51,13 @@ class HubRows:
         # Some streams tell them only as they are read.
         kinds = rows.features or {}
         self.features = Features({column: undecoded(kind) for column, kind in kinds.items()})
+
+    def open(self, streaming: bool):
+        """The split as a `datasets.IterableDataset` or `Dataset`, of which a copy is kept on disk."""
+        if streaming:
+            return self.builder.as_streaming_dataset(self.split)
+        self.builder.download_and_prepare()
+        return self.builder.as_dataset(self.split)
 
     def read(self, start: int = 0) -> Iterator[tuple[Path | None, dict]]:
         """Yields the rows from `start` on; their files are in no folder of the user's, see `find_stored`."""

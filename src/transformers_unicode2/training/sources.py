@@ -254,7 +254,9 @@ def open_source(
 def describe(source: Source) -> str:
     """What was recognised, with the first chat, in lines for the user."""
     count = "a stream of rows" if source.num_rows is None else f"{source.num_rows:,} rows"
-    lines = [f"{source.format}: {count} in {source.name}"]
+    columns = f"; images from {' or '.join(source.image_columns)}" if source.task and source.image_columns else ""
+    columns += f", captions from {source.caption_column}" if source.caption_column else ""
+    lines = [f"{source.format}: {count} of {source.name}, {source.table.kind}{columns}"]
     first = next((row for row in source.rows() if isinstance(row, Row)), None)
     if first is None:
         return "\n".join([*lines, "  none of its rows makes a chat"])

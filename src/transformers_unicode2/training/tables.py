@@ -40,7 +40,9 @@ TEXTS = ("txt", "text", "caption")
 
 
 class FileTable:
-    """Rows of one file."""
+    """Rows of one file, which is a `kind`."""
+
+    kind: str
 
     def __init__(self, file: Path):
         self.file = file
@@ -62,6 +64,8 @@ class JsonTable(FileTable):
 
     Raises `ValueError` on a damaged array, or on one of anything but objects.
     """
+
+    kind = "JSON file"
 
     def open(self):
         return gzip.open(self.file) if self.file.suffix.lower() == ".gz" else open(self.file, "rb")
@@ -139,6 +143,8 @@ def parse_object(content: bytes) -> dict | ValueError:
 class CsvTable(FileTable):
     """Rows of a CSV or TSV file with a header, all of them texts. Raises `ValueError` on a damaged file."""
 
+    kind = "CSV file"
+
     def read(self, start: int = 0) -> Iterator[dict | ValueError]:
         # A cell may hold a base64 image.
         csv.field_size_limit(sys.maxsize)
@@ -158,6 +164,8 @@ class CsvTable(FileTable):
 class CaptionList(FileTable):
     """Lines of a file name, a tabulator and a caption, without a header, as `captions.tsv` has them."""
 
+    kind = "captions.tsv file"
+
     def read(self, start: int = 0) -> Iterator[dict | ValueError]:
         try:
             with open(self.file, encoding="utf-8-sig") as content:
@@ -171,6 +179,8 @@ class CaptionList(FileTable):
 
 class ArrowTable(FileTable):
     """Rows of a parquet or arrow file, as Python objects. Raises `ValueError` when the file is damaged."""
+
+    kind = "parquet or arrow file"
 
     def __init__(self, file: Path):
         super().__init__(file)
@@ -209,6 +219,8 @@ class ArrowTable(FileTable):
 class TextFiles(FileTable):
     """Images of a folder, each with a text file of the same name beside it."""
 
+    kind = "folder of images and texts"
+
     def __init__(self, folder: Path, images: list[Path]):
         super().__init__(folder)
         self.images = images
@@ -235,6 +247,8 @@ class TarTable(FileTable):
     A row has the images of a sample in the column `images`, its texts by their suffixes, and the entries of its JSON.
     Raises `ValueError` on a tar that cannot be read in full.
     """
+
+    kind = "WebDataset tar"
 
     def __len__(self) -> int:
         return sum(1 for _ in self.find_samples())
@@ -313,6 +327,12 @@ class Tables:
     @property
     def num_rows(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def kind(self) -> str:
+        """What the rows are read from, for example `2 CSV files`."""
+        count = len(self.tables)
+        return f"{count} {self.tables[0].kind}s" if count > 1 else f"a {self.tables[0].kind}"
 
     def read(self, start: int = 0) -> Iterator[tuple[Path, dict | ValueError]]:
         """Yields the rows from `start` on, each with the folder that its files are in."""
