@@ -32,6 +32,8 @@ from .language_models import (
 from .plan import build_model, check_sources, plan_checkpoint, without_pooling
 from .shards import ShardWriter
 
+# What records of earlier versions lack.
+BEFORE = {"chat_template": "chatml", "projector_init": "default"}
 SUMMARY = """A UniCode² checkpoint, composed by `unicode2 init` and not trained. Its projector and visual head are
 new, so it cannot read or draw images yet. It answers texts as its language model does.
 
@@ -82,18 +84,16 @@ def compose_checkpoint(
     """
     folder = check_sources(llm, vision, codebook, output)
     check_image_generation(image_generation)
+    settings = {"visual_head": visual_head, "chat_template": chat_template, "projector_init": projector_init}
     made_of = {
         "command": "init",
         "language model": hash_source(llm),
         "encoder": hash_source(vision),
         "codebook": f"{codebook} random codes" if isinstance(codebook, int) else hash_source(folder),
-        "visual_head": visual_head,
         "image_generation": image_generation,
-        "chat_template": chat_template,
-        "projector_init": projector_init,
+        **settings,
     }
-    before = {"chat_template": "chatml", "projector_init": "default"}
-    with Record(output, made_of, defaults=before).making() as finished:
+    with Record(output, made_of, defaults=BEFORE).making() as finished:
         if finished:
             return [], []
         text_config = load_text_config(llm)
