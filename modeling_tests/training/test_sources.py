@@ -15,7 +15,7 @@ from fake_hub import serve_hub
 from numbered import fill, picture
 from pyarrow import parquet
 
-from transformers_unicode2.training.sources import Row, RowError, check_image_root, describe, open_source, read_image
+from transformers_unicode2.training.sources import Row, RowError, describe, open_source, read_image
 from transformers_unicode2.training.templates import Task, read_tasks
 
 IMAGE = {"type": "image"}
@@ -295,6 +295,12 @@ def test_drawn_scenes_are_questions_or_what_a_task_makes_of_them(scenes, tmp_pat
         open_source(str(scenes))
 
 
+def test_questions_in_a_csv_file_are_lists_in_json(tmp_path):
+    fill(tmp_path, "0.png")
+    (tmp_path / "t.csv").write_text('image,questions,answers\n0.png,"[""a?"", ""b?""]","[""x"", ""y""]"\n')
+    assert read(tmp_path / "t.csv") == [(["user: <image>a?", "assistant: x", "user: b?", "assistant: y"], [0])]
+
+
 def test_texts_alone_by_a_task(tmp_path):
     file = write_lines(tmp_path / "t.jsonl", [{"instruction": "say a", "output": "a"}])
     assert read(file, task=Task("{instruction}", "{output}")) == [(["user: say a", "assistant: a"], [])]
@@ -355,17 +361,6 @@ def test_files_and_folders_that_are_no_data_are_refused(tmp_path):
     (tmp_path / "b.csv").write_text("image,caption\n0.png,x\n")
     with pytest.raises(ValueError, match="holds .csv and .jsonl files; name those of one kind"):
         open_source(str(tmp_path))
-
-
-def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
-    fill(tmp_path, "0.png")
-    file = write_lines(tmp_path / "t.jsonl", [{"image": f"{n}.png", "caption": "x"} for n in range(4)])
-    source = open_source(str(file))
-    with pytest.raises(
-        ValueError, match=r"3 of 4 rows of .* name image files that are not there, the first 1.png \(row 1\)"
-    ):
-        check_image_root(source, max_share=0.5)
-    assert check_image_root(source, max_share=0.75) == 3
 
 
 def test_the_digest_is_of_all_that_rows_depend_on(tmp_path):

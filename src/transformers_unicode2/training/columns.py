@@ -97,7 +97,7 @@ def check_columns(task: Task, columns: dict, image_columns: tuple, has_caption: 
     if "caption" in names and not has_caption:
         raise ValueError(
             f"It cannot be told which column of {data} is the caption: it has {', '.join(columns)}; name it by "
-            "--caption-column."
+            "--caption-column, or give templates of chats by --task FILE.yaml."
         )
     known = {*columns, "image", "caption", "caption_prompt"}
     missing = sorted(names - known)

@@ -130,14 +130,19 @@ class Source:
             turns = row.get("conversations" if self.format == "llava" else "messages")
             messages, images = read_messages(turns, list_images(row, self.image_columns))
         else:
-            messages = build_chat(self.name_caption(row, number), number, self.task, self.caption_prompt)
+            messages = build_chat(self.name_columns(row, number), number, self.task, self.caption_prompt)
             count = sum(part["type"] == "image" for message in messages for part in message["content"])
             images = [self.find_only_image(row)] * count if count else []
         check_messages(messages, len(images))
         return Row(number, messages, [find_image(image, self.image_root or folder) for image in images])
 
-    def name_caption(self, row: dict, number: int) -> dict:
-        """The row with its caption in the column `caption`. Of several captions, rows take another one in turn."""
+    def name_columns(self, row: dict, number: int) -> dict:
+        """The row with its caption in the column `caption`. Of several captions, rows take another one in turn.
+
+        Questions and answers may be lists as JSON, as CSV files have them.
+        """
+        if self.format == "questions":
+            return {**row, **{name: parse_cell(row.get(name)) for name in ("questions", "answers")}}
         if self.format == "journeydb" and self.caption_column is None:
             about = row.get("Task2")
             return {**row, "caption": (about.get("Caption") if isinstance(about, dict) else None) or row.get("prompt")}
@@ -272,23 +277,3 @@ def describe(source: Source) -> str:
 def name_image(image: dict) -> str:
     place = f"{len(image['bytes']):,} bytes" if image["path"] is None else one_line(Path(image["path"]).name)
     return f"[image: {place}]"
-
-
-def check_image_root(source: Source, max_share: float = 0.0) -> int:
-    """
-    The number of rows whose image files are not there.
-
-    Raises:
-        `ValueError`: when their share is above `max_share`, with their number and the first file.
-    """
-    missing, count = [], 0
-    for row in source.rows():
-        count += 1
-        if isinstance(row, RowError) and row.missing:
-            missing.append(row)
-    if len(missing) > max_share * count:
-        raise ValueError(
-            f"{len(missing)} of {count} rows of {source.name} name image files that are not there, the first "
-            f"{one_line(missing[0].missing)} (row {missing[0].number}); say by --image-root where they are."
-        )
-    return len(missing)
