@@ -447,3 +447,31 @@ def test_a_stage_ends_with_its_best_checkpoint_if_told_so(tiny_run, tmp_path):
 def test_evaluation_without_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there are no `eval_datasets`"):
         main(StageArguments("model", [{"path": "x"}]), SFTConfig(str(tmp_path), use_cpu=True, eval_strategy="epoch"))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_stock_trainer_stops_at_images_in_answers_and_trains_texts(tiny_run, photo, tmp_path, adapted):
+    from peft import LoraConfig
+    from transformers import AutoProcessor
+    from trl import SFTTrainer
+
+    from transformers_unicode2 import UniCode2ForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(tiny_run / "model")
+    image, text = {"type": "image"}, {"type": "text", "text": "a red circle"}
+    drawing = [{"role": "user", "content": [text]}, {"role": "assistant", "content": [image]}]
+    reading = [{"role": "user", "content": [image]}, {"role": "assistant", "content": [text]}]
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "disable_tqdm": True}
+    settings |= {"max_length": None, "save_strategy": "no", "gradient_checkpointing": False}
+
+    def train(chat: list[dict], **options) -> None:
+        model = UniCode2ForConditionalGeneration.from_pretrained(tiny_run / "model")
+        data = Dataset.from_list([{"messages": chat, "images": [photo]}] * 2)
+        lora = LoraConfig(target_modules=["q_proj"]) if adapted else None
+        arguments = SFTConfig(str(tmp_path), **settings, **options)
+        SFTTrainer(model, arguments, train_dataset=data, processing_class=processor, peft_config=lora).train()
+
+    for chat, options in ((drawing, {"assistant_only_loss": True}), (reading, {})):
+        with pytest.raises(ValueError, match="targets of this batch are of images, and the trainers of TRL learn text"):
+            train(chat, **options)
+    train(reading, assistant_only_loss=True)

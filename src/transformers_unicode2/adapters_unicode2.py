@@ -1,4 +1,6 @@
-"""What PEFT may adapt of a model: all but its frozen quantizer, and nothing that it would not save."""
+"""What PEFT may adapt of a model: all but its frozen quantizer, and nothing that it would not save. And what the
+trainers of TRL may train of it: the text head alone.
+"""
 
 import inspect
 import sys
@@ -159,6 +161,32 @@ def teach_peft(module: ModuleType) -> None:
 
     tuner = module.BaseTuner
     tuner.__init__, tuner.inject_adapter = wrap(tuner.__init__), wrap(tuner.inject_adapter)
+
+
+def guard_labels(model: nn.Module, forward: Callable) -> Callable:
+    """
+    The forward that a trainer of TRL puts in the place of the model's, but one that raises `ValueError` on images among
+    its targets.
+
+    That forward scores targets by the text head alone. It would learn placeholders there, and no image.
+    """
+    if "fused_lm_head" not in inspect.signature(forward, follow_wrapped=False).parameters:
+        return forward
+
+    @wraps(forward)
+    def guarded(*args, **kwargs):
+        labels = kwargs.get("labels") if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+        if kwargs.get("fused_lm_head") and labels is not None:
+            images = (labels == model.config.image_token_id) | (labels >= model.config.visual_token_offset)
+            if images.any():
+                raise ValueError(
+                    f"{images.sum().item()} targets of this batch are of images, and the trainers of TRL learn text "
+                    "alone; use `UniCode2SFTTrainer` of `transformers_unicode2.training.sft`, or, if the images are in "
+                    "questions, `assistant_only_loss=True`."
+                )
+        return forward(*args, **kwargs)
+
+    return guarded
 
 
 def check_trainable(model: nn.Module) -> None:

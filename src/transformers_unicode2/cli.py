@@ -18,6 +18,7 @@ COMMANDS = {
     "codebook grow": ("codebook.grow", "make_parser", "main", "add codes to a codebook; existing ids stay"),
     "codebook preview": ("codebook.preview", "make_parser", "main", "draw a thumbnail of each code"),
     "init": ("hub.compose", "make_parser", "main", "make a checkpoint of language model, encoder and codebook"),
+    "merge": ("hub.merge", "make_parser", "main", "make a whole checkpoint of an adapter and its base"),
     "assemble": ("hub.assemble", "make_parser", "main", "make one repository of checkpoint, mapper and decoder"),
     "tokenize": ("training.tokenize", "make_parser", "main", "turn the images of a data set into codes"),
     "scenes": ("scenes.write", "make_parser", "main", "write drawn scenes and emoji to parquet"),

@@ -15,7 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .adapters_unicode2 import check_trainable
+from .adapters_unicode2 import check_trainable, guard_labels
 from .configuration_unicode2 import UniCode2Config
 from .generation_unicode2 import UniCode2GenerationMixin
 from .loading_unicode2 import load_whole
@@ -289,6 +289,10 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         self.get_quantizer().freeze()
         # DDP would send C1 to all ranks before each forward, though it never changes.
         self._ddp_params_and_buffers_to_ignore = [n for n, _ in self.named_buffers() if ".quantizer." in n]
+
+    def __setattr__(self, name: str, value) -> None:
+        """Trainers of TRL replace `forward` by one that knows the text head alone; it learns no images unnoticed."""
+        super().__setattr__(name, guard_labels(self, value) if name == "forward" else value)
 
     def get_quantizer(self) -> UniCode2Quantizer:
         return self.model.quantizer

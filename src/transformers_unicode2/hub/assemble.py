@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..adapters import find_base, is_adapter, load_merged
 from ..checkpoints import check_checkpoint
 from ..cli import at_least
 from ..files import whole_folder
@@ -29,7 +30,7 @@ def assemble_pipeline(
     their values define the codes.
 
     Args:
-        model (`str`): folder of a trained UniCode² checkpoint.
+        model (`str`): folder of a trained UniCode² checkpoint, or of an adapter, which is merged.
         mapper (`str`): folder of a trained condition mapper.
         decoder (`str`): folder or Hub name of the FLUX pipeline that the mapper was trained against.
         output (`str`): folder to write.
@@ -47,6 +48,8 @@ def assemble_pipeline(
     """
     numbers = {"image_size": image_size, "num_candidates": num_candidates, "true_cfg_scale": true_cfg_scale}
     parts = {"model": hash_source(model), "mapper": hash_source(mapper), "decoder": hash_source(decoder, deep=True)}
+    if is_adapter(model):
+        parts["base"] = hash_source(find_base(model)[0])
     with Record(output, {"command": "assemble", **parts, **numbers}).making() as finished:
         if not finished:
             with whole_folder(output) as new:
@@ -61,8 +64,11 @@ def write_pipeline(model: str, mapper: str, decoder: str, output: Path, image_si
 
     from .. import UniCode2ConditionMapper, UniCode2FluxPipeline, UniCode2ForConditionalGeneration
 
-    encoder = UniCode2ForConditionalGeneration.from_pretrained(model, dtype=torch.bfloat16)
-    processor = AutoProcessor.from_pretrained(model)
+    if is_adapter(model):
+        encoder, processor = load_merged(model, dtype="bfloat16")
+    else:
+        encoder = UniCode2ForConditionalGeneration.from_pretrained(model, dtype=torch.bfloat16)
+        processor = AutoProcessor.from_pretrained(model)
     parts = FluxPipeline.from_pretrained(
         decoder, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, torch_dtype=torch.bfloat16
     )
@@ -106,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="unicode2 assemble",
         description="Puts a trained checkpoint, its mapper and its decoder into one repository.",
     )
-    parser.add_argument("--model", required=True, help="folder of the trained checkpoint")
+    parser.add_argument("--model", required=True, help="folder of the trained checkpoint or adapter")
     parser.add_argument("--mapper", required=True, help="folder of the trained condition mapper")
     parser.add_argument("--decoder", required=True, help="folder or Hub name of the FLUX pipeline")
     parser.add_argument(
@@ -129,7 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    for name in (args.model, args.mapper):
+    for name in (args.mapper,) if is_adapter(args.model) else (args.model, args.mapper):
         check_checkpoint(name)
     finished = assemble_pipeline(
         model=args.model,

@@ -1,17 +1,14 @@
 """What a stage leaves beside its weights: a true model card, and what an adapter is an adapter of."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from pyarrow import parquet
 
+from ..adapters import note_base
 from ..cards import write_card
-from ..files import write_file
 from ..record import shorten
 
-# Names the checkpoint that an adapter was trained on, for `unicode2 merge`.
-BASE_FILE = "base_checkpoint.json"
 # of the training arguments those that a reader looks for first
 TRAINING = tuple(
     """learning_rate lr_scheduler_type warmup_steps max_steps num_train_epochs per_device_train_batch_size optim
@@ -21,12 +18,15 @@ TRAINING = tuple(
 OF_THE_RUN = ("runtime", "per_second", "epoch")
 
 
-def describe(folder: Path, name: str, args, parts: list, made_of: dict, state, metrics: dict[str, float]) -> None:
+def describe(
+    folder: Path, model, name: str, args, parts: list, made_of: dict, state, metrics: dict[str, float]
+) -> None:
     """
     Writes the card of a stage's result and, of an adapter, `base_checkpoint.json`.
 
     Args:
         folder: with the result.
+        model: that was trained.
         name: under which it will be loaded.
         args: `StageArguments`.
         parts: of the mixture.
@@ -35,8 +35,7 @@ def describe(folder: Path, name: str, args, parts: list, made_of: dict, state, m
         metrics: of the last evaluation.
     """
     if args.lora:
-        base = {"model": args.model, "digest": made_of["model"]}
-        write_file(folder / BASE_FILE, (json.dumps(base, indent=2) + "\n").encode())
+        note_base(folder, args.model, made_of["model"], model.config, model.generation_config)
     logged = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
     figures = {f"train_{name}": value for name, value in logged.items() if name.endswith("loss")} | metrics
     figures = [{"figure": n, "value": value} for n, value in figures.items() if not n.endswith(OF_THE_RUN)]

@@ -158,16 +158,8 @@ def train(
     agree(lambda: check_mixture([*parts, *eval_parts], args.model, model.config))
     keep_settings(model, args)
     processor = AutoProcessor.from_pretrained(args.model)
-    rows, offset = open_mixture(parts, training_args.seed), model.config.visual_token_offset
-    examples = build_examples(rows, processor, offset, args.learn_all_images, args.drop_prompt_share)
-    check_targets(examples, offset, args.train_modules)
-    held_out = {
-        name: build_examples(open_mixture([part], training_args.seed), processor, offset)
-        for name, part in name_parts(eval_parts).items()
-    }
-    if training_args.max_length is not None:
-        for name, data in {"train": examples, **held_out}.items():
-            check_lengths(name, data, training_args.max_length)
+    offset = model.config.visual_token_offset
+    examples, held_out = build_data(args, training_args, parts, eval_parts, processor, offset)
     model = select_parameters(model, args)
     trainer = make_trainer(model, args, training_args, examples, held_out, processor)
     held.train(trainer)
@@ -176,7 +168,30 @@ def train(
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
             processor.save_pretrained(folder)
-            describe(folder, training_args.output_dir, args, parts, held.made_of, trainer.state, metrics)
+            made_of, state = held.made_of, trainer.state
+            describe(folder, model, training_args.output_dir, args, parts, made_of, state, metrics)
+
+
+def build_data(
+    args: StageArguments,
+    training_args: SFTConfig,
+    parts: list[MixturePart],
+    eval_parts: list[MixturePart],
+    processor,
+    visual_token_offset: int,
+) -> tuple:
+    """The examples of a stage, and those of each evaluation data set by its name."""
+    rows = open_mixture(parts, training_args.seed)
+    examples = build_examples(rows, processor, visual_token_offset, args.learn_all_images, args.drop_prompt_share)
+    check_targets(examples, visual_token_offset, args.train_modules)
+    held_out = {
+        name: build_examples(open_mixture([part], training_args.seed), processor, visual_token_offset)
+        for name, part in name_parts(eval_parts).items()
+    }
+    if training_args.max_length is not None:
+        for name, data in {"train": examples, **held_out}.items():
+            check_lengths(name, data, training_args.max_length)
+    return examples, held_out
 
 
 def name_parts(parts: list[MixturePart]) -> dict[str, MixturePart]:
