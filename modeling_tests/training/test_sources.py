@@ -388,6 +388,9 @@ def test_what_was_recognised_is_shown_with_the_first_chat(tmp_path):
     assert shown[0] == of
     assert shown[1] == "  user: [image: 0.png] Describe the image."
     assert shown[2].startswith(r"  assistant: two\nlines xxx") and shown[2].endswith("xxx...") and len(shown[2]) < 330
+    calls = {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}
+    file = write_lines(tmp_path / "u.jsonl", [{"messages": [ALONE[0], calls]}])
+    assert describe(open_source(str(file))).splitlines()[2] == "  assistant: [1 tool calls]"
 
 
 HUB = """

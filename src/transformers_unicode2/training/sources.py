@@ -269,6 +269,7 @@ def describe(source: Source) -> str:
     for message in first.messages:
         parts = message["content"]
         texts = [one_line(p["text"]) if p["type"] == "text" else name_image(next(images)) for p in parts]
+        texts += [f"[{len(message['tool_calls'])} tool calls]"] if "tool_calls" in message else []
         texts = [text if len(text) <= SHOWN else f"{text[:SHOWN]}..." for text in texts]
         lines.append(f"  {message['role']}: {' '.join(texts)}")
     return "\n".join(lines)
