@@ -55,6 +55,7 @@ def place_recipe(recipe: Path, tokens: Path, output: Path) -> Path:
     for name in ("datasets", "eval_datasets"):
         for part in content.get(name, []):
             task = Path(part["path"]).name
+            task = "text_to_image" if task == "draw" else task
             part["path"] = str(tokens / (task if (tokens / task).is_dir() else "caption"))
     output.write_text(yaml.safe_dump(content, sort_keys=False))
     return output
@@ -62,11 +63,11 @@ def place_recipe(recipe: Path, tokens: Path, output: Path) -> Path:
 
 @pytest.fixture
 def run_stage(tiny_run):
-    """Runs a recipe of the stages 1 to 2 on the small data, as a command."""
+    """Runs a recipe of a stage on the small data, as a command."""
 
-    def run(recipe: Path, output: Path, *extra: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", str(RECIPES / "accelerate/cpu.yaml"), "-m", "transformers_unicode2.training.sft"]
+    def run(recipe: Path, output: Path, *extra: str, stage: str = "sft") -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+        command += [str(RECIPES / "accelerate/cpu.yaml"), "-m", f"transformers_unicode2.training.{stage}"]
         placed = place_recipe(recipe, tiny_run / "tokens", output.with_suffix(".yaml"))
         command += ["--config", str(placed), "--use_cpu", "true", "--model", str(tiny_run / "model")]
         command += ["--output_dir", str(output)]

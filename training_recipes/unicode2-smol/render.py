@@ -60,7 +60,8 @@ def main(args: argparse.Namespace) -> None:
     pictures = [pictures[i] for i in np.random.default_rng(args.seed).permutation(len(pictures))]
     unseen, known = pictures[: args.num_unseen], pictures[args.num_unseen :]
     splits = {
-        "train": [(picture, number) for picture in known for number in range(args.renderings)],
+        # first one of each picture, so that the first files are a fair sample
+        "train": [(picture, number) for number in range(args.renderings) for picture in known],
         "held": [(picture, args.renderings) for picture in known[: args.num_held]],
         "unseen": [(picture, 0) for picture in unseen],
     }
@@ -91,8 +92,8 @@ def choose_pictures(source, skip: str | None) -> list[Picture]:
 def write_split(folder: Path, split: str, renderings: list[tuple[Picture, int]], image_size: int, seed: int) -> None:
     """Writes the images of a split and their metadata.jsonl."""
     rows = []
-    for picture, number in tqdm(renderings, unit="image", desc=f"rendering {split}"):
-        name = f"{picture.number:06d}-{number}.jpg"
+    for place, (picture, number) in enumerate(tqdm(renderings, unit="image", desc=f"rendering {split}")):
+        name = f"{place:06d}.jpg"
         rng = np.random.default_rng([seed, picture.number, number])
         content = picture.image["bytes"] or Path(picture.image["path"]).read_bytes()
         drawn = render(open_content(content).convert("RGBA"), image_size, rng)
