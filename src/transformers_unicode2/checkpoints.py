@@ -40,7 +40,7 @@ def find_safetensors(source: str) -> list[Path]:
 
 
 def load_model(name: str) -> tuple:
-    """Loads a model with its processor, for use: a checkpoint, or an adapter on the checkpoint that it names.
+    """Loads a model with its processor, for use: a checkpoint, or an adapter merged into the one that it names.
 
     The model keeps the dtype of its checkpoint, and goes to the accelerator if there is one.
 
@@ -48,33 +48,26 @@ def load_model(name: str) -> tuple:
         name (`str`): folder or Hub name.
 
     Returns:
-        The `UniCode2ForConditionalGeneration` with active adapters, and its `UniCode2Processor`.
+        The `UniCode2ForConditionalGeneration` and its `UniCode2Processor`.
 
     Raises:
-        `ValueError`: when `name` is neither.
+        `ValueError`: when `name` is neither, or an adapter of another checkpoint.
         `FileNotFoundError`: when a folder lacks a file.
     """
     import torch
-    from transformers.utils import find_adapter_config_file
 
+    from .adapters import is_adapter, load_merged
     from .modeling_unicode2 import UniCode2ForConditionalGeneration
     from .processing_unicode2 import UniCode2Processor
 
-    check_name(name)
-    adapter = find_adapter_config_file(name)
-    base = name if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
-    try:
-        check_model(base)
-    except (ValueError, OSError) as error:
-        raise error if adapter is None else ValueError(f"{name} is an adapter of {base}: {error}") from error
-    model, source = UniCode2ForConditionalGeneration.from_pretrained(base), base
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, name).get_base_model()
-        source = name if Path(adapter).with_name("processor_config.json").is_file() else base
+    if is_adapter(name):
+        model, processor = load_merged(name)
+    else:
+        check_model(name)
+        model = UniCode2ForConditionalGeneration.from_pretrained(name)
+        processor = UniCode2Processor.from_pretrained(name)
     device = torch.accelerator.current_accelerator(check_available=True)
-    return model.to(device or "cpu").eval(), UniCode2Processor.from_pretrained(source)
+    return model.to(device or "cpu").eval(), processor
 
 
 def check_model(name: str) -> None:
