@@ -18,6 +18,16 @@ from transformers_unicode2 import cli
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
+RECIPES = ROOT / "training_recipes"
+DOCUMENTS = [ROOT / "README.md", *sorted(RECIPES.rglob("README.md"))]
+
+
+def find_commands(document: Path) -> list[list[str]]:
+    """The words behind `unicode2` of each command in the blocks of a document; variables stand for themselves."""
+    blocks = re.findall(r"```(?:bash|text)\n(.*?)```", document.read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line.strip()) for line in lines if line.strip().startswith("unicode2 ")]
+    return [words[1:] for words in commands]
 
 
 def make_parts(folder: Path, llm: str, vision: str, num_pictures: int = 32) -> None:
@@ -76,11 +86,39 @@ def test_first_code_starts_by_line_25_and_is_short():
 def test_commands_named_in_documents_exist():
     from transformers_unicode2.cli import COMMANDS
 
-    for document in (TEXT, (ROOT / "training_recipes/README.md").read_text()):
-        for command in re.findall(r"`unicode2 ([a-z ]+?)(?: -|`| \.)", document):
+    for document in DOCUMENTS:
+        for command in re.findall(r"`unicode2 ([a-z ]+?)(?: -|`| \.)", document.read_text()):
             assert command in COMMANDS, command
 
 
-def test_every_path_named_in_the_readme_exists():
-    for path in re.findall(r"\]\(([^)#:]+)\)", TEXT):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name)
+def test_commands_in_documents_have_the_options_that_they_name(document):
+    from importlib import import_module
+
+    commands = find_commands(document)
+    assert commands
+    for words in commands:
+        name = next(name for name in cli.COMMANDS if words[: len(name.split())] == name.split())
+        module, make_parser, *_ = cli.COMMANDS[name]
+        parser = getattr(import_module(f"transformers_unicode2.{module}"), make_parser)()
+        parser.parse_args(words[len(name.split()) :])
+
+
+def test_yaml_in_the_readme_of_the_recipes_is_read(tmp_path):
+    import yaml
+
+    from transformers_unicode2.training.mixtures import FIELDS
+    from transformers_unicode2.training.templates import read_tasks
+
+    tasks, mixture = re.findall(r"```yaml\n(.*?)```", (RECIPES / "README.md").read_text(), re.S)
+    (tmp_path / "tasks.yaml").write_text(tasks)
+    assert set(read_tasks(str(tmp_path / "tasks.yaml"))) == {"questions", "planned"}
+    mixture = yaml.safe_load(mixture)
+    parts = mixture["datasets"] + mixture["eval_datasets"]
+    assert len(parts) == 3 and all(part.keys() <= set(FIELDS) for part in parts)
+
+
+def test_every_path_linked_in_documents_exists():
+    for document in DOCUMENTS:
+        for path in re.findall(r"\]\(([^)#:]+)[)#]", document.read_text()):
+            assert (document.parent / path).exists(), path
