@@ -49,6 +49,13 @@ def test_bad_features_are_refused_by_position_and_width(model):
         codebook.encode(torch.zeros(5, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.complex64])
+def test_features_of_another_kind_are_refused(model, dtype):
+    codebook = model.get_quantizer().codebook
+    with pytest.raises(ValueError, match=f"The features are {dtype}; give them in float32, bfloat16, float16 or"):
+        codebook.encode(torch.zeros(5, 16, dtype=dtype))
+
+
 def test_quantizer_loads_alone_and_stays_frozen(model, pixel_values, tmp_path):
     model.get_quantizer().save_pretrained(tmp_path)
     quantizer = UniCode2Quantizer.from_pretrained(tmp_path)

@@ -6,8 +6,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from vectors import ADVERSARIAL, adversarial, brute_force, equal_cells
 
-from transformers_unicode2 import FaissSearch
+from transformers_unicode2 import FaissSearch, UniCode2Codebook, UniCode2CodebookConfig
 
 
 @pytest.fixture
@@ -43,18 +44,73 @@ def test_faiss_is_named_when_it_is_missing(quantizer, monkeypatch):
         FaissSearch(quantizer.codebook)
 
 
-def test_an_index_that_does_not_fit_or_finds_nothing_is_refused(quantizer):
+def test_an_index_that_does_not_fit_is_refused(quantizer):
     faiss = pytest.importorskip("faiss")
-    codes = quantizer.codebook.codes.numpy()
     half = faiss.IndexFlatL2(16)
-    half.add(codes[:50])
+    half.add(quantizer.codebook.codes.numpy()[:50])
     with pytest.raises(ValueError, match="holds 50 vectors of width 16, the codebook 96 of width 16"):
         FaissSearch(quantizer.codebook, half)
-    index = faiss.index_factory(16, "IVF40,Flat")
+
+
+def make_codebook(codes, num_cells=5):
+    centroids, offsets = equal_cells(codes, num_cells)
+    config = UniCode2CodebookConfig(codebook_size=len(codes), codebook_dim=codes.shape[1], num_cells=num_cells)
+    codebook = UniCode2Codebook(config)
+    codebook.load_state_dict({"codes": codes, "cell_centroids": centroids, "cell_offsets": offsets})
+    return codebook
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+@pytest.mark.parametrize("name", [*ADVERSARIAL, "centroid that overflows", "at one point"])
+def test_faiss_finds_adversarial_codes_exactly(name, kind):
+    pytest.importorskip("faiss")
+    codes, features = adversarial(name)
+    if name == "centroid that overflows":
+        codes[:200] *= 1e19
+        features[:12] = codes[:12]
+    elif name == "at one point":
+        # At a distance of zero there is no rounding error to be wary of.
+        codes[3::10], features = 0, features * 0
+    codebook = make_codebook(codes.nan_to_num(0, 0, 0))
+    codebook.codes = codes
+    codebook.search = FaissSearch(codebook, kind)
+    expected = brute_force(features, codes.where(codes.isfinite().all(-1, keepdim=True), 3e38))
+    assert torch.equal(codebook.encode(features), expected)
+
+
+def test_the_codebook_is_searched_where_an_index_finds_nothing(quantizer):
+    faiss = pytest.importorskip("faiss")
+    codebook, codes = quantizer.codebook, quantizer.codebook.codes.numpy()
+    index = faiss.index_factory(16, "IVF4,Flat")
     index.train(codes)
     index.add(codes)
+    index.nprobe = 4
     features = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
-    assert (search_with(quantizer, index).encode_features(features) >= 0).all()
+    expected = codebook.encode(features)
+    codebook.search = FaissSearch(codebook, index)
+    # A list without a vector is near to all features.
+    faiss.downcast_index(index.quantizer).reset()
+    faiss.downcast_index(index.quantizer).add(np.array([[1e3], [1e4], [0], [1e5]], dtype=np.float32).repeat(16, 1))
+    index.nprobe = 1
+    index.invlists.resize(2, 0)
+    assert (index.search(features.numpy(), 4)[1] < 0).all()
+    assert torch.equal(codebook.encode(features), expected)
+
+
+def test_a_search_of_another_codebook_is_refused(quantizer):
+    pytest.importorskip("faiss")
+    codebook = quantizer.codebook
+    for other in (copy.deepcopy(codebook), make_codebook(codebook.codes[:50].clone())):
+        with pytest.raises(ValueError, match="The search is of another codebook"):
+            codebook.search = FaissSearch(other)
+    assert "search" not in vars(codebook)
+
+
+def test_an_index_ends_when_codes_are_assigned(quantizer, caplog):
+    codebook = search_with(quantizer).codebook
+    codebook.codes = codebook.codes.flip(0).contiguous()
+    assert "search" not in vars(codebook) and "is of the old, and dropped" in caplog.text
+    assert torch.equal(codebook.encode(codebook.codes), torch.arange(96))
 
 
 def test_an_index_does_not_outlive_its_codes(quantizer, caplog):

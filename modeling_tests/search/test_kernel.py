@@ -1,6 +1,5 @@
 """The kernel: what compiles it, where it is kept, and what is refused before it reads memory."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -49,10 +48,31 @@ def test_compiling_is_told_with_its_place(monkeypatch, tmp_path, caplog):
     if not load_kernel():
         pytest.skip("no C compiler")
     monkeypatch.setenv("UNICODE2_CACHE", str(tmp_path))
-    with caplog.at_level(logging.INFO, "transformers_unicode2.search.kernel"):
-        assert load_kernel.__wrapped__() and load_kernel.__wrapped__()
+    assert load_kernel.__wrapped__() and load_kernel.__wrapped__()
     (record,) = caplog.records
     assert "kernel.c with" in record.getMessage() and str(tmp_path) in record.getMessage()
+
+
+def test_a_compiler_that_fails_is_told_once(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("UNICODE2_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    assert load_kernel.__wrapped__() is None
+    begun, failed = (record.getMessage() for record in caplog.records)
+    assert "Compiling" in begun and "kernel.c could not be compiled" in failed and "exit status 1" in failed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compiling_is_shown_where_nothing_is_set_up(tmp_path):
+    code = "from transformers_unicode2.search.kernel import load_kernel; print(bool(load_kernel()))"
+    environment = {**os.environ, "UNICODE2_CACHE": str(tmp_path)}
+    said = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    if said[0].stdout.split()[-1] != "True":
+        pytest.skip("no C compiler")
+    lines = [[line for line in run.stderr.splitlines() if str(tmp_path) in line] for run in said]
+    assert len(lines[0]) == 1 and lines[0][0].startswith("Compiling ") and not lines[1]
 
 
 def test_a_struct_takes_what_the_kernel_reads_alone():
@@ -73,5 +93,7 @@ def test_a_struct_takes_what_the_kernel_reads_alone():
         Pairs.fill(**{**pairs, "codes": rows.double()})
     with pytest.raises(ValueError, match=r"with strides \(1, 4\)"):
         Pairs.fill(**{**pairs, "codes": torch.zeros(4, 4).T})
+    with pytest.raises(ValueError, match="`rows` of the kernel has 2 elements; it reads 3"):
+        Pairs.fill(**{**pairs, "rows": numbers[:2]})
     with pytest.raises(TypeError, match="other fields than were given: .'dim'"):
         Pairs.fill(**{name: value for name, value in pairs.items() if name != "dim"})

@@ -119,6 +119,16 @@ def test_probing_finds_the_nearest_code_of_the_nearest_cells(way):
     assert torch.equal(search(features, codes, *cells, 99), brute_force(features, codes))
 
 
+@pytest.mark.parametrize("way", ["kernel", "scan"])
+@pytest.mark.parametrize("scale", [1e14, 1e16, 1e25])
+def test_probing_finds_the_same_codes_for_far_features(scale, way):
+    codes, features = draw_clusters(2, 3000, 60)
+    cells = equal_cells(codes, 12)
+    features[::2] *= scale
+    found = make_search(codes, cells, way)(features, codes, *cells, 3)
+    assert torch.equal(found, find_nearest(features, codes, *cells, 3))
+
+
 @pytest.fixture(scope="module")
 def codebook() -> UniCode2Codebook:
     """A codebook large enough for the bounds, with cells without codes."""
@@ -236,10 +246,39 @@ def test_tables_are_dropped_when_weights_are_loaded_or_moved(codebook, features)
     moved.encode(features)
     kept = moved.tables
     # As offloading does.
-    moved.codes = moved.codes.clone()
+    moved._buffers["codes"] = moved.codes.clone()
     assert torch.equal(moved.encode(features), codebook.encode(features)) and moved.tables is kept
     assert moved.to("cpu").float().tables is kept
     assert moved.to("meta").tables is None
+
+
+@pytest.mark.parametrize("size", [100, MIN_SIZE + 13, MIN_SIZE + 500])
+def test_assigned_codes_and_cells_are_searched(codebook, features, size):
+    twin = copy.deepcopy(codebook)
+    twin.encode(features)
+    # Cells of before are larger than the whole codebook then, and their codes are elsewhere.
+    codes = draw_clusters(5, size, 1)[0]
+    centroids, offsets = equal_cells(codes, 7)
+    twin.codes, twin.cell_centroids, twin.cell_offsets = map(torch.nn.Buffer, (codes, centroids, offsets))
+    assert torch.equal(twin.encode(features), brute_force(features, codes))
+    # Rows that are equal are found in each of their cells.
+    twin.codes = torch.nn.Buffer(codes[:1].expand(size, DIM).clone())
+    twin.encode(features)
+    twin.cell_offsets = torch.nn.Buffer(torch.tensor([0, size // 2, size]))
+    twin.cell_centroids = torch.nn.Buffer(torch.stack([features.mean(0) + 100, features.mean(0)]))
+    assert (twin.encode(features, num_probes=1) == size // 2).all()
+
+
+def test_codes_of_another_size_are_searched_within_a_functional_call(codebook, features):
+    twin = copy.deepcopy(codebook)
+    expected = twin.encode(features)
+    codes = draw_clusters(5, 100, 1)[0]
+    centroids, offsets = equal_cells(codes, 7)
+    weights = {"codes": codes, "cell_centroids": centroids, "cell_offsets": offsets}
+    assert torch.equal(torch.func.functional_call(twin, weights, (features,)), brute_force(features, codes))
+    assert torch.equal(twin.encode(features), expected)
+    with pytest.raises(IndexError):
+        torch.func.functional_call(twin, {"cell_offsets": offsets[[0, -1]]}, (features,), {"num_probes": 2})
 
 
 def test_recall_is_that_of_probing(codebook, features):

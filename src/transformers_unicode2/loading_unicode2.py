@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 AGAIN = "Copy or build it again."
@@ -160,6 +160,25 @@ def load_whole(load: Callable, source, *args, **kwargs):
     check_loaded(model, info, source, want_info)
     model.get_quantizer().freeze()
     return (model, info) if want_info else model
+
+
+def read_quantizer(name, options: dict) -> dict[str, torch.Tensor] | None:
+    """The quantizer's weights under their names in a whole checkpoint, from those of its files that hold any.
+
+    `None` unless `name`, a folder or Hub repository, is a whole checkpoint in several safetensors files.
+    """
+    options = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    index = name and cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
+    if not index:
+        return None
+    with open(index) as file:
+        places = json.load(file)["weight_map"]
+    wanted = {key: place for key, place in places.items() if re.match(r"(model\.)?quantizer\.", key)}
+    state = {}
+    for place in sorted(set(wanted.values())):
+        with safe_open(cached_file(name, place, **options), framework="pt") as tensors:
+            state |= {key: tensors.get_tensor(key) for key in wanted if wanted[key] == place}
+    return state or None
 
 
 @contextmanager

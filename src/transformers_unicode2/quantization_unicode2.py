@@ -1,24 +1,21 @@
 """The frozen half of UniCode²: codebook C1 with nearest-code search, and the encoder in front of it (section 3.2)."""
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unicode2 import UniCode2CodebookConfig, UniCode2QuantizerConfig
 from .encoders_unicode2 import encode_patches
 from .images_unicode2 import read_pixels_of
-from .loading_unicode2 import HUB_OPTIONS, check_precision, find_digests, hash_settings, load_whole
+from .loading_unicode2 import HUB_OPTIONS, check_precision, find_digests, hash_settings, load_whole, read_quantizer
 from .search_unicode2 import WORKSPACE, check_features, check_num_probes, find_nearest
 
 logger = logging.get_logger(__name__)
@@ -48,10 +45,13 @@ class UniCode2Codebook(nn.Module):
     and kept in float32, so that the dtype of a model does not change its codes.
 
     `encode` finds the codes with `search`, which takes `(features, num_probes)` and returns ids. It is a plain search
-    here. The package puts a faster one with the same ids in its place, and `codebook.search = FaissSearch(codebook)`
-    searches with FAISS. `tables` is what a search derives from the codes at the first `encode`. It is dropped when
-    weights are loaded or moved, and never saved or copied. The codes are frozen: after writing to them, set `tables`
-    to `None`.
+    here, and the package puts a faster one with the same ids in its place. `codebook.search = FaissSearch(codebook)`
+    searches with FAISS; a search that is assigned has the codebook that it searches as its `codebook`.
+
+    `tables` is what a search derives from the codes at the first `encode`. They are dropped when weights are loaded,
+    moved or assigned, and never saved or copied. The codes are frozen, and nothing watches their memory. After writing
+    into them, set `tables` to `None` and assign an index anew. Do so within `torch.func.functional_call`, too, which
+    exchanges codes unseen, as offloading does.
 
     Buffers:
         codes (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): the codes, sorted by cell.
@@ -90,6 +90,20 @@ class UniCode2Codebook(nn.Module):
             **find_digests({f"codebook.{name}": buffer for name, buffer in self.named_buffers()}),
         }
 
+    def __setattr__(self, name: str, value):
+        """Raises `ValueError` on a search of another codebook. Other codes or cells end what was made of the old."""
+        if name == "search" and value.codebook is not self:
+            raise ValueError("The search is of another codebook; assign `FaissSearch(codebook)` of this one.")
+        super().__setattr__(name, value)
+        if name in ("codes", "cell_centroids", "cell_offsets"):
+            self.drop_tables()
+
+    def drop_tables(self) -> None:
+        """Drops what a search derived from the codes, and an index that was made of them."""
+        self.tables = None
+        if vars(self).pop("search", None):
+            logger.warning("The codebook has other codes now; the search assigned to it is of the old, and dropped.")
+
     def __getstate__(self) -> dict:
         """Copies and pickles are without the tables of the search."""
         return {**super().__getstate__(), "tables": None}
@@ -103,12 +117,7 @@ class UniCode2Codebook(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self.tables = None
-        # An index of FAISS holds the codes of before.
-        if vars(self).pop("search", None):
-            logger.warning(
-                "The codebook has been loaded anew; the search assigned to it holds other codes and is dropped."
-            )
+        self.drop_tables()
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -120,7 +129,7 @@ class UniCode2Codebook(nn.Module):
         rounding.
 
         Args:
-            features (`torch.Tensor` of shape `(..., codebook_dim)`): bfloat16, float16 or float32; float64 is rounded
+            features (`torch.Tensor` of shape `(..., codebook_dim)`): float32, bfloat16 or float16; float64 is rounded
                 to float32.
             num_probes (`int`, *optional*): looks only into the cells with so many nearest centroids, which is faster
                 and finds the nearest code in the share of the cases that `num_probes_for` knows. All cells by
@@ -130,8 +139,8 @@ class UniCode2Codebook(nn.Module):
             `torch.LongTensor` of shape `(...)`.
 
         Raises:
-            `ValueError`: on another width, on features that are not finite, or when `num_probes` is no whole number
-                of at least 1.
+            `ValueError`: on another width or dtype, on features that are not finite, or when `num_probes` is no
+                whole number of at least 1.
         """
         check_features(features, self.codes.shape[1])
         query = features.reshape(-1, features.shape[-1]).to(torch.float32)  # (num_features, codebook_dim)
@@ -209,8 +218,8 @@ class UniCode2Quantizer(PreTrainedModel):
     the codebook's `encoder_dtype`, with which that was built; the codes are searched in float32. Both stay so whatever
     dtype is asked for, since a code must not depend on it, and are always frozen and in eval mode.
 
-    A code is the nearest to the features at hand. Where two codes are about equally near, rounding decides, so devices,
-    libraries and sizes of a batch may disagree: hardly ever in float32, on a few percent of the ids in bfloat16.
+    A code is the nearest to the features at hand. Where two codes are about equally near, rounding decides: ids of an
+    encoder in bfloat16 may differ by a few percent between devices and libraries, and one in ten differs from float32.
     """
 
     config: UniCode2QuantizerConfig
@@ -338,25 +347,6 @@ class UniCode2Quantizer(PreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
-
-
-def read_quantizer(name, options: dict) -> dict[str, torch.Tensor] | None:
-    """The quantizer's weights under their names in a whole checkpoint, from those of its files that hold any.
-
-    `None` unless `name`, a folder or Hub repository, is a whole checkpoint in several safetensors files.
-    """
-    options = {key: value for key, value in options.items() if key in HUB_OPTIONS}
-    index = name and cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
-    if not index:
-        return None
-    with open(index) as file:
-        places = json.load(file)["weight_map"]
-    wanted = {key: place for key, place in places.items() if re.match(r"(model\.)?quantizer\.", key)}
-    state = {}
-    for place in sorted(set(wanted.values())):
-        with safe_open(cached_file(name, place, **options), framework="pt") as tensors:
-            state |= {key: tensors.get_tensor(key) for key in wanted if wanted[key] == place}
-    return state or None
 
 
 def keep_dtype(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -148,7 +148,7 @@ def find_nearest(
         for part in features.split(rows):
             best = Best(part, codes, workspace)
             if num_probes and len(part):
-                scan_cells(best, find_cells(part, centroids, offsets, num_probes), offsets)
+                scan_cells(best, centroids, offsets, num_probes)
             best.update(best.missing(), scan_all)
             found.append(best.found)
     return torch.cat(found)
@@ -161,8 +161,9 @@ def scan_all(best: Best) -> None:
         raise ValueError(f"None of the {len(best.codes)} codes is finite.")
 
 
-def scan_cells(best: Best, near: torch.LongTensor, offsets: torch.LongTensor) -> None:
-    """Compares the codes of the cells `near`, `(num_features, num_probes)`, of each feature."""
+def scan_cells(best: Best, centroids: torch.Tensor, offsets: torch.LongTensor, num_probes: int) -> None:
+    """Compares the codes of the nearest cells of each feature."""
+    near = find_cells(best.features, centroids, offsets, num_probes)  # (num_features, num_probes)
     cells, order = near.flatten().sort()
     found, counts = cells.unique_consecutive(return_counts=True)
     for cell, pairs in zip(found.tolist(), order.split(counts.tolist())):
@@ -233,13 +234,17 @@ def find_cells(features, centroids, offsets, num_probes: int) -> torch.LongTenso
     dtype = torch.float32 if products_are_exact() else torch.float64
     mean = centroids.float().mean(0)
     centred, centroids = (x.to(dtype) - mean for x in (features, centroids))
-    bias = (-centroids.square().sum(-1) / 2).masked_fill(offsets.diff() == 0, -torch.inf)
+    bias = -centroids.square().sum(-1) / 2
+    # As an index, since a mask of another length would be broadcast.
+    bias[offsets.diff() == 0] = -torch.inf
     score = torch.addmm(bias, centred, centroids.T)  # (num_features, num_cells)
     return score.topk(min(num_probes, len(centroids)), dim=-1).indices
 
 
 def check_features(features: torch.Tensor, width: int) -> None:
-    """Raises `ValueError` on features `(..., width)` of another width, or that are not finite."""
+    """Raises `ValueError` on features `(..., width)` of another width or kind, or that are not finite."""
+    if not features.is_floating_point():
+        raise ValueError(f"The features are {features.dtype}; give them in float32, bfloat16, float16 or float64.")
     if features.shape[-1] != width:
         raise ValueError(f"The features are {features.shape[-1]} wide and the codes {width}.")
     if features.sum(dtype=torch.float32).isfinite():  # nothing in it is not finite, in one pass

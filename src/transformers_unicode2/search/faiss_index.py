@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from ..search_unicode2 import check_num_probes, exact_distance
+from ..search_unicode2 import LARGEST_SQUARE, check_num_probes, exact_distance
 
 
 class FaissSearch:
@@ -13,8 +13,9 @@ class FaissSearch:
     ends it.
 
     The codes stay the same with `"flat"`, and with `"ivf"` when it looks into all lists. The candidates of the index
-    are compared in float64, and ties go to the lowest code. Where the rounding of the index may have left out a
-    nearer code, the codebook is searched.
+    are compared in float64, and ties go to the lowest code. The codebook is searched where the rounding of the index
+    may have left out a nearer code. The same holds where the index finds nothing, and where its float32 cannot hold
+    the squares of the feature or of the codes.
 
     Args:
         codebook (`UniCode2Codebook`): the codes and their cells.
@@ -35,13 +36,14 @@ class FaissSearch:
         else:
             check_index(index, codebook)
         self.codebook, self.index = codebook, index
+        self.moderate = holds_moderate_rows(codebook)
 
     def __call__(
         self, features: torch.Tensor, num_probes: int | None = None, num_candidates: int = 4
     ) -> torch.LongTensor:
         """Codes of float32 features `(num_features, codebook_dim)`, `(num_features,)`.
 
-        Raises `ValueError` when `num_probes` is given, or when the index finds no code.
+        Raises `ValueError` when `num_probes` is given.
         """
         if num_probes is not None:
             raise ValueError(f"`num_probes` is {num_probes}, but a FAISS index is in use; give it to `FaissSearch`.")
@@ -49,16 +51,15 @@ class FaissSearch:
         reached, candidates = map(torch.from_numpy, self.index.search(query.numpy(), num_candidates))
         # -1 stands where too few were found.
         candidates = candidates.sort(-1).values  # (num_features, num_candidates)
-        if (candidates[:, -1:] < 0).any():
-            raise ValueError("The index found no code for a feature; let it probe more of its lists.")
         held = codes[candidates.clamp(min=0).to(codes.device)].float().cpu().flatten(0, 1)
         distance = exact_distance(held, query.repeat_interleave(num_candidates, 0)).view_as(candidates)
         nearest, place = distance.masked_fill(candidates < 0, torch.inf).min(-1)
         found = candidates.gather(-1, place[:, None])[:, 0]
         # Of the norms of the feature and a code as near.
         largest = 2 * query.double().norm(dim=-1) + nearest.sqrt()
-        unsure = reached.amax(-1) - nearest < query.shape[1] * 2**-23 * largest.square()
-        if unsure.any() and num_candidates < self.index.ntotal:
+        error = query.shape[1] * (2**-23 * largest.square() + torch.finfo(torch.float32).tiny)
+        unsure = ~(reached.amax(-1) - nearest > error) | (found < 0) | ~are_moderate(query) | (not self.moderate)
+        if unsure.any():
             found[unsure] = type(self.codebook).search(self.codebook, query[unsure].to(codes.device)).cpu()
         return found
 
@@ -183,6 +184,21 @@ def count_same(index, codebook, rows: int = 2**16) -> int:
         codes = codebook(ids, task="decode").float().cpu()
         same += ((held - codes).norm(dim=-1) <= 1e-4 * codes.norm(dim=-1)).sum().item()
     return same
+
+
+def holds_moderate_rows(codebook, rows: int = 2**16) -> bool:
+    """Whether float32 can hold the squares of all codes and centroids."""
+    device = find_device(codebook)
+    return all(
+        are_moderate(codebook(ids, task=task)).all()
+        for task, table in (("decode", codebook.codes), ("decode_cells", codebook.cell_centroids))
+        for ids in torch.arange(len(table), device=device).split(rows)
+    )
+
+
+def are_moderate(rows: torch.Tensor) -> torch.BoolTensor:
+    """For which rows float32 can hold the squares, `(num_rows,)`."""
+    return rows.double().square().sum(-1) < LARGEST_SQUARE
 
 
 def find_device(codebook) -> torch.device:

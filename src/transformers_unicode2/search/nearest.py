@@ -7,6 +7,8 @@ cells; then the distance itself. The C kernel does this on a CPU. Where the boun
 without structure, and where there is no kernel, all codes are scanned.
 """
 
+from functools import partial
+
 import torch
 
 from ..search_unicode2 import (
@@ -43,7 +45,7 @@ def search_codebook(
     codes, centroids, offsets = codebook.buffers_to_search()
     search = codebook.tables
     # The weights of an offloaded codebook come and go, its tables stay.
-    if search is None or search.mean.device != codes.device:
+    if search is None or not search.fits(codes):
         search = codebook.tables = NearestCodeSearch(codes, offsets)
     return search(features.to(codes.device), codes, centroids, offsets, num_probes, workspace)
 
@@ -63,6 +65,7 @@ class NearestCodeSearch:
 
     def __init__(self, codes: torch.Tensor, offsets: torch.LongTensor):
         self.size, self.dim = codes.shape
+        self.dtype, self.device = codes.dtype, codes.device
         self.half_norm = self.numbers = self.tables = None
         with torch.autocast(codes.device.type, enabled=False):
             # What to subtract: any will do. A few far codes do not move the median.
@@ -86,6 +89,10 @@ class NearestCodeSearch:
         if unused.sum() > self.size / 2:
             self.numbers = (~unused).nonzero()[:, 0]
 
+    def fits(self, codes: torch.Tensor) -> bool:
+        """Whether codes have the shape, the dtype and the device of those that the tables were made from."""
+        return (self.size, self.dim, self.dtype, self.device) == (*codes.shape, codes.dtype, codes.device)
+
     def auxiliary_bytes(self) -> int:
         """Bytes of all tables."""
         held = sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
@@ -105,8 +112,9 @@ class NearestCodeSearch:
                 best = Best(part, codes, workspace)
                 if self.tables and len(part):
                     self.search_with_kernel(best, centroids, offsets, num_probes)
-                elif num_probes and len(part):
-                    scan_cells(best, find_cells(part, centroids, offsets, num_probes), offsets)
+                if num_probes:
+                    cells = {"centroids": centroids, "offsets": offsets, "num_probes": num_probes}
+                    best.update(best.missing(), partial(scan_cells, **cells))
                 best.update(best.missing(), self.scan)
                 found.append(best.found)
         return torch.cat(found)
