@@ -35,8 +35,8 @@ def note_base(folder: str | Path, base: str, digest: str, config, generation_con
     write_file(Path(folder) / BASE_FILE, (json.dumps(note, indent=2) + "\n").encode())
 
 
-def find_base(adapter: str, base: str | None = None) -> tuple[str, dict]:
-    """The checkpoint of an adapter, and what `note_base` wrote, empty if nothing did.
+def find_base(adapter: str, base: str | None = None) -> tuple[str, str, dict]:
+    """The checkpoint of an adapter, its digest, and what `note_base` wrote, empty if nothing did.
 
     Args:
         adapter: folder or Hub name.
@@ -56,20 +56,21 @@ def find_base(adapter: str, base: str | None = None) -> tuple[str, dict]:
         raise ValueError(f"{adapter} is an adapter of {base}: {error}") from error
     file = cached_file(adapter, BASE_FILE, _raise_exceptions_for_missing_entries=False)
     note = json.loads(Path(file).read_text()) if file else {}
-    digest = hash_source(base) if note else None
+    digest = hash_source(base)
     if note and digest != note["digest"]:
         raise ValueError(
             f"{adapter} was trained on another checkpoint ({shorten(note['digest'])}) than {base} is now "
             f"({shorten(digest)}); name that checkpoint."
         )
-    return base, note
+    return base, digest, note
 
 
-def load_merged(adapter: str, base: str | None = None, dtype: str = "auto") -> tuple:
+def load_merged(adapter: str, base: str, note: dict, dtype: str = "auto") -> tuple:
     """The whole model that an adapter and its checkpoint make, without PEFT in it, and their processor.
 
     Args:
-        adapter, base: see `find_base`, which may raise.
+        adapter: folder or Hub name.
+        base, note: as `find_base` gives them.
         dtype: of the weights; that of the checkpoint by default.
     """
     from peft import PeftModel
@@ -77,7 +78,6 @@ def load_merged(adapter: str, base: str | None = None, dtype: str = "auto") -> t
     from .modeling_unicode2 import UniCode2ForConditionalGeneration
     from .processing_unicode2 import UniCode2Processor
 
-    base, note = find_base(adapter, base)
     model = UniCode2ForConditionalGeneration.from_pretrained(base, dtype=dtype)
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).eval()
     if note:

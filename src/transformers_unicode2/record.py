@@ -254,7 +254,7 @@ def hash_source(name: str, deep: bool = False) -> str:
             is not finished.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     from .loading_unicode2 import check_files
 
@@ -264,6 +264,8 @@ def hash_source(name: str, deep: bool = False) -> str:
             return Path(snapshot_download(name, allow_patterns=["*.json"])).name
         except HFValidationError as error:
             raise FileNotFoundError(f"There is no folder {name}.") from error
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(f"There is no folder {name}, and the Hub gives no repository {name}.") from error
     check_finished(folder)
     files = folder.glob("**/*" if deep else "*")
     kept = [file for file in files if file.suffix in CONTENT and file.name != "trainer_state.json" and file.is_file()]

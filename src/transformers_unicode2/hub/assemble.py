@@ -49,7 +49,7 @@ def assemble_pipeline(
     numbers = {"image_size": image_size, "num_candidates": num_candidates, "true_cfg_scale": true_cfg_scale}
     parts = {"model": hash_source(model), "mapper": hash_source(mapper), "decoder": hash_source(decoder, deep=True)}
     if is_adapter(model):
-        parts["base"] = hash_source(find_base(model)[0])
+        parts["base"] = find_base(model)[1]
     with Record(output, {"command": "assemble", **parts, **numbers}).making() as finished:
         if not finished:
             with whole_folder(output) as new:
@@ -65,7 +65,8 @@ def write_pipeline(model: str, mapper: str, decoder: str, output: Path, image_si
     from .. import UniCode2ConditionMapper, UniCode2FluxPipeline, UniCode2ForConditionalGeneration
 
     if is_adapter(model):
-        encoder, processor = load_merged(model, dtype="bfloat16")
+        base, _, note = find_base(model)
+        encoder, processor = load_merged(model, base, note, dtype="bfloat16")
     else:
         encoder = UniCode2ForConditionalGeneration.from_pretrained(model, dtype=torch.bfloat16)
         processor = AutoProcessor.from_pretrained(model)

@@ -26,12 +26,12 @@ def merge_adapter(adapter: str, output: str, base: str | None = None) -> bool:
         `ValueError`: when `adapter` is none, the checkpoint is another than it was trained on, or `output` holds
         anything else.
     """
-    base, _ = find_base(adapter, base)
-    made_of = {"command": "merge", "adapter": hash_source(adapter), "base": hash_source(base)}
+    base, digest, note = find_base(adapter, base)
+    made_of = {"command": "merge", "adapter": hash_source(adapter), "base": digest}
     with Record(output, made_of).making() as finished:
         if not finished:
             with whole_folder(output) as new:
-                model, processor = load_merged(adapter, base)
+                model, processor = load_merged(adapter, base, note)
                 model.save_pretrained(new)
                 processor.save_pretrained(new)
                 write_card(new, output, f"The adapter `{adapter}`, merged into `{base}`.", [base])

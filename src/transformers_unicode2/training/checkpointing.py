@@ -20,6 +20,13 @@ class ResumedProgress(ProgressCallback):
             self.training_bar.initial = self.training_bar.n = self.training_bar.last_print_n = state.global_step
             self.training_bar.refresh()
 
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        bar = self.prediction_bar
+        if bar is not None and bar.total is not None and bar.n >= bar.total:
+            # the same evaluation goes on, with the images of other rows
+            bar.total += len(eval_dataloader)
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
 
 class WholeCheckpoints:
     """Mixin of a `Trainer` whose checkpoints are whole or absent.

@@ -40,7 +40,7 @@ def describe(
     figures = {f"train_{name}": value for name, value in logged.items() if name.endswith("loss")} | metrics
     figures = [{"figure": n, "value": value} for n, value in figures.items() if not n.endswith(OF_THE_RUN)]
     kind = "An adapter (LoRA) of" if args.lora else "Continued from"
-    learnt = ", ".join(f"`{name}`" for name in args.train_modules)
+    learnt = ", ".join(f"`{name}`" for name in args.train_modules if not (args.lora and name == "lm_head"))
     write_card(
         folder,
         name,
@@ -53,6 +53,7 @@ def describe(
             "Base": [{"checkpoint": args.model, "digest": shorten(made_of["model"])}],
         },
         {**asdict(args), **{name: made_of[name] for name in TRAINING if name in made_of}},
+        question=model.config.caption_prompt or "What is this?",
         adapter=bool(args.lora),
     )
 
