@@ -112,7 +112,9 @@ class UniCode2PriorMixin:
         chats = [[{"role": "user", "content": text}] for text in prompts]
         texts = self.processor.apply_chat_template(chats, add_generation_prompt=True)
         device = self._execution_device
-        inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt").to(device)
+        inputs = self.processor(
+            text=texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+        ).to(device)
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(
             devices=devices, enabled=generator is not None, device_type=device.type if devices else "cuda"

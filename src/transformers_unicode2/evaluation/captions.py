@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..cli import at_least
+from ..cli import SEED, at_least
 from ..files import write_file
 from ..planning_unicode2 import CACHE_NAME
 from .drawing import batches
@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num-rows", type=at_least(2), default=200, help="rows to measure, at most (default: %(default)s)")
     add("--num-choices", type=at_least(2), default=10, help="captions to choose from (default: %(default)s)")
     add("--batch-size", type=natural, default=8, help="rows at a time (default: %(default)s)")
-    add("--seed", type=at_least(0), default=0, help="decides which rows, and what is drawn (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="decides which rows, and what is drawn (default: %(default)s)")
     add("--draw", action="store_true", help="also draw each caption, and compare the codes")
     add("--draw-prompt", default="{caption}", metavar="TEXT", help="asks for a drawing (default: %(default)s)")
     add("--guidance", type=at_least(0.0), help="guidance of a drawing (default: the model's)")
@@ -270,7 +270,8 @@ def draw(
         for number, batch in enumerate(batches(prompts, batch_size, "drawing")):
             chats = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in batch]
             texts = processor.apply_chat_template(chats, add_generation_prompt=True)
-            inputs = processor(text=texts, padding=True, return_tensors="pt").to(model.device)
+            inputs = processor(text=texts, padding=True, add_special_tokens=False, return_tensors="pt")
+            inputs = inputs.to(model.device)
             torch.manual_seed(np.random.SeedSequence([seed, number]).generate_state(1).item())
             written.append(model.generate(**inputs, generation_mode="image", **(options or {})).cpu())
     return torch.cat(written) - model.config.visual_token_offset

@@ -25,7 +25,8 @@ def answer(
         contents = [[{"type": "image"}, {"type": "text", "text": question}] for _, question in batch]
         chats = [[{"role": "user", "content": content}] for content in contents]
         prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
-        inputs = processor(images=[image for image, _ in batch], text=prompts, padding=True, return_tensors="pt")
+        pictures, options = [image for image, _ in batch], {"padding": True, "add_special_tokens": False}
+        inputs = processor(images=pictures, text=prompts, return_tensors="pt", **options)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]
