@@ -192,7 +192,7 @@ def test_base_model_gets_chatml(make_llm, init, tmp_path, capsys):
     file = tmp_path / "llm" / "chat_template.jinja"
     file.unlink()
     processor = UniCode2Processor.from_pretrained(init())
-    assert "chats are written in ChatML, as the tokenizer has no chat template; answers end with </s>" in (
+    assert "chats are written in ChatML, as the tokenizer has no chat template; answers end with `</s>`" in (
         capsys.readouterr().out
     )
     text = processor.apply_chat_template(CHAT[:2])

@@ -117,7 +117,8 @@ def prepare_text(llm: str, vocab_size: int, chat_template: str) -> TextSide:
     ids, added = set(tokenizer.get_vocab().values()), tokenizer.convert_tokens_to_ids(missing)
     num_rows = max(vocab_size, max(ids) + 1)
     fresh_ids = sorted({*added, *range(vocab_size, num_rows)})
-    notes = [f"{', '.join(missing)} are new, with the ids {', '.join(map(str, added))}"] if missing else []
+    new = ", ".join(f"`{name}` ({id_})" for name, id_ in zip(missing, added))
+    notes = [f"new tokens: {new}"] if missing else []
     if num_rows > vocab_size:
         notes.append(f"the embedding grows from {vocab_size:,} to {num_rows:,} rows")
     if before & set(added):
@@ -163,7 +164,7 @@ def give_template(llm: str, tokenizer, image_token: str, chat_template: str) -> 
                 f"The chat template of {llm} cannot be taught to carry images and to mark answers: {error}. Use "
                 "`--chat-template chatml`."
             ) from error
-        return end, f"the chat template is the language model's own; its answers end with {end}"
+        return end, f"the chat template is the language model's own; its answers end with `{end}`"
     known = {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_vocab())
     end = "<|im_end|>" if known else tokenizer.eos_token
     reason = "" if tokenizer.chat_template else ", as the tokenizer has no chat template"
@@ -171,7 +172,7 @@ def give_template(llm: str, tokenizer, image_token: str, chat_template: str) -> 
     if tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         template = "{{- bos_token -}}" + template
     tokenizer.chat_template = template
-    return end, f"chats are written in ChatML{reason}; answers end with {end}"
+    return end, f"chats are written in ChatML{reason}; answers end with `{end}`"
 
 
 def find_end_ids(llm: str, config, text: TextSide) -> int | list[int] | None:
