@@ -50,10 +50,15 @@ def tiny_run(tmp_path_factory, tiny_checkpoint):
 
 
 def place_recipe(recipe: Path, tokens: Path, output: Path) -> Path:
-    """Writes a copy of a recipe whose data sets are folders of `tokens`, of the same task where there is one."""
+    """Writes a copy of a recipe whose data sets are folders of `tokens`, of the same task where there is one.
+
+    Folders that are there stay.
+    """
     content = yaml.safe_load(recipe.read_text())
     for name in ("datasets", "eval_datasets"):
         for part in content.get(name, []):
+            if Path(part["path"]).is_dir():
+                continue
             task = Path(part["path"]).name
             task = "text_to_image" if task == "draw" else task
             part["path"] = str(tokens / (task if (tokens / task).is_dir() else "caption"))

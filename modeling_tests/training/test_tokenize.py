@@ -191,6 +191,13 @@ def test_each_task_has_a_folder_and_chats_have_one_of_their_own(whole, data, qua
     assert sorted(read(tmp_path / "out")) == [".unicode2/train.json", "train-00000.parquet"]
 
 
+def test_chats_of_other_tasks_do_not_mix(data, quantizer, tmp_path):
+    before = read(run(data / "table", quantizer, tmp_path, "--task", "both"))
+    with pytest.raises(ValueError, match="begun with something else .chats 1 was nothing and is .*; chats read 1 was"):
+        run(data / "table", quantizer, tmp_path, "--task", "draw")
+    assert read(tmp_path) == before
+
+
 def test_rows_that_cannot_be_used_are_listed_and_left_out(data, quantizer, tmp_path):
     """Broken images, markers that do not match, missing files: refused above a share, and named."""
     (tmp_path / "x").mkdir()

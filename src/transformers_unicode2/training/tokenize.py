@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoints import check_checkpoint, check_name
-from ..cli import at_least
+from ..cli import SHARE, at_least
 from ..files import explained, make_folders, remove, write_file
 from ..images_unicode2 import one_line
 from ..processes import agree, follow_launcher, join
@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--streaming", action="store_true", help="read data sets of the Hub without a copy on disk, twice")
     add(
         "--max-bad-share",
-        type=at_least(0.0),
+        type=SHARE,
         default=0.01,
         help="largest share of rows that may be unusable and are left out (default: %(default)s)",
     )
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, state) -> None:
     with explained(args.output), ExitStack() as stack:
         if agree(lambda: enter(args, work, made_of, stack)):
             return
-        if not (work / "indexed").is_file():
+        if agree(lambda: not (work / "indexed").is_file()):
             agree(lambda: print(*(describe(job.source) for job in jobs), sep="\n", flush=True))
             agree(lambda: index_rows(jobs, work, args.rows_per_shard))
         index = RowIndex(jobs, work)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, state) -> None:
         state.wait_for_everyone()
         write_shards(index, args, quantizer.config.codebook_config.codebook_size, made_of, state)
         state.wait_for_everyone()
-    agree(lambda: remove(work))
+    agree(lambda: finish(index, args))
 
 
 def open_jobs(args: argparse.Namespace) -> list:
@@ -159,6 +159,7 @@ def describe_inputs(args: argparse.Namespace, jobs: list) -> dict:
 
 def enter(args: argparse.Namespace, work: Path, made_of: dict, stack: ExitStack) -> bool:
     """Holds the output for this run. Returns whether it is finished."""
+    # folders of all tasks, so that those of other tasks are noticed
     output, owns = Path(args.output), (f"{args.split}-*.parquet", f"*/{args.split}-*.parquet", refused_name(args))
     record = Record(output, made_of, owns, args.split, passing=(work.name,))
     finished = stack.enter_context(record.making())
@@ -170,6 +171,15 @@ def enter(args: argparse.Namespace, work: Path, made_of: dict, stack: ExitStack)
         for file in work.glob(".*.tmp"):
             remove(file)
     return finished
+
+
+def finish(index, args: argparse.Namespace) -> None:
+    """Says what was written, and removes what is no longer needed."""
+    file, count = Path(args.output, refused_name(args)), sum(block["num_rows"] for block in index.blocks)
+    num_refused = len(file.read_text().splitlines()) if file.is_file() else 0
+    left_out = f"; {num_refused} rows are left out, see {file}" if num_refused else ""
+    print(f"{args.output}: {count - num_refused:,} chats with {len(index.images):,} different images{left_out}")
+    remove(index.work)
 
 
 def refused_name(args: argparse.Namespace) -> str:
@@ -208,8 +218,11 @@ def check_refused(index, errors: dict[int, str], args: argparse.Namespace) -> No
             f"{len(refused)} of {count} rows cannot be used, and --max-bad-share allows a share of "
             f"{args.max_bad_share:g}; the first is {reason}."
         )
+    file = Path(args.output, refused_name(args))
     if refused:
-        write_file(Path(args.output, refused_name(args)), "".join(f"{line}\n" for line in lines).encode())
+        write_file(file, "".join(f"{line}\n" for line in lines).encode())
+    else:
+        remove(file)
 
 
 def write_shards(index, args: argparse.Namespace, codebook_size: int, made_of: dict, state) -> None:
