@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from transformers import TrainingArguments
 
 from transformers_unicode2.training.optimizer import MasterWeights, MuonWithAdamW, check_masters
-from transformers_unicode2.training.parameters import check_rates, freeze_all_but, group_parameters
+from transformers_unicode2.training.parameters import check_rates, freeze_all_but, group_parameters, read_rates
 
 
 @pytest.fixture
@@ -40,7 +41,6 @@ def test_groups_hold_each_parameter_once_with_the_rate_of_the_longest_name(net):
         ({"tail": 1e-3}, "names `tail`, in which no parameter learns"),
         ({"head": 1e-3}, "names `head`, in which no parameter learns"),
         ({"body": 0.0}, "The learning rate of `body` is 0.0; it must be a positive number"),
-        ({"body": "fast"}, "The learning rate of `body` is 'fast'"),
     ],
 )
 def test_rates_of_what_does_not_learn_are_refused(net, rates, message):
@@ -50,6 +50,12 @@ def test_rates_of_what_does_not_learn_are_refused(net, rates, message):
     }
     with pytest.raises(ValueError, match=message):
         check_rates(net, rates)
+
+
+def test_rates_are_numbers_as_yaml_writes_them():
+    assert read_rates(yaml.safe_load("{body: 1e-3, head: 0.5}")) == {"body": 1e-3, "head": 0.5}
+    with pytest.raises(ValueError, match="The learning rate of `body` is 'fast'; it must be a positive number"):
+        read_rates({"body": "fast"})
 
 
 def train(net, optimizer, steps, start=0):

@@ -414,10 +414,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
     def measure_targets(self, hidden_states: torch.Tensor, target: torch.LongTensor) -> UniCode2MeasuredTargets:
         """How each target `(batch_size, num_tokens)` is foretold from the hidden states, as of `compute_loss`."""
         offset, size = self.config.visual_token_offset, self.config.codebook_config.codebook_size
-        nll, hits = (
-            hidden_states.new_zeros(target.shape, dtype=torch.float32),
-            torch.zeros_like(target, dtype=torch.bool),
-        )
+        nll, hits = torch.zeros_like(target, dtype=torch.float32), torch.zeros_like(target, dtype=torch.bool)
         visual = partial(self.visual_head, visual_embeddings=self.use_c2())
         for chosen, score, first, count in (
             ((target >= 0) & (target < offset), self.score_text, 0, offset),

@@ -37,6 +37,7 @@ from ..processes import agree
 from ..projection import measure_embeddings, rescale_projector
 from .mixtures import MixturePart, check_mixture, find_parts, hash_parts, open_mixture
 from .outcome import describe_part
+from .parameters import read_rates
 from .stage import Stage, StageTrainer, hash_inputs, run, stage
 
 # rows whose captions are compared where there are no `eval_datasets`
@@ -61,6 +62,9 @@ class AlignArguments:
         metadata={"help": "learning rates of the two parts"},
     )
     temperature: float = field(default=0.07, metadata={"help": "what cosines are divided by"})
+
+    def __post_init__(self):
+        self.learning_rates = read_rates(self.learning_rates)
 
 
 class Alignment(torch.nn.Module):

@@ -30,11 +30,22 @@ def find_part(name: str, parts: dict[str, float]) -> str | None:
     return max((part for part in parts if lies_in(name, part)), key=len, default=None)
 
 
+def read_rates(learning_rates: dict[str, float | str]) -> dict[str, float]:
+    """The learning rates of a recipe as numbers; YAML takes 1e-3 for a text. Raises `ValueError` on other texts."""
+    read = {}
+    for part, rate in learning_rates.items():
+        try:
+            read[part] = float(rate)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The learning rate of `{part}` is {rate!r}; it must be a positive number.") from error
+    return read
+
+
 def check_rates(model, learning_rates: dict[str, float]) -> None:
-    """Raises `ValueError` on a learning rate that is no positive number, or of a part in which nothing learns."""
+    """Raises `ValueError` on a learning rate that is not positive, or of a part in which nothing learns."""
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for part, rate in learning_rates.items():
-        if not isinstance(rate, int | float) or not rate > 0:
+        if not rate > 0:
             raise ValueError(f"The learning rate of `{part}` is {rate!r}; it must be a positive number.")
         if not any(find_part(name, learning_rates) == part for name in learning):
             raise ValueError(f"`learning_rates` names `{part}`, in which no parameter learns; check `train_modules`.")

@@ -18,7 +18,7 @@ from .chats import build_examples
 from .mixtures import MixturePart, check_mixture, check_targets, find_parts, hash_parts, open_mixture
 from .optimizer import MuonWithAdamW, check_muon
 from .outcome import describe
-from .parameters import check_modules, check_rates, freeze_all_but, make_lora_config
+from .parameters import check_modules, check_rates, freeze_all_but, make_lora_config, read_rates
 from .stage import Stage, hash_inputs, run, stage
 from .trainer import OF_TEXTS, UniCode2SFTTrainer, check_lengths
 
@@ -91,6 +91,9 @@ class StageArguments:
         default_factory=lambda: ["visual_embeddings", "projector", "language_model", "lm_head", "visual_head"],
         metadata={"help": "modules that learn, such as `projector` or `language_model.layers`; the rest is frozen"},
     )
+
+    def __post_init__(self):
+        self.learning_rates = read_rates(self.learning_rates)
 
 
 def main(args: StageArguments, training_args: SFTConfig) -> None:
