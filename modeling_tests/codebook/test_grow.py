@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -30,7 +31,11 @@ def test_grow_keeps_all_that_there_was_and_serves_new_images_better(drawn, run, 
     assert torch.equal(after.cell_offsets[:6], before.cell_offsets) and after.cell_offsets[-1] == 120
     report = json.loads((tmp_path / "larger" / "codebook.json").read_text())["provenance"]["grown"][0]
     assert report["after"]["distortion"] < 0.95 * report["before"]["distortion"]
-    assert "24 of the codes were added by `unicode2 codebook grow`" in (tmp_path / "larger" / "README.md").read_text()
+    card = (tmp_path / "larger" / "README.md").read_text()
+    assert "24 of the codes were added by `unicode2 codebook grow`" in card
+    assert re.search(r"    unicode2 codebook build .*\n    unicode2 codebook grow --add 24\n", card)
+    distortions = [report[when]["distortion"] for when in ("before", "after")]
+    assert "| distortion | {:.5g} | {:.5g} |".format(*distortions) in card and "was built from (" not in card
     content = (tmp_path / "grown" / "model.safetensors").read_bytes()
     for place_of_model in ("grown", "elsewhere"):
         shutil.rmtree(tmp_path / "grown", ignore_errors=True)

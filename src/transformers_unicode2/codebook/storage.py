@@ -26,13 +26,11 @@ tags: [unicode2, codebook]
 Codes of width {codebook_dim} in {num_cells:,} cells, for UniCode², built from the patch features of {num_images:,}
 images by
 
-    unicode2 codebook build {options}
+    {commands}
 
 **The encoder in {dtype} defines the ids**: another encoder or dtype gives other ids where two codes are about equally
 near. A checkpoint keeps the encoder in {encoder_dtype} and this codebook in float32.{added}
 
-| of the features that it was built from ({scope}) | |
-| --- | ---: |
 {statistics}
 """
 
@@ -64,17 +62,30 @@ def make_card(config: dict, provenance: dict) -> str:
         for name, value in command.items()
         if name not in NOT_IN_CARD and value is not None and value is not False
     ]
-    added = sum(report["added"] for report in provenance.get("grown", []))
-    rows = [f"| {name} | {value:.5g} |" for name, value in provenance.get("statistics", {}).items()]
+    grown = provenance.get("grown", [])
+    added = sum(report["added"] for report in grown)
+    commands = ["build " + " ".join(options), *(f"grow --add {report['added']}" for report in grown)]
     return CARD.format(
         **config,
         added=f" {added:,} of the codes were added by `unicode2 codebook grow`." if added else "",
         num_images=provenance.get("num_images", 0),
-        options=" ".join(options),
+        commands="\n    ".join(f"unicode2 codebook {command}" for command in commands),
         dtype=command.get("dtype", "float32"),
-        scope=provenance.get("statistics_of", "nearest code"),
-        statistics="\n".join(rows),
+        statistics="\n".join(list_statistics(provenance)),
     )
+
+
+def list_statistics(provenance: dict) -> list[str]:
+    """Lines of the table of a card: of a grown codebook, what its last growth changed on images not used for it."""
+    if provenance.get("grown"):
+        last = provenance["grown"][-1]
+        head = ["| of images that it was not grown on | before the last growth | now |", "| --- | ---: | ---: |"]
+        return head + [
+            f"| {name} | {value:.5g} | {last['after'][name]:.5g} |" for name, value in last["before"].items()
+        ]
+    scope = provenance.get("statistics_of", "nearest code")
+    head = [f"| of the features that it was built from ({scope}) | |", "| --- | ---: |"]
+    return head + [f"| {name} | {value:.5g} |" for name, value in provenance.get("statistics", {}).items()]
 
 
 def load_codebook(folder: str | Path) -> UniCode2Codebook:
