@@ -357,7 +357,7 @@ def test_an_image_in_an_answer_is_learnt_as_the_codes_of_its_pixels(tiny_run, ph
     chats = Dataset.from_list([{"messages": chat, "images": [photo]} for chat in (drawing, reading)])
     with torch.no_grad():
         ids = model.get_image_tokens(processor(images=photo, return_tensors="pt")["pixel_values"])[0].tolist()
-    coded = [processor.encode_turns(chat, ids) for chat in (drawing, reading)]
+    coded = [processor.encode_chat(chat, [ids]) for chat in (drawing, reading)]
     coded = [{"input_ids": i, "labels": [a if m else -100 for a, m in zip(i, mask)]} for i, mask in coded]
     settings = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "logging_steps": 1}
     settings |= {"max_length": None, "per_device_train_batch_size": 2, "learning_rate": 0.1, "disable_tqdm": True}

@@ -278,12 +278,6 @@ class UniCode2Processor(ProcessorMixin):
         visual = iter([id_ for image in given for id_ in image])
         return [next(visual) if id_ == self.image_token_id else id_ for id_ in ids], mask
 
-    def encode_turns(self, chat: list[dict], visual_token_ids: list[int]) -> tuple[list[int], list[int]]:
-        """[`encode_chat`] with the visual token ids of all images in one list."""
-        size = self.num_image_tokens
-        images = [visual_token_ids[start : start + size] for start in range(0, len(visual_token_ids), size)]
-        return self.encode_chat(chat, images)
-
     def join_parts(self, content: str | list[dict]) -> str:
         """The content of a message as one string, with `image_token` in the place of each image.
 

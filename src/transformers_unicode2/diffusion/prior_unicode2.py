@@ -152,7 +152,7 @@ class UniCode2PriorMixin:
         rows = []
         for text, ids in zip(prompts, visual_token_ids.tolist()):
             chat = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-            rows.append(self.processor.encode_turns(chat, ids))
+            rows.append(self.processor.encode_chat(chat, [ids]))
         scores = []
         longest, size = max(len(ids) for ids, _ in rows), self.vision_language_encoder.config.visual_token_offset
         step = max(1, MAX_SCORES // ((longest - visual_token_ids.shape[1]) * size))
@@ -161,7 +161,7 @@ class UniCode2PriorMixin:
         return torch.cat(scores)
 
     def score_rows(self, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-        """Log-likelihood of what is marked in ids, see `UniCode2Processor.encode_turns`; float32 `(num_rows,)`."""
+        """Log-likelihood of what is marked in ids, see `UniCode2Processor.encode_chat`; float32 `(num_rows,)`."""
 
         def pad_left(values: list[list[int]]) -> torch.Tensor:
             turned = [torch.tensor(value[::-1]) for value in values]
