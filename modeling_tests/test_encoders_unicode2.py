@@ -320,7 +320,7 @@ def test_a_model_that_is_loaded_quantized_keeps_the_dtype_of_its_encoder(make_co
 
 
 def test_another_encoder_dtype_is_another_quantizer(tmp_path):
-    from transformers_unicode2.training.tokens import hash_quantizer
+    from transformers_unicode2.tokens import hash_quantizer
 
     digests = set()
     for dtype in ("float32", "bfloat16"):

@@ -162,6 +162,18 @@ def test_what_cannot_be_measured_is_one_sentence(tiny_checkpoint, folder, words,
 
 
 @pytest.mark.parametrize("codes", [[9000] * 64, [1] * 63])
-def test_codes_that_the_model_does_not_have_are_refused(tiny_model, processor, codes):
-    with pytest.raises(ValueError, match="Row 0 has 1 images, .* Tokenize the data with this model"):
-        captions.choose_pairs(Dataset.from_list([make_row(codes, "a")]), tiny_model.config, processor, 2, 0)
+def test_codes_that_the_model_does_not_have_are_refused(tiny_checkpoint, tmp_path, codes):
+    Dataset.from_list([make_row(codes, "a")] * 3).to_parquet(str(tmp_path / "train-00000.parquet"))
+    with pytest.raises(ValueError, match="train-00000.parquet .*codes"):
+        run("--model", tiny_checkpoint, "--data", tmp_path, "--num-rows", 3, "--num-choices", 3)
+
+
+def test_codes_of_another_quantizer_are_refused(tiny_checkpoint, scene_rows, tmp_path):
+    from transformers_unicode2.tokens import hash_image_processor
+    from transformers_unicode2.training.shards import write_shard
+
+    note = {"quantizer": "0" * 64, "image processor": hash_image_processor(str(tiny_checkpoint))}
+    rows = [{**row, "source": 1, "row": number} for number, row in enumerate(scene_rows)]
+    write_shard(tmp_path / "train-00000.parquet", rows, 8192, [], note)
+    with pytest.raises(ValueError, match="has codes of another quantizer"):
+        run("--model", tiny_checkpoint, "--data", tmp_path, "--num-rows", 3, "--num-choices", 3)

@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
+from transformers_unicode2.tokens import hash_image_processor, hash_quantizer
 from transformers_unicode2.training.shards import write_shard
 from transformers_unicode2.training.templates import build_chat, read_tasks
-from transformers_unicode2.training.tokens import hash_image_processor, hash_quantizer
 
 RECIPES = Path(__file__).parents[2] / "training_recipes"
 

@@ -279,7 +279,7 @@ def test_codes_of_two_codebooks_do_not_mix(data, tiny_checkpoint, tmp_path):
 
 
 def test_an_encoder_that_computes_something_else_is_another_quantizer(tiny_checkpoint, tmp_path):
-    from transformers_unicode2.training.tokens import hash_quantizer
+    from transformers_unicode2.tokens import hash_quantizer
 
     def hash_with(**settings):
         model.config.vision_config.update(settings)

@@ -27,6 +27,7 @@ import torch
 from ..cli import SEED, at_least
 from ..files import write_file
 from ..planning_unicode2 import CACHE_NAME
+from ..tokens import check_codes, find_tables
 from .drawing import batches
 
 # rows whose greedy answers are printed
@@ -66,11 +67,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict:
+    from transformers_unicode2.adapters import find_base, is_adapter
     from transformers_unicode2.checkpoints import load_model
 
     check_arguments(args)
-    rows = open_rows(args.data, args.split)
+    files = find_tables(args.data, args.split, "--data")
+    rows = open_rows(files)
     model, processor = load_model(args.model)
+    checkpoint = find_base(args.model)[0] if is_adapter(args.model) else args.model
+    check_codes(files, checkpoint, model.config.codebook_config.codebook_size, model.config.num_image_tokens)
     pairs = choose_pairs(rows, model.config, processor, args.num_rows, args.seed)
     if len(pairs) < args.num_choices:
         raise ValueError(
@@ -105,27 +110,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--draw-prompt {args.draw_prompt!r} has no {{caption}} in it.")
 
 
-def open_rows(data: str, split: str):
-    """The `messages` and `codes` of a folder, as a `datasets.Dataset`. Raises `ValueError` when it has none."""
+def open_rows(files: list[Path]):
+    """The `messages` and `codes` of tokenized parquet files, as a `datasets.Dataset`. Raises `ValueError` if a column
+    is missing.
+    """
     from datasets import load_dataset
 
-    files = sorted(str(file) for file in Path(data).glob(f"{split}-*.parquet"))
-    if not files:
-        raise ValueError(f"--data {data} has no {split}-*.parquet; `unicode2 tokenize` writes such.")
-    rows = load_dataset("parquet", data_files=files, split="train")
+    rows = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     missing = [name for name in ("messages", "codes") if name not in rows.column_names]
     if missing:
-        raise ValueError(f"--data {data} has no column `{missing[0]}`; it has {', '.join(rows.column_names)}.")
+        raise ValueError(f"{files[0]} has no column `{missing[0]}`; it has {', '.join(rows.column_names)}.")
     return rows.select_columns(["messages", "codes"])
 
 
 def choose_pairs(rows, config, processor, num_rows: int, seed: int) -> list[Pair]:
-    """At most `num_rows` captioned images in a seeded order, no two with equal captions or equal codes.
-
-    Raises `ValueError` on codes that the model does not have.
-    """
-    size, length, offset = config.codebook_config.codebook_size, config.num_image_tokens, config.visual_token_offset
-    pairs, seen = [], set()
+    """At most `num_rows` captioned images in a seeded order, no two with equal captions or equal codes."""
+    pairs, seen, offset = [], set(), config.visual_token_offset
     for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
         if len(pairs) == num_rows:
             break
@@ -134,11 +134,6 @@ def choose_pairs(rows, config, processor, num_rows: int, seed: int) -> list[Pair
         if caption is None:
             continue
         codes = row["codes"][0]
-        if len(row["codes"]) != 1 or len(codes) != length or max(codes) >= size:
-            raise ValueError(
-                f"Row {index} has {len(row['codes'])} images, {len(codes)} codes up to {max(codes, default=0)}; the "
-                f"model has {length} codes an image, below {size}. Tokenize the data with this model."
-            )
         if caption in seen or tuple(codes) in seen:
             continue
         seen |= {caption, tuple(codes)}

@@ -11,13 +11,26 @@ from datasets import config
 from ..files import explained
 from ..image_tables import ImageTable, read_cell
 from ..images_unicode2 import decode_image
+from ..tokens import find_tables, hash_rows, hash_table, read_note
+from .folders import open_table
 
 # the command was here, and scripts still call it here
 from .tokenize import main, make_parser  # noqa: F401
-from .tokens import find_tables, hash_table
 
 # rows that are held at a time
 BATCH = 64
+
+
+def check_same_rows(images: str, tokens: list[Path], split: str = "train") -> None:
+    """Raises `ValueError` unless the files with codes were made of the tables in the folder `images`.
+
+    Files that do not say what they were made of are taken as they are.
+    """
+    made_of = [note["data"].values() for note in map(read_note, tokens) if note is not None]
+    if made_of and any(hash_rows(open_table(images, split, False)) not in digests for digests in made_of):
+        raise ValueError(
+            f"{tokens[0].parent} was not made of what {images} holds now; tokenize it again, into another folder."
+        )
 
 
 def load_images(folder: str, split: str = "train"):

@@ -89,7 +89,7 @@ class NearCodes:
 
     Args:
         visual_embeddings: C2, `(codebook_size, visual_dim)`.
-        num_nearest: codes to choose from; the median error of unicode2-tiny's language model is the 6th nearest.
+        num_nearest: how many of the nearest codes it chooses from.
     """
 
     def __init__(self, visual_embeddings: torch.Tensor, num_nearest: int = 16):
@@ -218,9 +218,10 @@ def make_mapper(args: MapperArguments, scales: dict[str, float], teacher: torch.
 
 def main(args: MapperArguments, training_args) -> None:
     """See `stage` for what may change when a stage is started again."""
+    from ..tokens import find_tables
+    from .data import check_same_rows
     from .optimizer import check_muon
     from .stage import hash_inputs, stage
-    from .tokens import check_same_rows, find_tables
 
     check_arguments(args)
     if args.muon:
@@ -244,10 +245,10 @@ def train(args: MapperArguments, training_args, tokens: list[Path], held) -> Non
     from transformers_unicode2 import UniCode2ForConditionalGeneration
 
     from ..processes import agree
+    from ..tokens import check_codes
     from .data import load_images_with_codes
     from .optimizer import MuonWithAdamW
     from .stage import StageTrainer
-    from .tokens import check_codes
 
     set_seed(training_args.seed)
     source = UniCode2ForConditionalGeneration.from_pretrained(args.model)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import whole_file
-from .tokens import NOTE
+from ..tokens import NOTE
 
 ROWS_PER_GROUP = 1000
 # entries of a message that every chat has

@@ -18,9 +18,9 @@ from transformers import Trainer
 from ..files import WORK, explained, remove, whole_folder
 from ..processes import agree, expected_peers, follow_launcher
 from ..record import Record, hash_file, hash_source, read_record
+from ..tokens import find_tables, hash_table
 from .checkpointing import WholeCheckpoints, discard, find_last_checkpoint, has_optimizer, is_whole, list_checkpoints
 from .optimizer import PartRates
-from .tokens import find_tables, hash_table
 
 # `TrainingArguments` that do not change what is learnt: where and how it runs, what is logged, evaluated and kept.
 FREE_PREFIXES = tuple("logging_ log_ eval_ hub_ trackio_ save_ ddp_ fsdp activation_ gradient_checkpointing".split())

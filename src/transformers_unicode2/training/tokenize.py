@@ -22,11 +22,11 @@ from ..files import explained, make_folders, remove, write_file
 from ..images_unicode2 import one_line
 from ..processes import agree, follow_launcher, join
 from ..record import Record
+from ..tokens import hash_image_processor, hash_quantizer, hash_rows
 from .columns import FORMATS
 from .shards import write_shard
 from .sources import describe, open_source
 from .templates import CAPTION_PROMPT, USUAL, read_tasks
-from .tokens import hash_image_processor, hash_quantizer, hash_rows
 
 # folder of rows that are chats already, beside the folders of several tasks
 CHATS = "chats"

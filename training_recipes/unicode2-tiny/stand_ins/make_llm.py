@@ -18,7 +18,7 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start
 def main(args: argparse.Namespace) -> None:
     from transformers_unicode2.files import whole_folder
     from transformers_unicode2.record import Record, hash_file
-    from transformers_unicode2.training.tokens import find_tables
+    from transformers_unicode2.tokens import find_tables
 
     recipe = yaml.safe_load(Path(args.config).read_text())
     output = recipe.pop("output")

@@ -5,8 +5,8 @@ import json
 import logging
 from pathlib import Path
 
-from ..image_tables import ImageTable, find_inside
-from ..record import check_finished, hash_file, shorten
+from .image_tables import ImageTable, find_inside
+from .record import check_finished, hash_file, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ def hash_quantizer(model: str) -> str:
     """
     from safetensors import safe_open
 
-    from ..checkpoints import find_safetensors
-    from ..configuration_unicode2 import UniCode2QuantizerConfig
-    from ..loading_unicode2 import hash_settings
+    from .checkpoints import find_safetensors
+    from .configuration_unicode2 import UniCode2QuantizerConfig
+    from .loading_unicode2 import hash_settings
 
     places = {}
     for file in find_safetensors(model):
@@ -174,17 +174,3 @@ def check_range(file: Path, codebook_size: int, num_image_tokens: int) -> None:
 def hash_rows(table) -> str:
     """SHA-256 of the names and contents of the files that the rows of a `Tables` are in."""
     return hashlib.sha256("\n".join(table.versions).encode()).hexdigest()
-
-
-def check_same_rows(images: str, tokens: list[Path], split: str = "train") -> None:
-    """Raises `ValueError` unless the files with codes were made of the tables in the folder `images`.
-
-    Files that do not say what they were made of are taken as they are.
-    """
-    from .folders import open_table
-
-    made_of = [note["data"].values() for note in map(read_note, tokens) if note is not None]
-    if made_of and any(hash_rows(open_table(images, split, False)) not in digests for digests in made_of):
-        raise ValueError(
-            f"{tokens[0].parent} was not made of what {images} holds now; tokenize it again, into another folder."
-        )
