@@ -58,6 +58,16 @@ def test_taught_template_writes_images_at_their_places(style):
         tokenizer.apply_chat_template(chat, chat_template=taught, tokenize=False)
 
 
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_last_message_can_be_continued(style):
+    tokenizer = make_tokenizer(style, "bytes")
+    taught, _ = teach_template(tokenizer, "<image>")
+    begun = [*CHAT[:3], {"role": "assistant", "content": "It is"}]
+    options = {"continue_final_message": True, "tokenize": False}
+    text = tokenizer.apply_chat_template(begun, chat_template=taught, **options)
+    assert text.endswith("It is") and text == tokenizer.apply_chat_template(begun, **options)
+
+
 def test_turn_of_a_user_that_looks_like_an_answer_leaves_all_unmarked():
     tokenizer = make_tokenizer("chatml", "bytes")
     taught, _ = teach_template(tokenizer, "<image>")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from language_models import FAMILIES, make_language_model, make_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +19,7 @@ from transformers_unicode2 import UniCode2ForConditionalGeneration, UniCode2Proc
 from transformers_unicode2.cli import main
 from transformers_unicode2.codebook.storage import load_codebook, save_codebook
 from transformers_unicode2.hub.fresh import draw_codebook
+from transformers_unicode2.hub.language_models import prepare_text
 
 CHAT = [
     {"role": "user", "content": "what is it?"},
@@ -185,6 +187,25 @@ def test_codes_start_on_the_scale_of_token_embeddings(make_llm, init, tmp_path):
         torch.arange(offset, offset + 64)
     )
     assert codes.std() < 0.1 * tokens.std()
+
+
+def test_image_tokens_of_a_tokenizer_are_used(tmp_path):
+    """Those of Gemma 3, one of which lies behind the rows of the embedding, as in its smallest model."""
+    tokenizer = make_tokenizer("gemma", "words")
+    tokenizer.add_tokens(["<start_of_image>", "<end_of_image>", "<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    text = prepare_text(str(tmp_path), len(tokenizer) - 1, "own")
+    assert text.image_tokens == ("<image_soft_token>", "<start_of_image>", "<end_of_image>")
+    assert len(text.tokenizer) == len(tokenizer) == text.num_rows and text.fresh_ids == [len(tokenizer) - 1]
+
+
+def test_weights_without_an_embedding_are_refused(make_llm, init, tmp_path, capsys):
+    make_llm("llama")
+    file = tmp_path / "llm" / "model.safetensors"
+    state = load_file(file)
+    state.pop("model.embed_tokens.weight")
+    save_file(state, file, metadata={"format": "pt"})
+    assert "lack model.embed_tokens.weight" in refuse(capsys, init)
 
 
 def test_base_model_gets_chatml(make_llm, init, tmp_path, capsys):

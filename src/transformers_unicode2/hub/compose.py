@@ -150,6 +150,8 @@ def write_weights(
     for state in read_language_model(llm, config.tie_word_embeddings, text):
         writer.write("language model", state)
         embedding = state.get("model.language_model.embed_tokens.weight", embedding)
+    if embedding is None:
+        raise ValueError(f"The weights of {llm} lack model.embed_tokens.weight.")
     writer.write("vision encoder", {f"model.quantizer.{name}": v for name, v in vision_state.items()})
     writer.write("codebook C1", {f"model.quantizer.codebook.{name}": v for name, v in stored.state_dict().items()})
     writer.write("C2", {"model.visual_embeddings.weight": stored.codes.to(config.dtype)})
