@@ -73,19 +73,24 @@ def sentences(name: str) -> Iterator[None]:
         sys.exit(2)
 
 
-def at_least(least: float) -> Callable[[str], float]:
-    """The type of an option whose value is a finite number of the type of `least`, and not below it."""
-    kind = type(least)
+def at_least(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The type of an option: a finite number of the type of `least`, neither below that nor above `most`."""
+    kind, limits = type(least), f"at least {least:g}" if most == math.inf else f"from {least:g} to {most}"
 
     def convert(text: str) -> float:
         value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not allowed; it must be at least {least:g}.")
+        if not least <= value <= most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not allowed; it must be {limits}.")
         return value
 
     # names the type in argparse's message about a text that is no number
     convert.__name__ = kind.__name__
     return convert
+
+
+# Types of options: a share of something, and what every generator takes.
+SHARE = at_least(0.0, 1)
+SEED = at_least(0, 2**32 - 1)
 
 
 def first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from string import Template
 
 import numpy as np
 
-from ..cli import at_least
+from ..cli import SEED, at_least
 from ..files import whole_folder
 from ..record import held
 from .clustering import find_codes, make_backend, move_codebook
@@ -29,6 +29,15 @@ from .storage import load_codebook, load_encoder
 
 # Side of an embedded image in pixels.
 THUMBNAIL = 112
+# What the page calls the statistics.
+MEANINGS = {
+    "num_features": "patches",
+    "utilization": "utilization: share of the codes that are used",
+    "entropy": "entropy of the uses in nats (Eq. 3)",
+    "perplexity": "perplexity: codes in equal use of the same entropy",
+    "gini": "inequality of the uses, Gini, from 0 for equal use",
+    "distortion": "distortion: mean squared distance of a feature to its code (Eq. 12)",
+}
 # Features that Eq. 17 is fitted to.
 NUM_SAMPLED = 20_000
 NUM_NEIGHBOURS = 5
@@ -46,8 +55,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--num-images", type=at_least(1), help="use only the first N images; each patch takes about 50 bytes of memory"
     )
     parser.add_argument("--gallery-images", type=at_least(0), default=500, help="images whose patches the page shows")
-    parser.add_argument("--beta", type=float, default=1.0, help="weight of the entropy in Eq. 14")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument(
+        "--beta", type=at_least(0.0), default=1.0, help="weight of the entropy, Eq. 14 (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of the samples (default: %(default)s)")
     return parser
 
 
@@ -246,16 +257,16 @@ def list_numbers(report: dict) -> list[tuple[str, float]]:
     objective, cells = report["objective"], report["cells"]
     least, median, most = cells["codes_per_cell"]
     return [
-        *report["statistics"].items(),
-        ("Eq. 1 within", objective["within"]),
-        ("Eq. 1 spread", objective["spread"]),
-        (f"Eq. 14, beta {report['beta']:g}", objective["regularised"]),
-        ("Eq. 17 exponent", report["rate_distortion"]["exponent"]),
+        *((MEANINGS.get(name, name), value) for name, value in report["statistics"].items()),
+        ("squared distances of features to their codes, summed (Eq. 1, within)", objective["within"]),
+        ("squared distances of codes to their mean, summed (Eq. 1, spread)", objective["spread"]),
+        (f"distortion less {report['beta']:g} times the entropy (Eq. 14)", objective["regularised"]),
+        ("slope of log distortion over log number of codes (Eq. 17)", report["rate_distortion"]["exponent"]),
         ("codes of a cell, least", least),
         ("codes of a cell, median", median),
         ("codes of a cell, most", most),
-        ("uses of cells, gini", cells["gini"]),
-        ("largest cell, share", cells["largest_share"]),
+        ("inequality of the uses of cells, Gini", cells["gini"]),
+        ("share of the largest cell in all uses", cells["largest_share"]),
     ]
 
 
