@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import numpy as np
 import pytest
 import torch
+from commands import inputs, small_disk, stage_runs, wanted  # noqa: F401 - fixtures
 from PIL import Image
 
 from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration, UniCode2Processor

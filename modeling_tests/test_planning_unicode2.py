@@ -1,20 +1,15 @@
-"""What comes before generation.
-
-Options are followed or refused, wherever a caller writes them. A chat continues from the cache of its first turns as
-from the whole chat.
-"""
+"""What comes before generation: options are followed or refused, wherever a caller writes them; plans."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import GenerationConfig
 
 from transformers_unicode2 import UniCode2ForConditionalGeneration
 
 PROMPT = torch.tensor([[20, 21, 22]])
-GREEDY = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": -1}
 
 
 def count_rows(model, call):
@@ -176,119 +171,107 @@ def test_frames_that_a_user_typed_begin_no_image(model, config, typed, num_beams
     assert all(id_ >= config.visual_token_offset for id_ in row[:14]) and row[14] == config.eoi_token_id
 
 
-@pytest.fixture
-def block(config):
-    return [config.boi_token_id] + [config.image_token_id] * config.num_image_tokens + [config.eoi_token_id]
+def begin_images_often(model, config, strength=2.5):
+    """Lets text be followed by an image after a few ids."""
+    with torch.no_grad():
+        head = model.lm_head.weight
+        head[config.boi_token_id] = head.mean(0) + strength * head.std() * torch.randn(
+            head.shape[1], generator=torch.Generator().manual_seed(1)
+        )
 
 
-@pytest.fixture
-def pixels():
-    return torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+def test_plan_and_image_equal_what_interleaved_mode_writes(model, config):
+    begin_images_often(model, config)
+    model.generation_config.eos_token_id = None
+    lengths = set()
+    for prompt in torch.arange(20, 44).reshape(8, 1, 3):
+        row = model.generate(prompt, generation_mode="interleaved", max_new_tokens=60, do_sample=False)[0, 3:].tolist()
+        assert config.boi_token_id in row[:-17]
+        begin = row.index(config.boi_token_id)
+        lengths.add(begin)
+        image = model.generate(prompt, generation_mode="image", max_plan_tokens=60, do_sample=False)
+        assert image[0].tolist() == row[begin + 1 : begin + 17]
+        cut = model.generate(prompt, generation_mode="image", max_plan_tokens=begin, do_sample=False)
+        assert torch.equal(cut, image)
+    assert len(lengths) > 2, lengths
 
 
-def ask(model, chats, **kwargs):
-    """What is written behind chats of one length."""
-    ids = torch.tensor(chats)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **kwargs)[:, ids.shape[1] :].tolist()
+def plan_lengths(model, rows, **options):
+    """What the model sees when it begins the image, for each prompt alone."""
+    lengths = []
 
+    def count(module, args, kwargs):
+        if kwargs["output_modality"] == "image" and kwargs["input_ids"].shape[1] > 1:
+            lengths.append(kwargs["input_ids"].shape[1])
 
-def make_cache(model, kind):
-    config = model.config.text_config
-    return DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=200)
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("num_images", [0, 1, 2])
-@pytest.mark.parametrize("given", ["new", "all"])
-def test_second_turn_goes_on_from_the_cache(model, block, pixels, kind, num_images, given):
-    cache, first = make_cache(model, kind), [20, *block, 21, *block, 22]
-    answer = ask(model, [first], pixel_values=pixels[:2], past_key_values=cache)[0]
-    second = [*first, *answer, 23, *(block * num_images), 24]
-    expected = ask(model, [second], pixel_values=pixels[: 2 + num_images])
-    images = pixels[2 : 2 + num_images] if given == "new" else pixels[: 2 + num_images]
-    read = []
-    handle = model.get_quantizer().vision_model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(len(kwargs.get("pixel_values", args[0] if args else ()))),
-        with_kwargs=True,
-    )
-    images = {"pixel_values": images} if len(images) else {}
-    assert ask(model, [second], past_key_values=cache, **images) == expected
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    images = [model.generate(torch.tensor([row]), **options)[0] for row in rows]
     handle.remove()
-    assert sum(read) == num_images  # what is in the cache is not read again
+    return torch.stack(images), [length - len(row) - 1 for length, row in zip(lengths, rows)]
 
 
-def test_third_turn_and_features_in_place_of_pixels(model, block, pixels):
-    cache, chat, seen = make_cache(model, "dynamic"), [], 0
-    for turn, number in enumerate((1, 0, 2)):
-        chat = [*chat, 20 + turn, *(block * number), 30]
-        seen += number
-        features = model.get_image_features(pixels[:seen], return_dict=True)
-        expected = ask(model, [chat], pixel_values=pixels[:seen])
-        assert ask(model, [chat], past_key_values=cache, mm_encoder_outputs={"image": features}) == expected
-        chat += expected[0]
+@pytest.mark.parametrize("arguments", [{"guidance_scale": 1.0}, {"guidance_scale": 2.0}, {"num_return_sequences": 2}])
+def test_plans_of_a_batch_equal_those_of_single_prompts(model, config, arguments):
+    begin_images_often(model, config)
+    options = {"generation_mode": "image", "max_plan_tokens": 20, "do_sample": False}
+    rows = [[20, 21, 22], [23, 24], [26, 27, 28], [25]]
+    alone, lengths = plan_lengths(model, rows, **options, guidance_scale=arguments.get("guidance_scale"))
+    assert len(set(lengths)) > 2 and max(lengths) <= 20, lengths
+    batch = torch.tensor([[0] * (3 - len(row)) + row for row in rows])
+    if "num_return_sequences" in arguments:
+        arguments, alone = {**arguments, "num_beams": 1, "do_sample": True, "top_k": 1}, alone.repeat_interleave(2, 0)
+    options |= arguments
+    together = model.generate(batch, attention_mask=(batch != 0).long(), **options)
+    assert torch.equal(together, alone)
+    model.generation_config.pad_token_id = 0
+    assert torch.equal(model.generate(batch, **options), alone)  # the mask follows from the padding, as without a plan
 
 
-def test_rows_of_a_batch_keep_their_own_images(model, block, pixels):
-    cache = make_cache(model, "dynamic")
-    # two images against one: what is missing is text
-    first = [[20, *block, *block, 21], [22, *block, *([23] * len(block)), 24]]
-    answers = ask(model, first, pixel_values=pixels[:3], past_key_values=cache)
-    second = [row + answer for row, answer in zip(first, answers)]
-    second = [[*second[0], *([25] * len(block)), 26], [*second[1], *block, 27]]
-    expected = ask(model, second, pixel_values=pixels[:4])
-    assert ask(model, second, pixel_values=pixels[:4], past_key_values=cache) == expected
-    assert ask(model, second, pixel_values=pixels[[0, 1, 2, 3]]) == expected
+def test_plan_ends_as_the_model_ends_text_whatever_config_is_given(model, config):
+    from transformers import GenerationConfig
 
-
-def test_new_tokens_alone_with_a_mask_over_all(model, block, pixels):
-    cache, first = make_cache(model, "dynamic"), [20, *block, 21]
-    answer = ask(model, [first], pixel_values=pixels[:1], past_key_values=cache)[0]
-    new = [answer[-1], 22, *block, 23]  # the last token written is not in the cache
-    whole = [*first, *answer[:-1], *new]
-    expected = ask(model, [whole], pixel_values=pixels[:2])
-    ids = torch.tensor([new])
-    mask = torch.ones(1, len(whole), dtype=torch.long)
-    output = model.generate(ids, attention_mask=mask, pixel_values=pixels[1:2], past_key_values=cache, **GREEDY)
-    assert output[:, len(new) :].tolist() == expected
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_chat_goes_on_behind_an_image_that_was_written(model, block, pixels, config, kind):
-    cache, first = make_cache(model, kind), [20, *block, 21]
-    options = {"generation_mode": "image", "do_sample": False, "past_key_values": cache}
-    image = model.generate(torch.tensor([first]), pixel_values=pixels[:1], **options)[0].tolist()
-    second = [*first, config.boi_token_id, *image, config.eoi_token_id, 22]
-    expected = ask(model, [second], pixel_values=pixels[:1])
-    assert ask(model, [second], past_key_values=cache) == expected
-    third = [*second, *expected[0]]
-    options["past_key_values"] = None
-    again = model.generate(torch.tensor([third]), pixel_values=pixels[:1], **options)
-    options["past_key_values"] = cache
-    assert torch.equal(model.generate(torch.tensor([third]), pixel_values=pixels[:1], **options), again)
-
-
-def test_interleaved_mode_goes_on_from_a_cache(model, block, pixels):
-    cache, first = make_cache(model, "dynamic"), [20, *block, 21]
-    answer = ask(model, [first], pixel_values=pixels[:1], past_key_values=cache, generation_mode="interleaved")[0]
-    second = [*first, *answer, 22]
-    expected = ask(model, [second], pixel_values=pixels[:1], generation_mode="interleaved")
-    assert ask(model, [second], past_key_values=cache, generation_mode="interleaved") == expected
-
-
-def test_what_does_not_fit_the_cache_is_refused(model, block, pixels):
-    cache, first = make_cache(model, "dynamic"), [20, *block, 21]
-    answer = ask(model, [first], pixel_values=pixels[:1], past_key_values=cache)[0]
-    with pytest.raises(ValueError, match="The cache holds 24 tokens and the prompt 20; give the whole chat"):
-        ask(model, [first], past_key_values=cache)
-    second = [*first, *answer, 22, *block, 23]
-    with pytest.raises(ValueError, match="holds 16 image placeholders and no images"):
-        ask(model, [second], past_key_values=cache)
-    with pytest.raises(ValueError, match="has 2 images, 1 of them behind what the cache holds, and 3 are given"):
-        ask(model, [second], past_key_values=cache, pixel_values=pixels[:3])
-    cache.crop(-14)  # the first 10 tokens
-    with pytest.raises(ValueError, match="ends inside an image, after 10 tokens"):
-        ask(model, [second], past_key_values=cache, pixel_values=pixels[:2])
-    cache.crop(-9)
-    assert ask(model, [second], past_key_values=cache, pixel_values=pixels[:2]) == ask(
-        model, [second], pixel_values=pixels[:2]
+    prompt = torch.tensor([[23, 24]])
+    options = {"generation_mode": "image", "max_plan_tokens": 8, "do_sample": False}
+    model.generation_config.eos_token_id = None
+    written = model.generate(prompt, max_new_tokens=8, do_sample=False)[0, 2:].tolist()
+    end = next(id_ for i, id_ in enumerate(written) if i and id_ not in written[:i])
+    cut = written[: written.index(end)]
+    model.generation_config.eos_token_id = end
+    expected = model.generate(
+        torch.tensor([[23, 24, *cut, config.boi_token_id]]), generation_mode="image", do_sample=False
     )
+    assert torch.equal(model.generate(prompt, **options), expected)
+    given = GenerationConfig(do_sample=False, min_new_tokens=4, max_length=50, max_plan_tokens=8)
+    assert torch.equal(model.generate(prompt, given, generation_mode="image"), expected)
+
+
+def test_no_plan_behind_a_begun_image_nor_without_asking(model, config):
+    begin_images_often(model, config)
+    model.generation_config.image_generation = {"do_sample": False, "max_plan_tokens": 9}
+    begun = torch.tensor([[20, 21, config.boi_token_id]])
+    expected = model.generate(begun, generation_mode="image")
+    assert torch.equal(expected, model.generate(begun[:, :2], generation_mode="image", max_plan_tokens=0))
+    modalities = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: modalities.append(kwargs["output_modality"]), with_kwargs=True
+    )
+    model.generate(begun, generation_mode="image")
+    assert set(modalities) == {"image"}
+    model.generate(begun[:, :2], generation_mode="image")
+    handle.remove()
+    assert set(modalities) == {"plan", "image"}
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_plan_of_a_prompt_with_an_image(model, prompt, pixel_values, config, num_beams):
+    begin_images_often(model, config)
+    options = {"generation_mode": "image", "max_plan_tokens": 12, "guidance_scale": 2.0, "do_sample": False}
+    model.generation_config.num_beams = num_beams
+    from_pixels = model.generate(**prompt, pixel_values=pixel_values, **options)
+    features = model.get_image_features(pixel_values, return_dict=True)
+    from_features = model.generate(**prompt, mm_encoder_outputs={"image": features}, **options)
+    assert torch.equal(from_pixels, from_features)
+    ids = prompt["input_ids"].masked_scatter(
+        prompt["input_ids"] == config.image_token_id, model.get_image_tokens(pixel_values).flatten()
+    )
+    assert torch.equal(model.generate(**{**prompt, "input_ids": ids}, **options), from_pixels)

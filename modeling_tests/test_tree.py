@@ -1,6 +1,7 @@
 """The shape of the source: who imports whom, what travels to the Hub, how long files and functions are."""
 
 import ast
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,24 @@ from transformers_unicode2 import UniCode2Config
 PACKAGE = Path(transformers_unicode2.__file__).parent
 FILES = {file.relative_to(PACKAGE): file for file in sorted(PACKAGE.rglob("*.py"))}
 TRAVELS = [name for name in FILES if "_unicode2" in name.name]
-AT_HOME = [name for name in FILES if name not in TRAVELS]
+
+HERE = Path(__file__).parent
+TESTS = [file.relative_to(HERE) for file in sorted(HERE.rglob("test_*.py")) if file.parent.name != "upstream"]
+# Test files that are not named after a source file, and why.
+OF_SEVERAL = {
+    Path("test_ecosystem_unicode2.py"): "the model beside what Transformers, Accelerate and PyTorch offer",
+    Path("test_hub_configs.py"): "hub_configs/",
+    Path("test_hub_unicode2.py"): "saving and loading all that travels, by way of a Hub",
+    Path("test_quantized_unicode2.py"): "the model in fewer bits, by several libraries",
+    Path("test_readme.py"): "README.md and the documents of the recipes",
+    Path("test_remote_code.py"): "what travels, in a process without the package",
+    Path("test_tree.py"): "the tree",
+    Path("training/test_forms.py"): "all forms of data, from files to two steps of training",
+    Path("training/test_golden_examples.py"): "what the stages of unicode2-tiny are given, from data to labels",
+    Path("training/test_smol_recipe.py"): "training_recipes/unicode2-smol/",
+    Path("training/test_stand_ins.py"): "training_recipes/unicode2-tiny/stand_ins/",
+    Path("training/test_training_recipes.py"): "training_recipes/",
+}
 
 # Folders that each folder may import from, beside the root of the package and itself.
 ALLOWED = {
@@ -28,13 +46,19 @@ ALLOWED = {
 ENTRANCES = {"__init__.py", "ask.py", "cli.py", "demo.py"}
 # What a file that travels may import beside its siblings and the standard library.
 LIBRARIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "peft", "safetensors", "torch", "transformers"}
-# How modules and functions begin that start processes or run what they compiled.
-PROCESSES = ("ctypes", "multiprocessing", "pty", "subprocess", "torch.multiprocessing", "torch.utils.cpp_extension")
-PROCESSES += ("os.exec", "os.fork", "os.popen", "os.posix_spawn", "os.spawn", "os.system")
+# Modules and functions that start processes, run what they compiled, or run code that an import does not name.
+STARTERS = ("ctypes", "multiprocessing", "pty", "runpy", "subprocess", "torch.multiprocessing")
+STARTERS += ("asyncio.create_subprocess_exec", "asyncio.create_subprocess_shell", "asyncio.subprocess")
+STARTERS += ("concurrent.futures.process", "concurrent.futures.ProcessPoolExecutor", "importlib.import_module")
+STARTERS += ("torch._inductor", "torch.compile", "torch.utils.cpp_extension")
+STARTERS += ("__import__", "compile", "eval", "exec")
+# Families of functions.
+FAMILIES = ("exec", "fork", "popen", "posix_spawn", "spawn", "system")
+STARTERS += tuple(f"os.{name}" for name in dir(os) if name.startswith(FAMILIES))
 # In the order in which they import one another, lowest first; a row holds files that do not.
 ORDER = (
     {"encoders", "pixels", "planning", "search"},
-    {"configuration", "generation", "images", "loading", "pipeline"},
+    {"configuration", "generation", "images", "loading"},
     {"processing", "quantization"},
     {"visual_head"},
     {"adapters"},
@@ -90,12 +114,50 @@ def test_what_travels_imports_only_what_travels(name):
     assert "__future__" not in outside
 
 
+def find_starters(text: str) -> set[str]:
+    """What a source uses or imports of `STARTERS`, by whatever name it is imported."""
+    tree, names, used = ast.parse(text), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name.split(".")[0]: alias.asname and alias.name for alias in node.names}
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            used |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Attribute, ast.Name)):
+            first, *rest = ast.unparse(node).split(".")
+            used.add(".".join([names.get(first) or first, *rest]))
+    return {word for word in used for starter in STARTERS if word == starter or word.startswith(f"{starter}.")}
+
+
 @pytest.mark.parametrize("name", TRAVELS, ids=str)
-def test_what_travels_starts_no_process(name):
-    used = [
-        ast.unparse(node) for node in ast.walk(ast.parse(FILES[name].read_text())) if isinstance(node, ast.Attribute)
-    ]
-    assert not [word for word in (*find_imports(name)[1], *used) if word.startswith(PROCESSES)]
+def test_what_travels_starts_no_process_and_runs_no_text(name):
+    assert not find_starters(FILES[name].read_text())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import subprocess",
+        "import os as system\nsystem.posix_spawnp('a', ['a'], {})",
+        "from os import system as run\nrun('a')",
+        "import asyncio\nasyncio.create_subprocess_exec('a')",
+        "from asyncio import create_subprocess_shell",
+        "import concurrent.futures\nconcurrent.futures.ProcessPoolExecutor()",
+        "from concurrent.futures import ProcessPoolExecutor",
+        "import importlib\nimportlib.import_module('subprocess')",
+        "import runpy",
+        "import torch\ntorch.compile(print)",
+        "from torch.utils import cpp_extension",
+        "exec('a')",
+        "run = eval",
+        "__import__('subprocess')",
+    ],
+)
+def test_what_starts_a_process_is_noticed(text):
+    assert find_starters(text)
+    assert not find_starters("import re, torch\nre.compile('a')\ntorch.compiler.is_compiling()\nmodel.eval()")
 
 
 def test_what_is_saved_is_what_travels(tmp_path, tiny_checkpoint):
@@ -137,6 +199,19 @@ def test_folders_that_know_nothing_of_the_library(folder, allowed):
         _, outside = find_imports(name, at_once=True)
         extra = {module.split(".")[0] for module in outside} - sys.stdlib_module_names - allowed
         assert not extra, f"{name} imports {', '.join(sorted(extra))}"
+
+
+@pytest.mark.parametrize("name", TESTS, ids=str)
+def test_tests_mirror_the_tree(name):
+    """A test file is named after what it tests, or begins with that name and is one of several."""
+    sources = {file.with_suffix("") for file in FILES}
+    parts = name.stem.removeprefix("test_").split("_")
+    names = {name.parent / "_".join(parts[:count]) for count in range(1, len(parts) + 1)}
+    assert names & sources or name in OF_SEVERAL
+
+
+def test_what_is_no_mirror_is_there():
+    assert OF_SEVERAL.keys() <= set(TESTS)
 
 
 def test_files_and_functions_are_short():

@@ -33,7 +33,7 @@ UniCode2Codebook.search = search_codebook
 
 LAZY = {
     "FaissSearch": ".search.faiss_index",
-    "UniCode2AnyToAnyPipeline": ".pipeline_unicode2",
+    "UniCode2AnyToAnyPipeline": ".any_to_any",
     "UniCode2ConditionMapper": ".diffusion.condition_mapper_unicode2",
     "UniCode2FluxPipeline": ".diffusion.pipeline_unicode2_flux",
 }

@@ -2,15 +2,20 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
+from builds import refusal, words
 from numbered import fill, numbers, picture
 from PIL import Image
 
-from transformers_unicode2.codebook.images import ImageSource, fitting_pixels
+from transformers_unicode2.codebook import images
+from transformers_unicode2.codebook.images import ImageSource, fitting_pixels, open_stream
 from transformers_unicode2.images_unicode2 import MAX_PIXELS
 
 
@@ -148,3 +153,122 @@ processor(source.decode(next(source.read(0, 1))[1]), return_tensors="pt")
 assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < PIXEL_BYTES * 4000 * 4000
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def write_parquet(folder, files, rows_per_group=7):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"image": {"bytes": file.read_bytes(), "path": None}, "text": file.name} for file in files]
+    for part, chunk in enumerate((rows[:25], rows[25:])):
+        parquet.write_table(pyarrow.Table.from_pylist(chunk), folder / f"{part}.parquet", row_group_size=rows_per_group)
+
+
+def write_arrow(folder, files):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    rows = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], "text": [f.name for f in files]}
+    features = Features({"image": ImageFeature(), "text": Value("string")})
+    Dataset.from_dict(rows, features=features).save_to_disk(folder)
+
+
+def write_tars(folder, files):
+    for part, chunk in enumerate((files[:25], files[25:])):
+        with tarfile.open(folder / f"{part}.tar", "w") as tar:
+            for file in chunk:
+                tar.add(file, file.name)
+                tar.add(__file__, file.with_suffix(".json").name)
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_arrow, write_tars])
+def test_sources_give_the_same_images_from_any_position(place, tmp_path, write):
+    files = sorted((place / "images").iterdir())
+    write(tmp_path, files)
+    source = ImageSource(str(tmp_path))
+    assert len(source) == 40
+    for start, stop in ((0, 40), (0, 1), (6, 15), (24, 26), (39, 40), (13, 14)):
+        assert [content for _, content in source.read(start, stop)] == [file.read_bytes() for file in files[start:stop]]
+    assert len(ImageSource(str(tmp_path), limit=12)) == 12
+
+
+def test_source_streams_a_data_set_from_any_position(place, tmp_path, monkeypatch):
+    files = sorted((place / "images").iterdir())
+    write_parquet(tmp_path, files)
+    source = ImageSource(str(tmp_path), limit=40, streaming=True)
+    contents, opened = [file.read_bytes() for file in files], []
+    monkeypatch.setattr(images, "open_stream", lambda name: opened.append(name) or open_stream(name))
+    # Reads on, also after a gap.
+    for start, stop in ((24, 27), (27, 30), (33, 40)):
+        assert [content for _, content in source.read(start, stop)] == contents[start:stop]
+    assert len(opened) == 1
+    assert [content for _, content in source.read(2, 4)] == contents[2:4] and len(opened) == 2
+    with pytest.raises(ValueError, match="--num-images"):
+        ImageSource(str(tmp_path), streaming=True)
+    before = source.fingerprint()
+    assert ImageSource(str(tmp_path), limit=40, streaming=True).fingerprint() == before
+    write_parquet(tmp_path, files[::-1])
+    assert ImageSource(str(tmp_path), limit=40, streaming=True).fingerprint() != before
+
+
+def test_streams_have_the_columns_of_webdataset_or_are_refused(place, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    content = next((place / "images").iterdir()).read_bytes()
+    for column in ("png", "picture"):
+        (tmp_path / column).mkdir()
+        parquet.write_table(pyarrow.table({column: [content] * 3}), tmp_path / column / "0.parquet")
+    source = ImageSource(str(tmp_path / "png"), limit=3, streaming=True)
+    assert [found for _, found in source.read(1, 3)] == [content] * 2
+    with pytest.raises(ValueError, match="has the columns picture, none of them image, jpg"):
+        list(ImageSource(str(tmp_path / "picture"), limit=3, streaming=True).read(0, 3))
+    (tmp_path / "png" / "0.parquet").rename(tmp_path / "png" / "validation.parquet")
+    parquet.write_table(pyarrow.table({"png": [content]}), tmp_path / "png" / "test.parquet")
+    with pytest.raises(ValueError, match="none of them named train"):
+        ImageSource(str(tmp_path / "png"), limit=3, streaming=True).fingerprint()
+
+
+def test_source_refuses_what_it_cannot_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No images"):
+        ImageSource(str(tmp_path))
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.parquet").touch()
+    with pytest.raises(ValueError, match="1 parquet and 1 image files"):
+        ImageSource(str(tmp_path))
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "c.tar.gz").touch()
+    with pytest.raises(ValueError, match="is compressed"):
+        ImageSource(str(tmp_path / "tars"))
+    (tmp_path / "d.tar").write_bytes(b"nothing like a tar" * 100)
+    with pytest.raises(ValueError, match="d.tar is no whole, uncompressed tar"):
+        ImageSource(str(tmp_path / "d.tar"))
+    with pytest.raises(FileNotFoundError, match="There is no folder or file"):
+        ImageSource(str(tmp_path / "nowhere"))
+
+
+def test_tables_hold_bytes_paths_or_nothing(place, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    files = [shutil.copy(place / "images" / f"0{i}.png", tmp_path) for i in range(2)]
+    contents = [Path(file).read_bytes() for file in files]
+    columns = {
+        "both": [{"bytes": contents[0], "path": None}, {"bytes": None, "path": files[1]}, None],
+        "bytes": [contents[0], contents[1], None],
+        "paths": ["00.png", files[1], None],
+        "text": [b64encode(contents[0]).decode(), f"data:image/png;base64,{b64encode(contents[1]).decode()}", ""],
+    }
+    for name, column in columns.items():
+        parquet.write_table(pyarrow.table({"image": column}), tmp_path / f"{name}.parquet")
+        found = [content for _, content in ImageSource(str(tmp_path / f"{name}.parquet")).read(0, 3)]
+        assert found[:2] == contents, name
+        assert isinstance(found[2], ValueError) and "there is no image" in str(found[2])
+
+
+def test_a_stream_that_ends_early_is_named(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data", sorted((place / "images").iterdir()))
+    arguments = ["--images", str(tmp_path / "data"), "--streaming", "--num-images", "60"]
+    arguments += words(place, tmp_path / "o")[2:]
+    assert "ends after 40 images; --num-images is 60" in refusal(monkeypatch, capsys, *arguments)
