@@ -1,8 +1,10 @@
 """Bad input is one sentence on stderr and exit status 2; nothing half-written stays."""
 
+import argparse
 import os
 import shutil
 import sys
+from importlib import import_module
 
 import diffusers  # noqa: F401 - says on stderr what it lacks when it is first imported, which is no part of a message
 import pytest
@@ -70,7 +72,7 @@ def test_missing_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path):
     [
         ("demo --steps 0", "argument --steps: 0 is not allowed; it must be at least 1."),
         ("demo --image {}", "is a folder; give an image file."),
-        ("demo --seed 99999999999999999999", "--seed is 99999999999999999999; it must be in [0, 2**63)."),
+        ("demo --seed 99999999999999999999", "it must be from 0 to 4294967295."),
         ("demo --model {} --output {}/out", "is no whole checkpoint: it has no config.json"),
         ("evaluate scenes --model m --steps 0", "argument --steps: 0 is not"),
         ("evaluate scenes --model m --batch-size -1", "argument --batch-size: -1 is not"),
@@ -93,7 +95,7 @@ def test_missing_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path):
         ("evaluate scenes --model m --guidance nan", "nan is not allowed; it must be at least 0."),
         ("evaluate scenes --model m --json {}", "is a folder; give a file."),
         ("evaluate scenes --model m --sheet x.psd", "has no ending of an image file"),
-        ("scenes --output {}/out --photo-share 2", "--photo-share is 2; it must be in [0, 1]."),
+        ("scenes --output {}/out --photo-share 2", "argument --photo-share: 2 is not allowed; it must be from 0 to 1."),
         ("evaluate scenes --model m --json {}/no/x.json", "there is no folder"),
         ("evaluate scenes --model m --sheet x.txt", "has no ending of an image file"),
         ("evaluate scenes --model m --emoji-dir {}", "has no captions.tsv"),
@@ -109,6 +111,17 @@ def test_bad_options_are_refused_before_any_work(monkeypatch, capsys, tmp_path, 
     lines = [line for line in printed.err.splitlines() if not line.startswith(("usage: ", " "))]
     assert code == 2 and len(lines) == 1 and sentence in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_options_say_what_they_do_and_take_finite_numbers(command):
+    module, make_parser, *_ = cli.COMMANDS[command]
+    parser = getattr(import_module(f"transformers_unicode2.{module}"), make_parser)()
+    assert not [action.dest for action in parser._actions if not action.help]
+    for action in (action for action in parser._actions if action.type and action.dest != "image_generation"):
+        for text in ("nan", "inf", "-inf", "-1", "1e400"):
+            with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+                action.type(text)
 
 
 def test_emoji_that_a_folder_lacks_are_named_before_any_work(monkeypatch, capsys, tmp_path):

@@ -119,12 +119,17 @@ def test_the_candidate_that_reads_best_is_kept(pipe):
         pipe.score_visual_tokens("<|image_pad|>", written[:1])
 
 
-def test_candidates_and_guidance_are_kept_with_the_pipeline(pipe, tmp_path):
+def test_candidates_guidance_and_steps_are_kept_with_the_pipeline(pipe, tmp_path):
     names = {name: getattr(pipe, name) for name in ("scheduler", "vae", "transformer", "vision_language_encoder")}
     names |= {"processor": pipe.processor, "condition_mapper": pipe.condition_mapper}
-    UniCode2FluxPipeline(**names, image_size=64, num_candidates=4, true_cfg_scale=1.5).save_pretrained(tmp_path)
-    config = UniCode2FluxPipeline.from_pretrained(str(tmp_path)).config
-    assert (config.num_candidates, config.true_cfg_scale) == (4, 1.5)
+    numbers = {"image_size": 64, "num_candidates": 4, "true_cfg_scale": 1.5, "num_inference_steps": 3}
+    UniCode2FluxPipeline(**names, **numbers).save_pretrained(tmp_path)
+    again = UniCode2FluxPipeline.from_pretrained(str(tmp_path))
+    assert {name: again.config[name] for name in numbers} == numbers
+    tokens, seeded = pipe.generate_visual_tokens("a ring", num_candidates=1), torch.Generator().manual_seed
+    options = {"visual_token_ids": tokens, "output_type": "latent"}
+    own, named = (again(**options, **more, generator=seeded(0)).images for more in ({}, {"num_inference_steps": 3}))
+    assert torch.equal(own, named)
 
 
 def test_guidance_leads_away_from_a_prompt_of_zeros(pipe):

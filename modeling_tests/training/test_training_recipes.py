@@ -142,7 +142,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
         made.append({file: file.stat().st_mtime_ns for file in weights})
     assert made[0] == made[1]
     index = json.loads((output / "unicode2-tiny/model_index.json").read_text())
-    assert (index["num_candidates"], index["true_cfg_scale"]) == (4, 2.0)
+    assert (index["num_candidates"], index["true_cfg_scale"], index["num_inference_steps"]) == (4, 2.0, 8)
     defaults = json.loads((output / "unicode2-tiny/generation_config.json").read_text())["image_generation"]
     assert defaults["max_plan_tokens"] == 64 and defaults["guidance_scale"] == 2.0
     assert json.loads((output / "unicode2-tiny/config.json").read_text())["caption_prompt"] == "describe the image."

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .cli import at_least
+from .cli import SEED, at_least
 from .files import whole_file
 from .images_unicode2 import load_image
 
@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=at_least(1), help="diffusion steps of --draw (default: the pipeline's)")
     parser.add_argument(
-        "--seed", type=at_least(0), default=0, help="of what is sampled; most answers are not (default: %(default)s)"
+        "--seed", type=SEED, default=0, help="of what is sampled; most answers are not (default: %(default)s)"
     )
     return parser
 
@@ -126,8 +126,8 @@ def draw(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model} has no decoder to draw with; `unicode2 assemble` adds one.") from error
     check_checkpoint(args.model, "model_index.json")
     pipe = UniCode2FluxPipeline.from_pretrained(args.model)
-    steps = {} if args.steps is None else {"num_inference_steps": args.steps}
-    picture = pipe(args.question, generator=torch.Generator().manual_seed(args.seed), **steps).images[0]
+    generator = torch.Generator().manual_seed(args.seed)
+    picture = pipe(args.question, generator=generator, num_inference_steps=args.steps).images[0]
     with whole_file(args.draw) as file:
         picture.save(file, Image.registered_extensions()[Path(args.draw).suffix.lower()])
     print(f"wrote {args.draw}")

@@ -33,5 +33,5 @@ stage -m transformers_unicode2.training.sft --config $recipes/stage2.yaml
 stage -m transformers_unicode2.training.mapper --config $recipes/mapper-flux.yaml
 
 unicode2 assemble --model $out/stage2 --mapper $out/mapper-flux --decoder $out/flux \
-  --image-size 64 --num-candidates 4 --true-cfg-scale 2.0 --output $out/unicode2-tiny
+  --image-size 64 --num-candidates 4 --true-cfg-scale 2.0 --steps 8 --output $out/unicode2-tiny
 unicode2 evaluate scenes --model $out/unicode2-tiny --emoji-dir "$emoji" --json $out/scores.json

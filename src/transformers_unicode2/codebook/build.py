@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cli import at_least
+from ..cli import SEED, SHARE, at_least
 from ..encoders_unicode2 import ENCODER_DTYPES
 from ..files import make_folders, write_file
 from ..processes import agree, follow_launcher, join
@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--images", required=True, help="folder, file or glob: images, parquet, arrow or WebDataset tars")
     add("--encoder", required=True, help="SigLIP, SigLIP 2 or CLIP with its image processor")
     add("--output", required=True, help="folder for the codebook and for the files of an unfinished build")
-    add("--codebook-size", type=at_least(1), default=500_000)
+    add("--codebook-size", type=at_least(1), default=500_000, help="number of codes (default: %(default)s)")
     add("--num-cells", type=at_least(1), default=1000, help="coarse clusters")
     add("--allocation", choices=("uniform", "proportional"), default="uniform", help="codes per cell")
     add("--num-images", type=at_least(1), help="use only the first N images")
@@ -91,9 +91,9 @@ def make_parser() -> argparse.ArgumentParser:
         type=at_least(1),
         help="a killed build repeats its unfinished shard (default: 4096, fewer if memory is short)",
     )
-    add("--max-unreadable", type=at_least(0.0), default=0.01, help="share of images that may be unreadable")
+    add("--max-unreadable", type=SHARE, default=0.01, help="share of images that may be unreadable")
     add("--keep-work", action="store_true", help="keep the sorted features in OUTPUT/work")
-    add("--seed", type=at_least(0), default=0)
+    add("--seed", type=SEED, default=0, help="of the samples and of k-means (default: %(default)s)")
     return parser
 
 
@@ -375,8 +375,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--num-cells is {args.num_cells}, more than the {args.codebook_size} codes of --codebook-size."
         )
-    if args.max_unreadable > 1:
-        raise ValueError(f"--max-unreadable is {args.max_unreadable:g}; it is a share between 0 and 1.")
 
 
 def main(args: argparse.Namespace) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cli import at_least
+from ..cli import SEED, at_least
 from ..files import whole_folder
 from ..record import Record, hash_source, read_record
 from .clustering import (
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-output", help="folder for the grown checkpoint")
     parser.add_argument("--backend", choices=("faiss", "torch"), default="torch", help="library for nearest codes")
     parser.add_argument("--max-memory-gib", type=at_least(0.0), default=8.0, help="limits the sample of features")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--seed", type=SEED, default=0, help="of the samples and of k-means (default: %(default)s)")
     return parser
 
 

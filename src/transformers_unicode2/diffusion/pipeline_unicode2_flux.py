@@ -65,6 +65,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             a call names another number. The one from which it reads the prompt back best is painted.
         true_cfg_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance of FLUX, unless a call names
             another; 1 is none.
+        num_inference_steps (`int`, *optional*, defaults to 50): steps of FLUX, unless a call names another number.
         scheduler, vae, transformer, text_encoder, tokenizer, text_encoder_2, tokenizer_2, image_encoder,
             feature_extractor: as in [`FluxPipeline`].
     """
@@ -96,6 +97,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         image_size: int = 512,
         num_candidates: int = 1,
         true_cfg_scale: float = 1.0,
+        num_inference_steps: int = 50,
     ):
         adapter_parts = {"image_encoder": image_encoder, "feature_extractor": feature_extractor}
         super().__init__(
@@ -110,6 +112,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             image_size=to_number("image_size", image_size, int, 1),
             num_candidates=to_number("num_candidates", num_candidates, int, 1),
             true_cfg_scale=to_number("true_cfg_scale", true_cfg_scale, float, 1),
+            num_inference_steps=to_number("num_inference_steps", num_inference_steps, int, 1),
         )
 
     @classmethod
@@ -182,7 +185,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         visual_token_ids: torch.LongTensor | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 3.5,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -201,8 +204,8 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             visual_token_ids (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
                 Tokens to paint. Exactly one of these three.
             height, width (`int`, *optional*, default to `image_size`): pixels.
-            num_inference_steps (`int`, defaults to 50), guidance_scale (`float`, defaults to 3.5): of FLUX, as in the
-                paper.
+            num_inference_steps (`int`, *optional*): steps of FLUX; by default the pipeline's own number.
+            guidance_scale (`float`, defaults to 3.5): of FLUX, as in the paper.
             num_images_per_prompt (`int`, defaults to 1): each with tokens of its own for a prompt.
             generator (`torch.Generator` or a list of them, *optional*): makes a call repeatable. A list holds one for
                 each image in their order, and an image depends on its own generator alone.
@@ -228,6 +231,8 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         self.check_arguments(prompt, image, kwargs)
         height = to_number("height", self.config.image_size if height is None else height, int, 1)
         width = to_number("width", self.config.image_size if width is None else width, int, 1)
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
         num_inference_steps = to_number("num_inference_steps", num_inference_steps, int, 1)
         num_images_per_prompt = to_number("num_images_per_prompt", num_images_per_prompt, int, 1)
         guidance_scale = to_number("guidance_scale", guidance_scale, float, 0)

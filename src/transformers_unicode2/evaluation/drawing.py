@@ -46,7 +46,7 @@ class Painter:
         pipe (`UniCode2FluxPipeline`): language model, mapper and decoder.
         seed (`int`): of the generator of a call, which all its batches share.
         batch_size (`int`): images that are written or painted at a time.
-        num_inference_steps (`int`): diffusion steps.
+        num_inference_steps (`int`, *optional*): diffusion steps; by default those of the pipeline.
         true_cfg_scale (`float`, *optional*): guidance of the decoder; by default that of the pipeline.
         prior_guidance_scale (`float`, *optional*): guidance of the language model; by default its own.
     """
@@ -54,9 +54,14 @@ class Painter:
     pipe: "UniCode2FluxPipeline"  # noqa: F821
     seed: int = 0
     batch_size: int = 50
-    num_inference_steps: int = 8
+    num_inference_steps: int | None = None
     true_cfg_scale: float | None = None
     prior_guidance_scale: float | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the pipeline draws."""
+        return self.pipe.config.image_size
 
     def write(self, prompts: list[str], num_candidates: int | None = None) -> torch.LongTensor:
         """Visual token ids that the language model writes for prompts, `(num_prompts, num_image_tokens)`."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..cli import at_least
+from ..cli import SEED, at_least
 from ..files import whole_file, write_file
 from ..scenes import emoji
 from ..scenes.check import check_drawing, same_scene
@@ -42,13 +42,13 @@ def make_parser() -> argparse.ArgumentParser:
     add, natural = parser.add_argument, at_least(1)
     add("--model", required=True, help="checkpoint: folder or Hub name")
     add("--num-scenes", type=at_least(len(CATEGORIES)), default=300, help="per figure (default: %(default)s)")
-    add("--seed", type=at_least(0), default=0)
+    add("--seed", type=SEED, default=0, help="decides the scenes and the drawings (default: %(default)s)")
     add("--json", metavar="FILE", help="also write the figures to a file")
-    add("--steps", type=natural, default=8, help="diffusion steps (default: %(default)s, which suit unicode2-tiny)")
+    add("--steps", type=natural, help="diffusion steps (default: the pipeline's)")
     add("--guidance", type=at_least(0.0), help="guidance of the language model (default: the model's)")
     add("--true-cfg-scale", type=at_least(1.0), help="guidance of the decoder, 1 is none (default: the pipeline's)")
     add("--num-candidates", type=natural, help="images written for a prompt (default: the pipeline's)")
-    add("--batch-size", type=natural, default=50)
+    add("--batch-size", type=natural, default=50, help="images at a time (default: %(default)s)")
     add(
         "--utilization-images",
         type=natural,
@@ -72,9 +72,10 @@ def main(args: argparse.Namespace) -> dict:
     pipe.set_progress_bar_config(disable=True)
     num_candidates = pipe.config.num_candidates if args.num_candidates is None else args.num_candidates
     true_cfg_scale = pipe.config.true_cfg_scale if args.true_cfg_scale is None else args.true_cfg_scale
-    painter = Painter(pipe, args.seed, args.batch_size, args.steps, true_cfg_scale, args.guidance)
+    steps = pipe.config.num_inference_steps if args.steps is None else args.steps
+    painter = Painter(pipe, args.seed, args.batch_size, steps, true_cfg_scale, args.guidance)
     report = {"model": args.model, "seed": args.seed, "num_scenes": args.num_scenes, "num_candidates": num_candidates}
-    report |= {"steps": args.steps, "true_cfg_scale": true_cfg_scale}
+    report |= {"steps": steps, "true_cfg_scale": true_cfg_scale}
     report |= {"understanding": {}, "drawing": {}, "redrawing": {}, "counts": {"understanding": {}, "drawing": {}}}
     for number, part in enumerate(PARTS):
         evaluate_part(painter, part, np.random.default_rng([args.seed, number]), report, args.sheet)
@@ -113,7 +114,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def evaluate_part(painter: Painter, part: str, rng: np.random.Generator, report: dict, sheet: str | None) -> None:
     """Adds the figures of one of `PARTS` to a report; of the new scenes, writes a sheet, too, if its file is given."""
     scenes = [sample_scene(rng, "test", PARTS[part]) for _ in range(report["num_scenes"])]
-    images = [draw_scene(scene, 64) for scene in scenes]
+    images = [draw_scene(scene, painter.image_size) for scene in scenes]
     evaluate_answers(painter, part, scenes, images, rng, report)
     drawn = evaluate_drawings(painter, part, rng, report)
     redrawn = painter.paint(encode(painter.pipe, images))
@@ -187,26 +188,26 @@ def measure_utilization(painter: Painter, max_images: int, emoji_dir: str | None
     used, count = torch.zeros(0, dtype=torch.long), 0
     with tqdm(total=max_images, unit="image", desc="utilization") as bar:
         while count < max_images and 100 * len(used) < enough * num_codes:
-            images = [draw_scene(sample_scene(rng, "test", SEEN_PAIRS), 64) for _ in range(size)]
+            images = [draw_scene(sample_scene(rng, "test", SEEN_PAIRS), painter.image_size) for _ in range(size)]
             if emoji_dir:
                 names = [emoji.NAMES[i] for i in rng.integers(len(emoji.NAMES), size=size)]
-                images += render_emoji(names, rng, emoji_dir)
+                images += render_emoji(names, rng, emoji_dir, painter.image_size)
             used = torch.cat([used, encode(painter.pipe, images).flatten()]).unique()
             count += len(images)
             bar.update(len(images))
     return {"share": 100 * len(used) / num_codes, "num_images": count}
 
 
-def render_emoji(names: list[str], rng: np.random.Generator, folder: str) -> list[Image.Image]:
+def render_emoji(names: list[str], rng: np.random.Generator, folder: str, image_size: int) -> list[Image.Image]:
     """A held-out rendering of each emoji."""
     scenes = [emoji.sample_emoji_scene(rng, "test", name) for name in names]
-    return [emoji.draw_emoji_scene(scene, folder, 64) for scene in scenes]
+    return [emoji.draw_emoji_scene(scene, folder, image_size) for scene in scenes]
 
 
 def name_emoji(painter: Painter, num_renderings: int, folder: str) -> dict:
     """Percentage of held-out renderings, at least one of each emoji, that are named right."""
     names = [emoji.NAMES[i % len(emoji.NAMES)] for i in range(max(num_renderings, len(emoji.NAMES)))]
-    images = render_emoji(names, np.random.default_rng([painter.seed, 2]), folder)
+    images = render_emoji(names, np.random.default_rng([painter.seed, 2]), folder, painter.image_size)
     answers = answer(painter.pipe, images, ["what is this?"] * len(images), painter.batch_size)
     right = [given == article(name) for given, name in zip(answers, names)]
     return {"named": 100 * float(np.mean(right)), "num_renderings": len(names)}
@@ -217,7 +218,7 @@ def judge_emoji(painter: Painter, num_candidates: int, folder: str, clip: str, s
     prompts = [f"{article(f'big {name}')} on a white ground" for name in emoji.NAMES]
     drawn = painter.paint(painter.write(prompts, num_candidates))
     scenes = [emoji.EmojiScene(name, "big", 0.5, 0.5, 0.9, 0.0, "white") for name in emoji.NAMES]
-    references = [emoji.draw_emoji_scene(scene, folder, 64) for scene in scenes]
+    references = [emoji.draw_emoji_scene(scene, folder, painter.image_size) for scene in scenes]
     known, result = clip_embeddings(clip, references).T, {}
     for name, painted in (("drawn", drawn), ("redrawn", painter.paint(encode(painter.pipe, references)))):
         nearest = (clip_embeddings(clip, painted) @ known).argmax(-1)  # (num_names,)
@@ -242,7 +243,7 @@ def write_sheet(path: str, *rows: list[Image.Image]) -> None:
     sheet = Image.new("RGB", (24 * 66, sum(2 * 66 + 6 for row in rows if row)), "white")
     for band, row in enumerate(row for row in rows if row):
         for i, image in enumerate(row[:48]):
-            sheet.paste(image, (i % 24 * 66, band * 138 + i // 24 * 66))
+            sheet.paste(image.resize((64, 64)), (i % 24 * 66, band * 138 + i // 24 * 66))
     with whole_file(path) as file:
         sheet.save(file, Image.registered_extensions()[Path(path).suffix.lower()])
 

@@ -23,6 +23,7 @@ def assemble_pipeline(
     image_size: int,
     num_candidates: int = 1,
     true_cfg_scale: float = 1.0,
+    num_inference_steps: int = 50,
 ) -> bool:
     """Writes one repository that is both: a Transformers checkpoint in its root and a Diffusers pipeline around it.
 
@@ -38,6 +39,7 @@ def assemble_pipeline(
         num_candidates (`int`, *optional*, defaults to 1):
             Images that the language model writes for a prompt; the best one is painted.
         true_cfg_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance of FLUX; 1 is none.
+        num_inference_steps (`int`, *optional*, defaults to 50): steps of FLUX.
 
     Returns:
         Whether `output` was finished before.
@@ -47,6 +49,7 @@ def assemble_pipeline(
         `output` holds anything else.
     """
     numbers = {"image_size": image_size, "num_candidates": num_candidates, "true_cfg_scale": true_cfg_scale}
+    numbers |= {"num_inference_steps": num_inference_steps}
     parts = {"model": hash_source(model), "mapper": hash_source(mapper), "decoder": hash_source(decoder, deep=True)}
     if is_adapter(model):
         parts["base"] = find_base(model)[1]
@@ -131,6 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="classifier-free guidance of FLUX; 1 is none (default: %(default)s)",
     )
+    parser.add_argument("--steps", type=at_least(1), default=50, help="diffusion steps (default: %(default)s)")
     parser.add_argument("--output", required=True, help="folder to write")
     return parser
 
@@ -146,6 +150,7 @@ def main(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         num_candidates=args.num_candidates,
         true_cfg_scale=args.true_cfg_scale,
+        num_inference_steps=args.steps,
     )
     print(f"{args.output} is finished; nothing to do" if finished else f"{args.output}: assembled")
 

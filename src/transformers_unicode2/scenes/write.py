@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cli import at_least
+from ..cli import SEED, SHARE, at_least
 from ..files import whole_file
 from ..record import Record
 from . import emoji, sample, scene, texts
@@ -51,18 +51,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output", required=True, help="folder for the parquet files")
-    add("--num-scenes", type=at_least(0), default=60_000)
-    add("--num-emoji", type=at_least(0), default=0)
+    add("--num-scenes", type=at_least(0), default=60_000, help="drawn scenes (default: %(default)s)")
+    add("--num-emoji", type=at_least(0), default=0, help="pictures with emoji (default: %(default)s)")
     add("--emoji-dir", help="folder with captions.tsv and the images that it lists; needed with --num-emoji")
     add(
         "--photo-share",
-        type=float,
+        type=SHARE,
         default=0.5,
         help="share of the emoji on photographs; the others are on plain grounds (default: %(default)s)",
     )
-    add("--split", choices=("train", "test"), default="train")
+    add("--split", choices=("train", "test"), default="train", help="no scene is in both (default: %(default)s)")
     add("--image-size", type=at_least(16), default=64, help="pixels (default: %(default)s)")
-    add("--seed", type=at_least(0), default=0)
+    add("--seed", type=SEED, default=0, help="decides what is drawn (default: %(default)s)")
     return parser
 
 
@@ -70,8 +70,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raises `ValueError` on options that do not go together, and as `emoji.check_folder` does."""
     if args.num_emoji and not args.emoji_dir:
         raise ValueError(f"--num-emoji is {args.num_emoji}, so --emoji-dir must name the folder with the emoji.")
-    if not 0 <= args.photo_share <= 1:
-        raise ValueError(f"--photo-share is {args.photo_share:g}; it must be in [0, 1].")
     if args.num_emoji:
         emoji.check_folder(args.emoji_dir)
 
