@@ -84,7 +84,7 @@ def test_adapter_answers_as_on_its_base(monkeypatch, capsys, small_model, proces
     with torch.no_grad():
         expected, plain = adapted(input_ids=ids).logits, small_model(input_ids=ids).logits
         logits = load_model(str(tmp_path / "adapter"))[0](input_ids=ids).logits
-    # merged, in bfloat16
+    # Merged, in bfloat16
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
     assert not torch.allclose(logits, plain, atol=0.2)
     words = ("ask", tmp_path / "adapter", "hello", "--max-new-tokens", 3)

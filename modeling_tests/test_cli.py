@@ -107,7 +107,7 @@ def test_missing_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path):
 )
 def test_bad_options_are_refused_before_any_work(monkeypatch, capsys, tmp_path, words, sentence):
     code, printed = run(monkeypatch, capsys, *words.replace("{}", str(tmp_path)).split())
-    # argparse says the usage before what is wrong with a value
+    # Argparse says the usage before what is wrong with a value
     lines = [line for line in printed.err.splitlines() if not line.startswith(("usage: ", " "))]
     assert code == 2 and len(lines) == 1 and sentence in lines[0]
     assert not list(tmp_path.iterdir())

@@ -61,7 +61,7 @@ def test_third_turn_and_features_in_place_of_pixels(model, block, pixels):
 
 def test_rows_of_a_batch_keep_their_own_images(model, block, pixels):
     cache = make_cache(model, "dynamic")
-    # two images against one: what is missing is text
+    # Two images against one: what is missing is text
     first = [[20, *block, *block, 21], [22, *block, *([23] * len(block)), 24]]
     answers = ask(model, first, pixel_values=pixels[:3], past_key_values=cache)
     second = [row + answer for row, answer in zip(first, answers)]

@@ -179,7 +179,7 @@ def test_saved_pipeline_paints_the_same_through_either_class(pipe, tmp_path):
         assert type(loaded) is UniCode2FluxPipeline is diffusers.UniCode2FluxPipeline
         again = draw(loaded, prompt="a red circle")
         assert torch.equal(again.visual_token_ids, expected.visual_token_ids)
-        # another place in memory may change the last bit of a product
+        # Another place in memory may change the last bit of a product
         torch.testing.assert_close(again.images, expected.images, atol=1e-5, rtol=0)
 
 

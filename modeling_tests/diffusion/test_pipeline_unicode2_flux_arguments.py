@@ -41,7 +41,7 @@ def test_each_image_of_a_list_of_generators_depends_on_its_own_alone(pipe, num_c
     options = {"num_candidates": num_candidates}
     prompts = ["a red circle", "two green hearts and a blue ring on a white ground"]
     output = draw(pipe, prompts, generator=seeded(1, 2), **options)
-    # a generator is a list of one
+    # A generator is a list of one
     for row, generator in ((0, seeded(1)), (1, seeded(2)[0])):
         alone = draw(pipe, prompts[row], generator=generator, **options)
         assert torch.equal(output.visual_token_ids[row], alone.visual_token_ids[0])

@@ -84,7 +84,7 @@ def test_losses_are_those_of_each_caption_with_both_images(tiny_model, processor
     own = [loss(pair, pair.codes) for pair in pairs]
     other = [loss(pair, pairs[i - 1].codes) for i, pair in enumerate(pairs)]
     gaps = torch.tensor(other) - torch.tensor(own)
-    # bfloat16 weights
+    # Bfloat16 weights
     assert report["own_loss"] == pytest.approx(sum(own) / 4, abs=0.05)
     assert report["image_gap"] == pytest.approx(gaps.mean().item(), abs=0.1)
     assert report["image_gap_standard_error"] == pytest.approx((gaps.std() / 2).item(), abs=0.1)

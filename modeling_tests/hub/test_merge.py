@@ -52,7 +52,7 @@ def test_a_merged_adapter_is_a_whole_checkpoint_of_equal_logits(adapter, tmp_pat
     assert merged.model.language_model.dtype == torch.bfloat16 and merged.config.caption_prompt == "what is it?"
     base = UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "base")
     assert merged.state_dict().keys() == base.state_dict().keys()
-    # in float32 the two ways of adding differ by rounding alone
+    # In float32 the two ways of adding differ by rounding alone
     again = tmp_path / "again"
     base.float().save_pretrained(tmp_path / "float")
     UniCode2Processor.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "float")

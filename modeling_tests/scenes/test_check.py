@@ -10,7 +10,7 @@ def test_checker_reads_drawn_scenes_back(pairs):
     rng = np.random.default_rng(0)
     drawn = [sample.sample_scene(rng, "train", pairs) for _ in range(500)]
     wrong = [shown for shown in drawn if not check.same_scene(shown, scene.draw_scene(shown), tolerance=0.03)]
-    # and sample_scene lets none of these into the test split
+    # And sample_scene lets none of these into the test split
     assert len(wrong) <= 1, wrong
 
 
@@ -21,13 +21,13 @@ def test_checker_accepts_what_was_asked_for_and_nothing_else(category):
     for _ in range(60):
         prompt, other = (texts.sample_prompt(category, rng) for _ in range(2))
         specs = [(color or str(rng.choice(list(scene.COLORS))), shape) for color, shape in prompt.wanted]
-        # four barely fit
+        # Four barely fit
         objects = sample.place_objects(specs, rng, prompt.relation, attempts=100_000)
         image = scene.draw_scene(sample.dress(objects, rng))
         accepted += check.check_drawing(prompt, image)
         if sorted(other.wanted, key=str) != sorted(prompt.wanted, key=str):
             accepted_others += check.check_drawing(other, image)
-    # it misreads fewer than one in a hundred, which sample_scene keeps out of the test split
+    # It misreads fewer than one in a hundred, which sample_scene keeps out of the test split
     assert accepted >= 59
     assert accepted_others == 0
 

@@ -65,7 +65,7 @@ def test_the_loss_is_infonce_both_ways_without_twins(tiny_run):
     expected = 0.0
     for way in (scores, scores.T):
         for row in range(4):
-            # the first two rows have one caption
+            # The first two rows have one caption
             others = [column for column in range(4) if column == row or {row, column} != {0, 1}]
             expected -= way[row, row] - way[row, others].logsumexp(0)
     assert got.item() == pytest.approx(expected.item() / 8, rel=1e-4)
@@ -81,14 +81,14 @@ def test_images_are_drawn_to_their_captions_and_nothing_else_changes(align, tiny
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     projector = {name for name in old if name.startswith("model.projector.")}
     assert changed == {"model.visual_embeddings.weight", *projector}
-    # the output of the projector is on the scale of the token embeddings
+    # The output of the projector is on the scale of the token embeddings
     alignment, _ = load_alignment(str(tmp_path / "out"), 0.07)
     with torch.no_grad():
         projected = alignment.projector(alignment.visual_embeddings.weight)
     table = alignment.frozen[0].weight
     assert torch.allclose(projected.mean(0), table.mean(0), atol=1e-4)
     assert projected.var(0, correction=0).mean().sqrt().item() == pytest.approx(alignment.spread, rel=1e-3)
-    # it loads, and says what it is
+    # It loads, and says what it is
     from transformers_unicode2 import UniCode2ForConditionalGeneration
 
     UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "out")

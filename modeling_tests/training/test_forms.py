@@ -18,7 +18,7 @@ from transformers_unicode2.training import tokenize
 from transformers_unicode2.training.mixtures import find_parts, open_mixture
 
 ROWS = 6
-# name, options beside the data, and turns of the first chat
+# Name, options beside the data, and turns of the first chat
 FORMS = {
     "llava.json": ([], ["user: [image: 0.png] what is it?", "assistant: it is 0"]),
     "llava.jsonl": ([], ["system: be brief", "user: [image: 0.png] [image: 1.png] which?", "assistant: it is 0"]),
@@ -132,7 +132,7 @@ def test_a_mixture_of_all_forms_is_learnt_and_resumed_to_the_same_weights(data, 
     recipe = place_stage(tokens, tmp_path / "stage.yaml")
     options = ("--max_steps", "20", "--save_steps", "10", "--save_total_limit", "9")
     run_stage(recipe, tmp_path / "whole", *options)
-    # as a kill after step 10 leaves it
+    # As a kill after step 10 leaves it
     shutil.copytree(tmp_path / "whole/checkpoint-10", tmp_path / "killed/checkpoint-10")
     run_stage(recipe, tmp_path / "killed", *options)
     name = "model.safetensors"

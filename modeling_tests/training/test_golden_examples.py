@@ -23,7 +23,7 @@ from transformers_unicode2.training.templates import build_chat, read_tasks
 
 RECIPE = Path(__file__).parents[2] / "training_recipes/unicode2-tiny"
 GOLDEN = json.loads(gzip.decompress(Path(__file__).with_name("golden_examples.json.gz").read_bytes()))
-# what these tasks were called, whose image is learnt behind nothing but the begin-of-image id
+# What these tasks were called, whose image is learnt behind nothing but the begin-of-image id
 DROPPED = "unconditional"
 
 
@@ -71,7 +71,7 @@ def test_the_tiny_recipe_learns_what_it_learnt_before(name, tokenized, processor
     )
     if task == DROPPED:
         assert recipe["drop_prompt_share"] > 0
-        # each row gives its chat, and then the image alone
+        # Each row gives its chat, and then the image alone
         examples = examples.select(range(1, len(examples), 2))
     digests = [
         hashlib.sha256(json.dumps([ids, labels]).encode()).hexdigest()[:8]

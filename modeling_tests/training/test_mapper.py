@@ -22,7 +22,7 @@ def test_contrastive_loss_is_lowest_for_matching_pairs():
     text = torch.randn(8, 16)
     assert contrastive_loss(text, text, 0.07) < 0.05 < contrastive_loss(text.roll(1, 0), text, 0.07)
     twins = torch.cat([text[:4], text[:4]])
-    # equal captions are no negatives
+    # Equal captions are no negatives
     assert contrastive_loss(twins, twins, 0.07) < 0.05
 
 
@@ -60,7 +60,7 @@ def test_mapper_refuses_losses_without_what_they_need(options, message):
 def test_near_codes_take_the_places_of_a_share_of_codes():
     """Up to the share asked for, another one in each image; always by one of the nearest, never by the code itself."""
     torch.manual_seed(0)
-    # the nearest rows are the next numbers
+    # The nearest rows are the next numbers
     line = torch.arange(3000.0)[:, None] * torch.tensor([[1.0, 0.0]])
     near_codes = NearCodes(line, num_nearest=4)
     codes = torch.randint(10, 2990, (400, 64))
@@ -117,7 +117,7 @@ def test_mapper_learns_image_prompts_without_a_decoder(tiny_checkpoint, tmp_path
     teacher.save_pretrained(tmp_path / "teacher")
     shutil.copytree(tiny_checkpoint, tmp_path / "model")
     model = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
-    # a C2 that has gone far from C1, which the mapper must make up for
+    # A C2 that has gone far from C1, which the mapper must make up for
     model.model.visual_embeddings.weight.data *= 0.5
     model.save_pretrained(tmp_path / "model")
 
@@ -134,7 +134,7 @@ def test_mapper_learns_image_prompts_without_a_decoder(tiny_checkpoint, tmp_path
     shutil.copytree(tmp_path / "whole/checkpoint-5", tmp_path / "killed/checkpoint-5")
     kept = (tmp_path / "killed/checkpoint-5/trainer_state.json").stat().st_mtime_ns
     assert learn(tmp_path / "killed") == whole
-    # it was not made anew
+    # It was not made anew
     assert (tmp_path / "killed/checkpoint-5/trainer_state.json").stat().st_mtime_ns == kept
     quantizer, offset = model.get_quantizer(), model.config.visual_token_offset
     images = [decode_image(row["image"]["bytes"]) for row in data.load_images(str(tmp_path / "data"), "test")]

@@ -85,7 +85,7 @@ def test_masters_are_float32_training_with_gradients_of_rounded_weights(net):
         train(low, optimizer, 1, start=step)
     for parameter, other in zip(low.parameters(), high.parameters()):
         assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, other.bfloat16())
-    # these steps are far below what bfloat16 resolves
+    # These steps are far below what bfloat16 resolves
     plain = copy.deepcopy(net).bfloat16()
     train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-5), 20)
     masters = copy.deepcopy(net).bfloat16()

@@ -57,7 +57,7 @@ def test_each_image_keeps_some_of_its_codes_in_their_order(rows, left):
     for row, (ids, labels) in zip(rows, thinned):
         assert [i for i in ids if i < OFFSET] == [i for i in row["input_ids"] if i < OFFSET]
         assert [i for i in labels if i != -100] == [i for i in row["labels"] if i != -100]
-        # a subsequence of the row, with labels beside their ids
+        # A subsequence of the row, with labels beside their ids
         rest = iter(zip(row["input_ids"], row["labels"]))
         assert all(pair in rest for pair in zip(ids, labels))
     counts = [sum(i >= OFFSET for i in ids) for ids, _ in thinned]
@@ -95,7 +95,7 @@ def test_positions_of_joined_examples_begin_anew(rows):
 def test_swapped_rows_have_the_images_of_others_and_all_else(rows):
     rng = np.random.default_rng(1)
     many = [make_row(rng.integers(0, 50, 16).tolist(), answer=(n,)) for n in range(20)]
-    # none of these can be swapped: no image, no text in the answer, a size of its own
+    # None of these can be swapped: no image, no text in the answer, a size of its own
     data = Dataset.from_list([*many, make_row(), rows[2], rows[3], make_row(rows[0]["input_ids"][2:18], answer=())])
     chosen, swapped = swap_images(data, OFFSET)
     assert chosen == list(range(20))

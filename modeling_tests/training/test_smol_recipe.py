@@ -76,7 +76,7 @@ def test_splits_hold_what_they_say(render, tmp_path):
 def test_splits_follow_the_seed_and_are_made_once(render, tmp_path):
     first = render(tmp_path / "out", *WORDS)
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.jpg")}
-    # as a kill before the last split was begun leaves it
+    # As a kill before the last split was begun leaves it
     shutil.rmtree(tmp_path / "out/unseen")
     assert render(tmp_path / "out", *WORDS) == first == render(tmp_path / "again", *WORDS)
     assert all(file.stat().st_mtime_ns == time for file, time in times.items() if file.parent.name != "unseen")
@@ -90,7 +90,7 @@ def test_pictures_stand_on_a_pale_ground(render, tmp_path):
     for file in (tmp_path / "out").rglob("*.jpg"):
         pixels = np.asarray(load_image(file))
         assert pixels.shape == (48, 48, 3)
-        # the transparent half shows the ground, the other is one grey of at most 160
+        # The transparent half shows the ground, the other is one grey of at most 160
         shown = (pixels.max(-1) < 180).mean()
         assert 0.05 < shown < 0.4 and (pixels.min(-1) > 215).mean() > 0.5
 

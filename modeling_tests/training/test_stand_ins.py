@@ -41,7 +41,7 @@ def test_coarse_features_are_rows_of_the_table(share, tmp_path):
     distances = torch.cdist(features[:num_coarse], coarsen.table)
     kept = (coarsen.table == coarse[:num_coarse, :, None]).all(-1)
     rank = (distances < distances.where(kept, torch.inf).amin(-1, keepdim=True)).sum(-1)
-    # at most the other half of the table is nearer
+    # At most the other half of the table is nearer
     assert (rank <= 32).all()
 
 

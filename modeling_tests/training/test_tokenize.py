@@ -186,7 +186,7 @@ def test_each_task_has_a_folder_and_chats_have_one_of_their_own(whole, data, qua
     assert [row["codes"] for row in read_] == [row["codes"] for row in drawn]
     assert [part["type"] for part in drawn[0]["messages"][1]["content"]] == ["image"]
     assert {row["source"] for row in drawn} == {2}
-    # one task writes no folder
+    # One task writes no folder
     run(data / "table", quantizer, tmp_path / "out", "--task", "draw")
     assert sorted(read(tmp_path / "out")) == [".unicode2/train.json", "train-00000.parquet"]
 

@@ -25,7 +25,7 @@ def test_recipe_parses(path):
 
 @pytest.mark.parametrize("recipe", STAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_stage_runs_two_steps(recipe, tiny_run, run_stage, tmp_path):
-    # masters of bfloat16 weights are float32 already
+    # Masters of bfloat16 weights are float32 already
     has_masters = yaml.safe_load(recipe.read_text()).get("master_weights")
     dtype = () if has_masters else ("--dtype", "float32")
     run_stage(recipe, tmp_path / "out", "--max_steps", "2", *dtype)
@@ -49,7 +49,7 @@ def test_alignment_runs_two_steps(recipe, tiny_run, run_stage, tmp_path):
 def test_killed_stage_resumes_to_the_same_bytes(run_stage, tmp_path):
     recipe = RECIPES / "unicode2-tiny/stage2.yaml"
     run_stage(recipe, tmp_path / "whole", "--max_steps", "4")
-    # as a kill after step 2 leaves it
+    # As a kill after step 2 leaves it
     shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "killed/checkpoint-2")
     run_stage(recipe, tmp_path / "killed", "--max_steps", "4")
     name = "model.safetensors"
@@ -133,7 +133,7 @@ def test_every_stage_of_the_tiny_recipe_runs_in_order(tmp_path):
     command = ["bash", "training_recipes/unicode2-tiny/run.sh"]
     output = tmp_path / "outputs/unicode2-tiny"
     made = []
-    # the second time, all stages are finished
+    # The second time, all stages are finished
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -1,6 +1,6 @@
 """UniCode²: cascaded large-scale codebooks for unified multimodal understanding and generation."""
 
-# first: it looks who started this process, who may be killed while the libraries are imported
+# First: it looks who started this process, who may be killed while the libraries are imported
 from . import processes  # noqa: F401
 
 # isort: split

@@ -84,7 +84,7 @@ def load_merged(adapter: str, base: str, note: dict, dtype: str = "auto") -> tup
         model.config.caption_prompt = note["caption_prompt"]
         if note["image_generation"]:
             model.generation_config.image_generation = note["image_generation"]
-            # else it would be made anew from the model's config when loaded
+            # Else it would be made anew from the model's config when loaded
             model.generation_config._from_model_config = False
     has_processor = not Path(adapter).is_dir() or (Path(adapter) / "processor_config.json").is_file()
     return model, UniCode2Processor.from_pretrained(adapter if has_processor else base)

@@ -12,8 +12,8 @@ class UniCode2AnyToAnyPipeline(AnyToAnyPipeline):
     the whole processor. Use it as `pipeline("any-to-any", model=..., pipeline_class=UniCode2AnyToAnyPipeline)`.
 
     With `generation_mode="image"` each result holds a `PIL.Image` under `generated_image`. The stock pipeline does not
-    know `"interleaved"`: there `generated_interleaved` is a list of chat parts, `{"type": "text", "text": ...}` and
-    `{"type": "image", "image": ...}`, in the order in which they were written.
+    know `"interleaved"`. There `generated_interleaved` is a list of chat parts in the order in which they were written:
+    `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
     """
 
     def __init__(self, *args, **kwargs):

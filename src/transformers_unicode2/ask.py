@@ -81,7 +81,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--draw takes a text; leave --image out.")
     from PIL import Image
 
-    # some formats can only be read
+    # Some formats can only be read
     if Image.registered_extensions().get(Path(args.draw).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--draw {args.draw} has no ending of an image file; .png is one.")
     if not Path(args.draw).absolute().parent.is_dir():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
-# command: module, its functions for the parser and for the work, what it does
+# Command: module, its functions for the parser and for the work, what it does
 COMMANDS = {
     "demo": ("demo", "make_parser", "main", "ask about an image, draw a prompt"),
     "ask": ("ask", "make_parser", "main", "ask any checkpoint or adapter about images, or draw with it"),
@@ -24,7 +24,7 @@ COMMANDS = {
     "scenes": ("scenes.write", "make_parser", "main", "write drawn scenes and emoji to parquet"),
 }
 
-# module that may be missing: extra that brings it
+# Module that may be missing: extra that brings it
 EXTRAS = {
     "diffusers": "diffusion",
     "faiss": "codebook",
@@ -66,7 +66,7 @@ def sentences(name: str) -> Iterator[None]:
         print(f"{name}: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        # a damaged checkpoint is known by the class of the error only
+        # A damaged checkpoint is known by the class of the error only
         if not is_damage(error):
             raise
         print(f"{name}: the checkpoint is damaged or its sizes disagree: {first_line(error)}", file=sys.stderr)
@@ -83,7 +83,7 @@ def at_least(least: float, most: float = math.inf) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text} is not allowed; it must be {limits}.")
         return value
 
-    # names the type in argparse's message about a text that is no number
+    # Names the type in argparse's message about a text that is no number
     convert.__name__ = kind.__name__
     return convert
 

@@ -26,7 +26,7 @@ KNOWN = (
     "unicode2-tiny knows drawn shapes and 104 emoji. Whatever else it is asked about or asked to draw, it guesses; "
     "`unicode2 ask` is for models of your own."
 )
-# pixels
+# Pixels
 TILE = 256
 
 

@@ -66,8 +66,8 @@ def load_encoder(path: str, dtype: str = "float32") -> tuple[PreTrainedModel, ob
         A `SiglipVisionModel` or `CLIPVisionModel` in eval mode, and its image processor.
 
     Raises:
-        `ValueError`: on a model of another kind, on weights that are missing or damaged, and when the image processor
-            makes images of another size than the encoder reads.
+        `ValueError`: on a model of another kind, on weights that are missing or damaged, and on an image processor for
+            another size of images.
     """
     try:
         config = AutoConfig.from_pretrained(path)

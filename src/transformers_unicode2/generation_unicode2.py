@@ -55,8 +55,8 @@ class UniCode2GenerationMixin(GenerationMixin):
                 Classifier-free guidance of image mode; 1.0 is none and costs nothing. Without the prompt, the model
                 sees the begin-of-image id alone.
             max_plan_tokens (`int`, *optional*):
-                In image mode, lets the model write a plan first: text of at most so many ids, until it begins the image
-                by itself. The image sees prompt and plan. 0 is no plan; nor does a prompt that ends with the
+                In image mode, lets the model write a plan first: text of at most N ids, until it begins the image by
+                itself. The image sees prompt and plan. 0 is no plan; nor does a prompt that ends with the
                 begin-of-image id get one. Images of one prompt (`num_return_sequences`) share a plan. A plan follows
                 the sampling options and the generation config. Interleaved mode returns plan and image alike.
             **kwargs: everything that [`~GenerationMixin.generate`] takes. A chat that continues from a cache

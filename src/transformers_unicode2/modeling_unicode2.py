@@ -451,7 +451,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
                 patch whose place it holds. With labels, logits are returned only if `logits_to_keep` asks for some.
                 `shift_labels`, in their place or beside them, stand at the positions that predict them.
             logits_to_keep (`int` or `torch.LongTensor`, *optional*, defaults to 0):
-                Scores of the last so many positions, or of these positions; 0 for all.
+                Scores of the last N positions, or of the positions given; 0 for all.
             output_modality (`str`, *optional*):
                 `"text"` or `"image"` to compute the scores of one head only; `"plan"` is text that an image may follow.
             visual_guidance_scale (`float`, *optional*):

@@ -54,8 +54,8 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     - Floats (`F`): up to 1, 1 is white; from 2 up to 255, 255 is.
     - Other integers and floats, and any with negative values: the least value, or 0, is black and the largest white.
 
-    Copies and crops have lost their file. They are refused where only the file says how to read them: grey of more
-    than 8 bits from a TIFF, 32-bit integers up to 255, a transparent level that may be one of 2 or 4 bits. The
+    Copies and crops have lost their file. They are refused where only the file says how to read them. Such are grey of
+    more than 8 bits from a TIFF, 32-bit integers up to 255, and a transparent level that may be of 2 or 4 bits. The
     transparent color of an RGB copy is that of its pixels, or of 16 bits where it is beyond 255.
 
     Args:
@@ -63,8 +63,8 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         max_pixels (`int`, *optional*, defaults to `MAX_PIXELS`): largest width x height.
 
     Raises:
-        `ValueError`: when it is too large, damaged, cut short, an EPS, holds values that are not finite, or is a copy
-            that has lost what tells how to read it.
+        `ValueError`: when it is too large, damaged, cut short, an EPS, or holds values that are not finite. Also on a
+            copy that has lost what tells how to read it.
     """
     width, height = image.size
     if width * height > max_pixels:

@@ -248,8 +248,8 @@ class UniCode2Processor(ProcessorMixin):
             included. It is 0 elsewhere.
 
         Raises:
-            `ValueError`: when images and their places differ in number, when an image has another number of ids, when
-                a part is neither text nor image, and when the chat template does not mark each answer.
+            `ValueError`: when images and their places differ in number, or an image has another number of ids. Also on
+                a part that is neither text nor image, and on a chat template that does not mark each answer.
         """
         given, size = visual_token_ids or [], self.num_image_tokens
         # Tables have `None` for what a turn lacks, and templates print it.

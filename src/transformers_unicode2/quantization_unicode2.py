@@ -125,15 +125,14 @@ class UniCode2Codebook(nn.Module):
         r"""
         Nearest code of each feature in Euclidean distance, Eq. 5: the smallest distance in float64 on the values as
         given, ties to the lowest code. The codes are the same on every device, for every split of a batch, and for a
-        feature in bfloat16 or in float32; with `num_probes` they may differ where two cells are equally near but for
+        feature in bfloat16 or in float32. With `num_probes` they may differ where two cells are equally near but for
         rounding.
 
         Args:
             features (`torch.Tensor` of shape `(..., codebook_dim)`): float32, bfloat16 or float16; float64 is rounded
                 to float32.
-            num_probes (`int`, *optional*): looks only into the cells with so many nearest centroids, which is faster
-                and finds the nearest code in the share of the cases that `num_probes_for` knows. All cells by
-                default.
+            num_probes (`int`, *optional*): looks only into this many cells, the nearest ones. That is faster, and it
+                finds the nearest code in the share of the cases that `num_probes_for` knows. All cells by default.
 
         Returns:
             `torch.LongTensor` of shape `(...)`.
@@ -238,7 +237,8 @@ class UniCode2Quantizer(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    model_config = None  # of the model that it is a part of, which knows where visual token ids begin
+    # Of the model that it is a part of, which knows where visual token ids begin.
+    model_config = None
 
     def __init__(self, config: UniCode2QuantizerConfig):
         super().__init__(config)

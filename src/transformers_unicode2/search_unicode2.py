@@ -133,7 +133,7 @@ def find_nearest(
         centroids (`torch.FloatTensor` of shape `(num_cells, codebook_dim)`): the centroids of the cells of the
             codebook.
         offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): cell i holds codes `offsets[i]` to `offsets[i + 1]`.
-        num_probes (`int`, *optional*): looks only into the cells with so many nearest centroids. All codes by default.
+        num_probes (`int`, *optional*): looks only into this many cells, the nearest ones. All codes by default.
         workspace (`int`, *optional*, defaults to 256 MiB): bytes that the search may use at a time.
 
     Returns:
@@ -247,7 +247,8 @@ def check_features(features: torch.Tensor, width: int) -> None:
         raise ValueError(f"The features are {features.dtype}; give them in float32, bfloat16, float16 or float64.")
     if features.shape[-1] != width:
         raise ValueError(f"The features are {features.shape[-1]} wide and the codes {width}.")
-    if features.sum(dtype=torch.float32).isfinite():  # nothing in it is not finite, in one pass
+    # In one pass: nothing in it is not finite.
+    if features.sum(dtype=torch.float32).isfinite():
         return
     finite = torch.isfinite(features.float() if features.dtype == torch.float64 else features).all(-1).flatten()
     if not finite.all():
@@ -294,5 +295,6 @@ def products_are_exact() -> bool:
         return False
     try:
         return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # set by other means
+    except RuntimeError:
+        # Set by other means.
         return False

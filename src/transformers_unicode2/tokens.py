@@ -10,9 +10,9 @@ from .record import check_finished, hash_file, shorten
 
 logger = logging.getLogger(__name__)
 
-# key in the metadata of a parquet file, so that it goes wherever the file goes
+# Key in the metadata of a parquet file, so that it goes wherever the file goes
 NOTE = b"unicode2"
-# of an image processor: what decides about the pixels
+# Of an image processor: what decides about the pixels
 PIXELS = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_pad", "pad_size"),
@@ -100,7 +100,7 @@ def find_tables(folder: str, split: str, option: str) -> list[Path]:
 
     Raises `ValueError` when there are none, or the folder is not finished.
     """
-    # several tasks have a folder each in one output
+    # Several tasks have a folder each in one output
     for place in (Path(folder), Path(folder).absolute().parent):
         check_finished(place, split)
     files = sorted(Path(folder).glob(f"{split}-*.parquet"))

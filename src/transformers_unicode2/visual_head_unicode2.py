@@ -1,8 +1,8 @@
 """C2 and the visual heads: how codes are embedded (Eq. 6) and scored (Eq. 8).
 
-Offloading, ZeRO-3 and FSDP bring a weight to its module only while the `forward` of that module runs. So whoever needs
-the weights of a codebook, of C2, of a head or of a whole model calls that module and names the method as its `task`,
-for example `codebook(codes, task="decode")`, and never calls the method itself.
+Offloading, ZeRO-3 and FSDP bring a weight to its module only while the `forward` of that module runs. So a method that
+needs the weights of a codebook, of C2, of a head or of a whole model is never called itself. The module is called, with
+the method as its `task`, for example `codebook(codes, task="decode")`.
 """
 
 from collections.abc import Callable
@@ -147,7 +147,7 @@ class UniCode2TwoLevelVisualHead(UniCode2VisualHead):
 
         They are `(batch_size, num_tokens, codebook_size)`. With `guidance_scale`, see `guide`, the batch is halved.
         With `temperature` a cell is drawn for each row. The log-probabilities are then those of its codes given the
-        cell, minus infinity elsewhere: a draw from them at the same temperature is a draw from the product.
+        cell, and minus infinity elsewhere. A draw from them at the same temperature is a draw from the product.
         """
         query, cell_scores = self.project(hidden_states, guidance_scale)
         if temperature is not None:

@@ -57,7 +57,7 @@ def convert_clip(model: Path, output: Path) -> None:
 
     config = CLIPVisionConfig(hidden_size=768, intermediate_size=3072, projection_dim=512, patch_size=16)
     tower = CLIPVisionModelWithProjection(config)
-    # strict: every weight is there, and none is left over
+    # Strict: every weight is there, and none is left over
     tower.load_state_dict(read_graph(model))
     tower.save_pretrained(output)
     CLIPImageProcessor().save_pretrained(output)
@@ -81,7 +81,7 @@ def read_graph(model: Path) -> dict[str, torch.Tensor]:
     }
     for node in (node for node in graph.node if node.op_type == "MatMulInteger"):
         base, reader = node.input[1].removesuffix("_quantized"), node
-        # the product is cast, scaled, and meets its bias
+        # The product is cast, scaled, and meets its bias
         while reader is not None and reader.op_type in ("MatMulInteger", "Cast", "Mul"):
             reader = readers.get(reader.output[0])
         biases = [name for name in (reader.input if reader is not None else ()) if name.endswith(".bias")]

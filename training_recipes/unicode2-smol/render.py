@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     pictures = [pictures[i] for i in np.random.default_rng(args.seed).permutation(len(pictures))]
     unseen, known = pictures[: args.num_unseen], pictures[args.num_unseen :]
     splits = {
-        # first one of each picture, so that the first files are a fair sample
+        # First one of each picture, so that the first files are a fair sample
         "train": [(picture, number) for number in range(args.renderings) for picture in known],
         "held": [(picture, args.renderings) for picture in known[: args.num_held]],
         "unseen": [(picture, 0) for picture in unseen],
@@ -109,7 +109,7 @@ def render(picture: Image.Image, image_size: int, rng: np.random.Generator) -> I
     scale = side / max(picture.size)
     width, height = (max(1, round(scale * length)) for length in picture.size)
     left, top = (int(rng.integers(image_size - length + 1)) for length in (width, height))
-    # turned about its center, on a canvas that holds the corners
+    # Turned about its center, on a canvas that holds the corners
     reach = int(np.hypot(width, height)) + 1
     canvas = Image.new("RGBA", (reach, reach))
     corner = (reach - width) // 2, (reach - height) // 2

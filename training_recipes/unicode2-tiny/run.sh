@@ -7,16 +7,16 @@ out=outputs/unicode2-tiny
 emoji=${1:-$out/emoji}
 stage() { accelerate launch --num_processes 1 "$@"; }
 if python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then
-  # glibc would return the memory of every step and fetch it again page by page: a fifth of a step's time
+  # Glibc would return the memory of every step and fetch it again page by page: a fifth of a step's time
   export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
-  # only CPUs with instructions for bfloat16 multiply it faster than float32
+  # Only CPUs with instructions for bfloat16 multiply it faster than float32
   grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && bf16=true || bf16=false
   stage() { accelerate launch --config_file training_recipes/accelerate/cpu.yaml "$@" --use_cpu true --bf16 $bf16; }
 fi
 
 unicode2 scenes --output $out/data --num-scenes 50000 --num-emoji 40000 --emoji-dir "$emoji"
 
-# stand-ins for what a full-size model downloads
+# Stand-ins for what a full-size model downloads
 python $recipes/stand_ins/make_llm.py --config $recipes/stand_ins/llm.yaml
 stage $recipes/stand_ins/train_siglip.py --config $recipes/stand_ins/siglip.yaml
 stage $recipes/stand_ins/train_vae.py --config $recipes/stand_ins/vae.yaml

@@ -137,8 +137,9 @@ class TorchBackend:
         rows = max(1, self.max_scores // len(centroids))
         if self.device.type == "cpu":
             rows = min(rows, max(64, CACHED_SCORES // len(centroids)))
+        # Each of (rows, num_centroids).
         best = [
-            ((queries[start : start + rows] @ weights).float() - half_norms).max(1)  # of (rows, num_centroids)
+            ((queries[start : start + rows] @ weights).float() - half_norms).max(1)
             for start in range(0, len(queries), rows)
         ]
         return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])

@@ -10,7 +10,7 @@ from .features import count_columns, count_rows, open_shard, read_rows, shard_pa
 
 # Rows of a shard held in float32 at a time.
 ROWS = 65536
-# The same where several steps read each row: so many stay in the cache of a CPU.
+# The same where several steps read each row. They stay in the cache of a CPU.
 CACHED_ROWS = 4096
 # A Lloyd pass across cell borders compares a feature with the codes of this many cells; 8 gave the same distortion.
 NEAR_CELLS = 4

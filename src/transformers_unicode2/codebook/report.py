@@ -273,7 +273,7 @@ def list_numbers(report: dict) -> list[tuple[str, float]]:
 def collect_data(codebook, codes, images, gallery, encoder: Encoder, neighbours) -> dict:
     """The data of the page's script."""
     shown = images < len(gallery)
-    # image * num_patches + patch, sorted by code
+    # Image * num_patches + patch, sorted by code
     order = np.argsort(codes[shown], kind="stable").astype(np.uint32)
     used = np.bincount(codes[shown], minlength=len(codebook.codes))
     counts = np.bincount(codes, minlength=len(codebook.codes))

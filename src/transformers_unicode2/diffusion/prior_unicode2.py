@@ -178,7 +178,7 @@ class UniCode2PriorMixin:
         answer = answer[:, -length:].bool()
         targets = input_ids[:, -length:].where(answer, 0)
         log_likelihood = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]  # (num_rows, length)
-        # ids that frame an image, if a prompt holds them, are no text
+        # Ids that frame an image, if a prompt holds them, are no text
         return log_likelihood.where(answer & log_likelihood.isfinite(), 0.0).sum(-1)
 
     @torch.no_grad()

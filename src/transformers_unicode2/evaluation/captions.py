@@ -12,7 +12,7 @@ is taken. Losses are in nats a token, the mean over rows of the mean over the ca
 - named exactly: rows whose greedy answer is the caption, token for token.
 
 With --draw the model also draws each caption. A drawing is right when its codes, without their places, are nearest to
-those of its own image among all rows: by the cosine of code counts (`counts`), or by that of the mean vectors in C1,
+those of its own image among all rows. Near is the cosine of code counts (`counts`), or that of the mean vectors in C1,
 standardised over the rows (`vectors`).
 """
 
@@ -30,9 +30,9 @@ from ..planning_unicode2 import CACHE_NAME
 from ..tokens import check_codes, find_tables
 from .drawing import batches
 
-# rows whose greedy answers are printed
+# Rows whose greedy answers are printed
 NUM_EXAMPLES = 5
-# positions whose scores over the text vocabulary are in memory at a time
+# Positions whose scores over the text vocabulary are in memory at a time
 NUM_SCORED = 512
 
 

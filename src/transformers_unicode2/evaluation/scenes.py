@@ -31,7 +31,7 @@ from ..scenes.texts import CATEGORIES, ScenePrompt, article, questions, sample_p
 from .drawing import Painter, answer, encode
 
 PARTS = {"new scenes": SEEN_PAIRS, "unseen pairs": tuple(sorted(UNSEEN_PAIRS))}
-# the categories whose prompts name a pair
+# The categories whose prompts name a pair
 COLOR_CATEGORIES = ("counting", "colors", "color attribution")
 
 
@@ -99,7 +99,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}.")
         if path and Path(path).is_dir():
             raise ValueError(f"--{name} {path} is a folder; give a file.")
-    # some formats can only be read
+    # Some formats can only be read
     formats = Image.registered_extensions()
     if args.sheet and formats.get(Path(args.sheet).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--sheet {args.sheet} has no ending of an image file; .png is one.")
@@ -149,7 +149,7 @@ def evaluate_drawings(painter: Painter, part: str, rng: np.random.Generator, rep
         if report["num_candidates"] > 1:
             single = painter.paint(painter.write([prompt.text for prompt in prompts], 1))
             figures["one candidate"] = score_drawings(prompts, single)
-        # of the same categories
+        # Of the same categories
         other = drawn[len(CATEGORIES) :] + drawn[: len(CATEGORIES)]
         figures["other prompts"] = score_drawings(prompts, other)
         figures["shuffled codes"] = score_drawings(prompts, painter.paint(shuffle(tokens, rng)))

@@ -65,7 +65,7 @@ def compose_checkpoint(
         vision (`str`): folder or Hub name of a SigLIP, of a SigLIP 2 of a fixed size or of a CLIP, with its
             image processor.
         codebook (`str` or `int`): folder written by `unicode2 codebook build`, or its Hub name. A number makes a
-            codebook of so many random codes, see `draw_codebook`.
+            codebook of this many random codes, see `draw_codebook`.
         output (`str`): folder to write.
         visual_head (`str`, *optional*, defaults to `"flat"`): `UniCode2Config.visual_head`.
         image_generation (`dict`, *optional*): options of `generate` that image mode follows unless told otherwise.

@@ -11,7 +11,7 @@ from PIL import Image
 from .scene import COLORS, GROUNDS, SHAPES, SIZES, Scene, SceneObject, holds, shape_mask
 from .texts import ScenePrompt
 
-# share of the image's area; the smallest cross covers 0.028
+# Share of the image's area; the smallest cross covers 0.028
 MIN_OBJECT_AREA = 0.012
 
 
@@ -30,7 +30,7 @@ def find_objects(image: Image.Image) -> list[SceneObject]:
     for index, color in enumerate(COLORS):
         regions = label(labels == index, connectivity=1)
         for region in regionprops(regions):
-            # thin seams between two colors have none
+            # Thin seams between two colors have none
             core = erosion(np.pad(region.image, 1)).sum()
             if region.area < MIN_OBJECT_AREA * labels.size or core <= 4:
                 specks += region.area if core else 0
@@ -55,7 +55,7 @@ def find_objects(image: Image.Image) -> list[SceneObject]:
 def classify_pixels(pixels: np.ndarray) -> np.ndarray:
     """Index into `COLORS` for each pixel, or -1 for ground. `pixels`: float32 `(height, width, 3)`, 0 to 255."""
     palette = np.array(list(COLORS.values()), dtype=np.float32)
-    # the stripes of a textured object
+    # The stripes of a textured object
     light = palette + 0.22 * (255 - palette)
     ground = np.array(list(GROUNDS.values()), dtype=np.float32)
     anchors = np.concatenate([palette, light, ground, ground - 26])

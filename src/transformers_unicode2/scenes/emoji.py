@@ -30,9 +30,9 @@ watermelon, whale, zebra
 """
 NAMES = tuple(name.strip() for name in EMOJI.replace("\n", " ").split(","))
 PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "motorcycle_left", "rocket")
-# side, from and to, as a share of the image's width
+# Side, from and to, as a share of the image's width
 SIZES = {"medium": (0.64, 0.78), "big": (0.78, 0.96)}
-# degrees, counter-clockwise
+# Degrees, counter-clockwise
 TURNS = {"turned left": (5, 15), "upright": (-5, 5), "turned right": (-15, -5)}
 
 

@@ -21,9 +21,9 @@ COLORS = {
     "black": (24, 24, 24),
 }
 GROUNDS = {"white": (255, 255, 255), "grey": (192, 192, 192), "beige": (232, 220, 196), "pink": (246, 214, 222)}
-# how often each occurs
+# How often each occurs
 TEXTURES = {"plain": 0.7, "striped": 0.1, "dotted": 0.1, "speckled": 0.1}
-# radius, from and to, as a share of the image's width
+# Radius, from and to, as a share of the image's width
 SIZES = {"small": (0.165, 0.18), "large": (0.215, 0.235)}
 UNSEEN_PAIRS = frozenset(
     {
@@ -89,7 +89,7 @@ def shape_mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (y <= 0.85) & (np.abs(x) <= (y + 1) * 0.54)
     if shape == "cross":
         return (np.minimum(np.abs(x), np.abs(y)) <= 0.32) & (np.maximum(np.abs(x), np.abs(y)) <= 1)
-    # heart: a curve of the sixth degree
+    # Heart: a curve of the sixth degree
     x, y = 1.06 * x, 0.15 - 1.06 * y
     return (x**2 + y**2 - 0.75) ** 3 <= 1.6 * x**2 * y**3
 

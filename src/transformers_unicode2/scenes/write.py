@@ -4,7 +4,7 @@
 
 Columns: `image` (PNG), `kind` ("scene" or "emoji"), `caption`, `dense_caption`, `layout` (a dense caption with exact
 places), `questions` and `answers` (lists of strings). Row i of a split depends on the seed, the share of photographs
-and i alone, so a data set can be made in pieces and made again.
+and i alone. So a data set can be made in pieces and made again.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from ..record import Record
 from . import emoji, sample, scene, texts
 
 ROWS_PER_SHARD = 10_000
-# options that the rows depend on
+# Options that the rows depend on
 RECORDED = ("num_scenes", "num_emoji", "photo_share", "seed", "image_size")
 
 

@@ -19,8 +19,8 @@ class FaissSearch:
 
     Args:
         codebook (`UniCode2Codebook`): the codes and their cells.
-        index (`str` or `faiss.Index`, *optional*, defaults to `"flat"`): `"flat"`, `"ivf"`, whose lists are the cells
-            of the codebook, or a trained index of metric L2 that holds the codes in their order.
+        index (`str` or `faiss.Index`, *optional*, defaults to `"flat"`): the lists of `"ivf"` are the cells of the
+            codebook. A trained index must have metric L2 and hold the codes in their order.
         num_probes (`int`, *optional*): lists that `"ivf"` looks into; all of them, which is exact, by default.
 
     Raises:
@@ -92,7 +92,8 @@ def make_index(codebook, kind: str = "flat", num_probes: int | None = None):
     coarse = faiss.IndexFlatL2(codes.shape[1])
     coarse.add(centroids)
     index = faiss.IndexIVFFlat(coarse, codes.shape[1], len(centroids), faiss.METRIC_L2)
-    coarse.this.disown()  # the index owns it, as one read from disk does
+    # The index owns it, as one read from disk does.
+    coarse.this.disown()
     index.own_fields = index.is_trained = True
     index.add_core(len(codes), faiss.swig_ptr(codes), None, faiss.swig_ptr(lists))
     index.nprobe = num_probes or len(centroids)
@@ -128,9 +129,8 @@ def check_index(index, codebook) -> None:
         raise ValueError(f"{size - same} of the {size} vectors in the index are not the codes in their order.")
     device = find_device(codebook)
     sample = codebook(torch.arange(0, size, -(-size // 64), device=device), task="decode").float().cpu()
-    found = torch.from_numpy(index.search(sample.numpy(), min(4, size))[1]).clamp(
-        min=0
-    )  # (num_sampled, num_candidates)
+    # (num_sampled, num_candidates)
+    found = torch.from_numpy(index.search(sample.numpy(), min(4, size))[1]).clamp(min=0)
     hits = (codebook(found.to(device), task="decode").float().cpu() == sample[:, None]).all(-1).any(-1).sum().item()
     if hits < len(sample) / 2:
         raise ValueError(

@@ -1,10 +1,10 @@
 """Exact nearest-code search in a fraction of the arithmetic of a scan (Eq. 5 of the paper).
 
 The ids are those of the plain search of `search_unicode2.py`: the smallest distance in float64, of equal ones the
-lowest code. They are found in three steps, each of which drops only codes that cannot be the nearest: two integer
-products with bounds (`tables.py`), whose threshold is the distance of the best code so far, at first from the nearest
-cells; then the distance itself. The C kernel does this on a CPU. Where the bounds exclude too little, as on data
-without structure, and where there is no kernel, all codes are scanned.
+lowest code. They are found in three steps, each of which drops only codes that cannot be the nearest. The first two
+are integer products with bounds (`tables.py`). Their threshold is the distance of the best code so far, at first from
+the nearest cells. The third is the distance itself. The C kernel does this on a CPU. Where the bounds exclude too
+little, as on data without structure, and where there is no kernel, all codes are scanned.
 """
 
 from functools import partial

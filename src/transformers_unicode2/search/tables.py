@@ -53,8 +53,8 @@ class Query:
         usable (`torch.BoolTensor` of shape `(num_features,)`): false for a feature that is too far from the codes for
             float32.
         norms (`torch.FloatTensor` of shape `(num_features,)`): the norms, 0 for those that are not usable.
-        squares (`torch.FloatTensor` of shape `(4, num_parts, num_features)`): squared distances to the centres: in
-            all, in the outline, in the directions of the first product and of the second.
+        squares (`torch.FloatTensor` of shape `(4, num_parts, num_features)`): squared distances to the centres. They
+            are those in all, in the outline, and in the directions of the first product and of the second.
         prefix, rest (`torch.CharTensor` of shape `(num_features, lead)` and `(num_features, rest_size)`): rounded to
             whole numbers.
         scales, lost (`torch.FloatTensor` of shape `(num_features, 2)`): their grids, and the norm of what rounding
@@ -172,9 +172,11 @@ class BoundTables:
         return distance.topk(min(count, len(distance)), dim=0, largest=False).indices.T
 
     def find_extents(self, outlined: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
-        """Of rows less a centre, `outlined` in the outline, and their squared norms: least norm in the outline and
-        less the largest one, the same outside of it, `(4, num_rows)`. Minima of these over rows hold for all of
-        them."""
+        """Bounds of the norms of rows less a centre, from `outlined`, in the outline, and from their squared norms.
+
+        Returns `(4, num_rows)`: the least norm in the outline and less the largest one, then the same outside of it.
+        Minima of these over rows hold for all of them.
+        """
         inside, spread = outlined.square().sum(-1), self.margin * squared
         values = [
             part.clamp(min=0).sqrt()

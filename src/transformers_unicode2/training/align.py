@@ -40,7 +40,7 @@ from .outcome import describe_part
 from .parameters import read_rates
 from .stage import Stage, StageTrainer, hash_inputs, run, stage
 
-# rows whose captions are compared where there are no `eval_datasets`
+# Rows whose captions are compared where there are no `eval_datasets`
 NUM_COMPARED = 256
 C2 = "model.visual_embeddings.weight"
 PROJECTOR = "model.projector."
@@ -87,7 +87,7 @@ class Alignment(torch.nn.Module):
         super().__init__()
         self.visual_embeddings, self.projector, self.temperature = visual_embeddings, projector, temperature
         mean, self.spread = measure_embeddings(embedding)
-        # in a list, so that nothing of it is registered
+        # In a list, so that nothing of it is registered
         self.frozen = [embedding.requires_grad_(False), mean]
 
     def embed_images(self, codes: torch.LongTensor) -> torch.Tensor:
@@ -217,7 +217,7 @@ def load_alignment(model: str, temperature: float) -> tuple[Alignment, object]:
         name = names[id(part)]
         part.to_empty(device="cpu").float()
         if part is whole.get_input_embeddings():
-            # numbers that are not in the state dict, such as the factor of Gemma's embedding
+            # Numbers that are not in the state dict, such as the factor of Gemma's embedding
             whole.model.language_model._init_weights(part)
         wanted = {f"{name}.{key}": key for key in part.state_dict()}
         part.load_state_dict({wanted[full]: value.float() for full, value in read_tensors(model, wanted).items()})

@@ -53,9 +53,9 @@ def build_examples(
         processor: `UniCode2Processor` of the model, whose chat template says what an answer is.
         visual_token_offset: first visual token id.
         learn_all_images: images in questions are learnt, too, as without any condition.
-        drop_prompt_share: share of the rows with an image in an answer whose image is learnt once more behind nothing
-            but the begin-of-image id, which is what classifier-free guidance compares with. The number of a row in the
-            mixture alone decides.
+        drop_prompt_share: share of the rows with an image in an answer whose image is learnt once more, behind nothing
+            but the begin-of-image id. Classifier-free guidance compares with that. The number of a row in the mixture
+            alone decides.
 
     Returns:
         Data set of `input_ids`, `labels` and their `length`. Labels outside of the answers are -100: nothing is learnt.

@@ -23,7 +23,7 @@ class ResumedProgress(ProgressCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         bar = self.prediction_bar
         if bar is not None and bar.total is not None and bar.n >= bar.total:
-            # the same evaluation goes on, with the images of other rows
+            # The same evaluation goes on, with the images of other rows
             bar.total += len(eval_dataloader)
         super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
@@ -47,14 +47,14 @@ class WholeCheckpoints:
         try:
             with explained(place):
                 if self.args.should_save:
-                    # of a run that was killed
+                    # Of a run that was killed
                     remove(new)
                 self.accelerator.wait_for_everyone()
                 self.hidden = str(new)
                 super()._save_checkpoint(model, trial)
                 self.name_best(new / name, place / name)
                 self.accelerator.wait_for_everyone()
-                # where nodes share no disk, the first process of each has the random states of its own node
+                # Where nodes share no disk, the first process of each has the random states of its own node
                 for writes in (self.args.should_save, self.args.local_process_index == 0):
                     if writes and (new / name).is_dir():
                         self.put_in_place(new / name, place / name)
@@ -63,7 +63,7 @@ class WholeCheckpoints:
             self.hidden = None
             if self.args.should_save:
                 remove(new)
-                # a stage keeps its record there
+                # A stage keeps its record there
                 with suppress(OSError):
                     new.parent.rmdir()
         if self.args.should_save:
@@ -96,7 +96,7 @@ class WholeCheckpoints:
         new.rename(final)
 
     def _run_epoch(self, *args, **kwargs):
-        # a run that was killed after its last step would take one more
+        # A run that was killed after its last step would take one more
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -140,7 +140,7 @@ def discard(checkpoint: Path) -> None:
         old.parent.mkdir(exist_ok=True)
         checkpoint.rename(old)
         remove(old)
-        # a stage keeps its record there
+        # A stage keeps its record there
         with suppress(OSError):
             old.parent.rmdir()
 
@@ -162,5 +162,5 @@ def find_last_checkpoint(folder: str | Path) -> str | None:
 
 def has_optimizer(checkpoint: Path) -> bool:
     """Whether a checkpoint is more than the weights that `save_only_model` keeps."""
-    # random states are beside those of the optimizer
+    # Random states are beside those of the optimizer
     return any(checkpoint.glob("rng_state*.pth"))

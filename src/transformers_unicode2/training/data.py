@@ -14,10 +14,10 @@ from ..images_unicode2 import decode_image
 from ..tokens import find_tables, hash_rows, hash_table, read_note
 from .folders import open_table
 
-# the command was here, and scripts still call it here
+# The command was here, and scripts still call it here
 from .tokenize import main, make_parser  # noqa: F401
 
-# rows that are held at a time
+# Rows that are held at a time
 BATCH = 64
 
 

@@ -1,8 +1,8 @@
 """The second pass of `unicode2 tokenize`: each image once through the quantizer, in shards of codes on disk.
 
 Pictures are decoded and resized in worker processes, ahead of the encoder. Shards and batches are cut by the numbers of
-the images alone, so the codes do not depend on the numbers of processes and workers: rounding in an encoder may depend
-on what else is in its batch.
+the images alone, since rounding in an encoder may depend on what else is in its batch. So the codes do not depend on
+the numbers of processes and workers.
 """
 
 import hashlib
@@ -108,7 +108,7 @@ def encode_images(index: RowIndex, quantizer, image_processor, batch_size: int, 
 
     num_images, limits = len(index.images), [*range(0, len(index.images), IMAGES_PER_SHARD), len(index.images)]
     spans = list(pairwise(limits)) if num_images else []
-    # one run of shards for each process, so that it reads its part of the tables once
+    # One run of shards for each process, so that it reads its part of the tables once
     first, last = (len(spans) * (state.process_index + step) // state.num_processes for step in (0, 1))
     keys = {shard: hash_keys(index, *spans[shard]) for shard in range(first, last)}
     missing = [shard for shard, digest in keys.items() if not is_made_of(codes_file(index.work, shard), digest)]

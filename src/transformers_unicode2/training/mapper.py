@@ -98,7 +98,7 @@ class NearCodes:
         rows, nearest = visual_embeddings.float(), []
         for start in tqdm(range(0, len(rows), 1024), desc="nearest codes"):
             distances = torch.cdist(rows[start : start + 1024], rows)
-            # not the code itself
+            # Not the code itself
             distances[:, start : start + 1024].fill_diagonal_(torch.inf)
             nearest.append(distances.topk(min(num_nearest, len(rows) - 1), largest=False).indices.int())
         self.nearest = torch.cat(nearest)  # (codebook_size, num_nearest)
@@ -118,7 +118,7 @@ class MapperWithLosses(torch.nn.Module):
         super().__init__()
         self.mapper, self.args = mapper, args
         near_codes = NearCodes(visual_embeddings) if args.code_noise else None
-        # in a list, so that nothing of it is registered
+        # In a list, so that nothing of it is registered
         self.frozen = [decoder, visual_embeddings.detach(), near_codes]
 
     def forward(self, codes, latents=None, input_ids=None, prompt_embeds=None):
@@ -137,7 +137,7 @@ class MapperWithLosses(torch.nn.Module):
             codes = near_codes(codes, self.args.code_noise)
         embeds = visual_embeddings[codes]  # (batch_size, num_visual_tokens, visual_dim)
         small = embeds.device.type == "cpu" and embeds.shape[1] <= 256
-        # the fastest there
+        # The fastest there
         with sdpa_kernel(SDPBackend.MATH) if small else nullcontext():
             condition = self.mapper(embeds)
         loss, losses = condition.prompt_embeds.sum() * 0.0, {}
@@ -147,7 +147,7 @@ class MapperWithLosses(torch.nn.Module):
             contrastive = contrastive_loss(condition.pooled_prompt_embeds, text, self.args.temperature)
             loss = loss + self.args.contrastive_weight * contrastive
             losses["contrastive"] = contrastive.detach()
-        # a pass through the decoder, by far the largest part of a step
+        # A pass through the decoder, by far the largest part of a step
         if self.args.flow_matching_weight and torch.rand(()) < self.args.flow_matching_share:
             shift = decoder.scheduler.config.shift
             flow = flow_matching_loss(decoder.transformer, latents, *condition.values(), shift=shift)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from ..record import hash_file
 from ..tokens import check_codes, find_tables, read_schema
 
-# of TRL's fields those that a folder of tokenized files has a meaning for
+# Of TRL's fields those that a folder of tokenized files has a meaning for
 FIELDS = ("path", "data_dir", "split", "fraction")
 
 

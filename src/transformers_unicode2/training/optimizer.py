@@ -8,8 +8,8 @@ from .parameters import check_rates, find_part, group_parameters
 class MuonWithAdamW(torch.optim.Optimizer):
     """Two optimizers of torch that share one learning rate schedule.
 
-    Muon moves a matrix by the orthogonal part of its momentum, scaled to the root mean square of an AdamW step, so
-    that a learning rate for AdamW fits both. From scratch it reaches the same loss in about half the steps.
+    Muon moves a matrix by the orthogonal part of its momentum. That is scaled to the root mean square of an AdamW step,
+    so a learning rate for AdamW fits both. From scratch it reaches the same loss in about half the steps.
 
     Args:
         model: its trainable matrices go to Muon, except embeddings and the output layers named in `adamw_modules`.

@@ -9,12 +9,12 @@ from ..adapters import note_base
 from ..cards import write_card
 from ..record import shorten
 
-# of the training arguments those that a reader looks for first
+# Of the training arguments those that a reader looks for first
 TRAINING = tuple(
     """learning_rate lr_scheduler_type warmup_steps max_steps num_train_epochs per_device_train_batch_size optim
     weight_decay adam_beta1 adam_beta2 max_grad_norm seed bf16 packing max_length""".split()
 )
-# ends of the names of metrics that are no figures of a checkpoint
+# Ends of the names of metrics that are no figures of a checkpoint
 OF_THE_RUN = ("runtime", "per_second", "epoch")
 
 

@@ -20,7 +20,7 @@ def freeze_all_but(model, modules: list[str]) -> None:
 def check_modules(model, modules: list[str]) -> None:
     names = [name for name, _ in model.named_parameters()]
     for module in modules:
-        # a tied head has no parameter
+        # A tied head has no parameter
         if not any(lies_in(name, module) for name in names) and module != "lm_head":
             raise ValueError(f"No parameter of the model lies in `{module}`; check `train_modules`.")
 

@@ -32,7 +32,7 @@ def thin_images(
     within = places - first[image]
     content = torch.zeros_like(first).index_add_(0, image, mix(ids.flatten()[places] * 65537 + within))
     order = mix(content[image] + mix(within + (seed << 32))).argsort()
-    # within each image in the order of the scores
+    # Within each image in the order of the scores
     order = order[image[order].argsort(stable=True)]
     counts = torch.zeros_like(first).index_add_(0, image, torch.ones_like(image))
     rank = torch.arange(len(places), device=ids.device) - (counts.cumsum(0) - counts)[image]

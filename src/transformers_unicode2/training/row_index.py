@@ -47,7 +47,7 @@ def index_rows(jobs: list[Job], work: Path, rows_per_block: int) -> None:
                 else:
                     rows = rows or Upcoming(job.source.rows(start))
                     content, chats = read_block(rows, known, rows_per_block)
-                    # the list of images is there last, so its chats are, too
+                    # The list of images is there last, so its chats are, too
                     write_file(work / f"rows-{block:05d}.json", json.dumps(chats).encode())
                     write_file(file, json.dumps({"job": place, **content}).encode())
                 start, block = content["next"], block + 1
@@ -126,7 +126,7 @@ class RowIndex:
     def forget(self) -> None:
         """Removes what may be another once files are repaired: all but the shards of codes without errors."""
         for pattern in ("indexed", "images-*.json", "rows-*.json"):
-            # the last first: what a kill leaves is a beginning
+            # The last first: what a kill leaves is a beginning
             for file in sorted(self.work.glob(pattern), reverse=True):
                 file.unlink()
         for file in self.work.glob("codes-*.json"):

@@ -101,13 +101,13 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
     check_arguments(args, training_args)
     parts, eval_parts = find_parts(args.datasets, "`datasets`"), find_parts(args.eval_datasets, "`eval_datasets`")
 
-    # how the sequences of a step are spread does not matter to a loss over their tokens
+    # How the sequences of a step are spread does not matter to a loss over their tokens
     spread = {"gradient_accumulation_steps": 1, "num_processes": 1}
     num_sequences = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     spread["per_device_train_batch_size"] = num_sequences * training_args.world_size
 
     def hash_all() -> dict:
-        # what is evaluated changes what is learnt only where it chooses the result
+        # What is evaluated changes what is learnt only where it chooses the result
         chosen_by = {"eval_datasets": hash_parts(eval_parts)} if training_args.load_best_model_at_end else {}
         return {**hash_inputs(args, checkpoints=("model",)), "datasets": hash_parts(parts), **chosen_by, **spread}
 
@@ -213,7 +213,7 @@ def keep_settings(model, args: StageArguments) -> None:
     if args.max_plan_tokens is not None:
         defaults = getattr(model.generation_config, "image_generation", None) or {}
         model.generation_config.image_generation = {**defaults, "max_plan_tokens": args.max_plan_tokens}
-        # else it would be made anew from the model's config when loaded
+        # Else it would be made anew from the model's config when loaded
         model.generation_config._from_model_config = False
 
 

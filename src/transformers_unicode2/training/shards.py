@@ -9,7 +9,7 @@ from ..files import whole_file
 from ..tokens import NOTE
 
 ROWS_PER_GROUP = 1000
-# entries of a message that every chat has
+# Entries of a message that every chat has
 ENTRIES = ("role", "content")
 
 

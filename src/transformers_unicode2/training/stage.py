@@ -33,7 +33,7 @@ FREE = frozenset(
     restore_callback_states_from_checkpoint ignore_data_skip remove_unused_columns dataset_num_proc
     trust_remote_code""".split()
 )
-# a stage may be continued to more of them
+# A stage may be continued to more of them
 LENGTH = ("max_steps", "num_train_epochs")
 RESULT = ("*.safetensors", "*.json", "*.jinja", "*.bin", "*_unicode2.py", "README.md")
 PASSING = ("checkpoint-*",)
@@ -58,7 +58,7 @@ class StageTrainer(PartRates, WholeCheckpoints, Trainer):
                 raise ValueError(
                     f"`{name}` is {getattr(args, name)}; the model of this stage does not follow it, so leave it out."
                 )
-        # the collator knows which columns are used, the model does not
+        # The collator knows which columns are used, the model does not
         args.remove_unused_columns = False
         super().__init__(model, args, **kwargs)
 
@@ -76,7 +76,7 @@ class Stage:
 
     def enter(self, stack: ExitStack, result: tuple[str, ...]) -> bool:
         known, last = read_record(self.folder), find_last_checkpoint(self.folder)
-        # a checkpoint that was copied here says what it is made of
+        # A checkpoint that was copied here says what it is made of
         if known is None and last is not None:
             made_of = read_record(last)["made_of"]
             Record(self.folder, made_of, RESULT + result).write(finished=False)
@@ -112,7 +112,7 @@ class Stage:
                 )
         if last is not None:
             settings = {"option": "output_dir", "free": LENGTH, "defaults": self.defaults}
-            # it may have been copied here from another stage
+            # It may have been copied here from another stage
             Record(last, self.made_of, **settings).check()
             state = json.loads((Path(last) / "trainer_state.json").read_text())
             steps, epochs = self.args.max_steps, self.args.num_train_epochs
@@ -141,7 +141,7 @@ class Stage:
             yield new
             state.wait_for_everyone()
             if state.is_main_process:
-                # a pickle with the paths of a machine
+                # A pickle with the paths of a machine
                 remove(new / "training_args.bin")
                 if not any(new.rglob("*.safetensors")):
                     raise ValueError(
@@ -257,14 +257,14 @@ def run(main: Callable, *classes: type) -> None:
     from ..cli import sentences
 
     follow_launcher()
-    # the configurations of TRL set it themselves, by the name that Transformers calls old
+    # The configurations of TRL set it themselves, by the name that Transformers calls old
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     parser = TrlParser(classes)
     if not torch.accelerator.is_available():
-        # else the training arguments refuse a machine without one
+        # Else the training arguments refuse a machine without one
         parser.set_defaults(use_cpu=True)
     with sentences(Path(sys.argv[0]).stem):
-        # the training arguments look for peers
+        # The training arguments look for peers
         with expected_peers():
             parsed = parser.parse_args_and_config()
         main(*parsed)

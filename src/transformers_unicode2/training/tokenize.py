@@ -28,7 +28,7 @@ from .shards import write_shard
 from .sources import describe, open_source
 from .templates import CAPTION_PROMPT, USUAL, read_tasks
 
-# folder of rows that are chats already, beside the folders of several tasks
+# Folder of rows that are chats already, beside the folders of several tasks
 CHATS = "chats"
 
 
@@ -118,7 +118,7 @@ def open_jobs(args: argparse.Namespace) -> list:
         table = None
         for name, task in tasks.items():
             source = open_source(data, task=task, **options)
-            # what was found out of its files is found out once
+            # What was found out of its files is found out once
             table = table or source.table
             source = replace(source, table=table)
             if source.task is None:
@@ -159,7 +159,7 @@ def describe_inputs(args: argparse.Namespace, jobs: list) -> dict:
 
 def enter(args: argparse.Namespace, work: Path, made_of: dict, stack: ExitStack) -> bool:
     """Holds the output for this run. Returns whether it is finished."""
-    # folders of all tasks, so that those of other tasks are noticed
+    # Folders of all tasks, so that those of other tasks are noticed
     output, owns = Path(args.output), (f"{args.split}-*.parquet", f"*/{args.split}-*.parquet", refused_name(args))
     record = Record(output, made_of, owns, args.split, passing=(work.name,))
     finished = stack.enter_context(record.making())

@@ -14,7 +14,7 @@ from .prompt_images import swap_images, thin_images
 
 # Nats per token. A smaller image gap may be more than chance, and is of no use: 0.1 is a tenth of the perplexity.
 SMALL_GAP = 0.1
-# options that this trainer's loss does not follow: their defaults, and why
+# Options that this trainer's loss does not follow: their defaults, and why
 UNFOLLOWED = {
     "label_smoothing_factor": (0.0, "the loss is the model's own, over two heads"),
     "loss_type": ("nll", "the loss is the model's own, over two heads"),
@@ -22,7 +22,7 @@ UNFOLLOWED = {
     "use_liger_kernel": (False, "there are no Liger kernels for this model"),
     "liger_kernel_config": (None, "there are no Liger kernels for this model"),
 }
-# options about how texts become ids, and their defaults
+# Options about how texts become ids, and their defaults
 OF_TEXTS = {
     "completion_only_loss": None,
     "assistant_only_loss": False,
@@ -60,7 +60,7 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
     def __init__(self, model, args=None, **kwargs):
         check_options(model, args, kwargs)
         super().__init__(model, args, **kwargs)
-        # one for each evaluated row so far: negative log-likelihood, targets and hits of texts, then of images
+        # One for each evaluated row so far: negative log-likelihood, targets and hits of texts, then of images
         self.rows = []
         if self.aux_loss_enabled:
             raise ValueError(
@@ -72,9 +72,10 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
         if self.codes_per_image is not None and self.model.training:
             inputs = thin_images(inputs, offset, self.codes_per_image, self.state.global_step)
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):
-            # it pads on the right, where a causal model needs no mask
+            # It pads on the right, where a causal model needs no mask
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        if return_outputs:  # the scores of all positions, which the loss does without
+        # The scores of all positions, which the loss does without.
+        if return_outputs:
             length = inputs["input_ids"].shape[1]
             inputs = {**inputs, "logits_to_keep": torch.arange(length, device=inputs["input_ids"].device)}
         measured = {} if self.model.training else {"measure_targets": True}
@@ -139,7 +140,7 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
             `image_gap`, `image_gap_se` and `image_gap_rows`, or nothing when fewer than two rows count.
         """
         is_tokenized = isinstance(dataset, Dataset) and {"input_ids", "labels"} <= set(dataset.column_names)
-        # packed and joined rows cannot be told apart
+        # Packed and joined rows cannot be told apart
         if not is_tokenized or len(rows) != len(dataset):
             return {}
         offset = self.accelerator.unwrap_model(self.model).config.visual_token_offset
@@ -158,7 +159,8 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
         return {"image_gap": gap, "image_gap_se": error, "image_gap_rows": len(gaps)}
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
-        if not isinstance(eval_dataset, str):  # the name of one that the trainer has
+        # A string is the name of one that the trainer has.
+        if not isinstance(eval_dataset, str):
             check_datasets({"eval": eval_dataset}, self.args, self._formatting_func)
         return super().evaluate(eval_dataset, *args, **kwargs)
 

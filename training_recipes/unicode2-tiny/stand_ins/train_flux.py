@@ -27,7 +27,7 @@ from datasets import Dataset
 from transformers_unicode2.training.data import pixel_collator
 from transformers_unicode2.training.decoders import encode_latents, flow_matching_loss
 
-# of a pipeline, and what makes image prompts
+# Of a pipeline, and what makes image prompts
 FOLDERS = tuple("scheduler vae text_encoder text_encoder_2 tokenizer tokenizer_2 transformer image_prompts".split())
 
 
@@ -100,7 +100,7 @@ class CoarseFeatures:
 class FluxWithLoss(torch.nn.Module):
     """All that learns, with its loss."""
 
-    # read by the Trainer when a checkpoint lacks keys, as ours does (see state_dict)
+    # Read by the Trainer when a checkpoint lacks keys, as ours does (see state_dict)
     _keys_to_ignore_on_save = None
 
     def __init__(self, args: FluxArguments, tokenizer, encoder_width: int, coarsen: CoarseFeatures):
@@ -133,7 +133,7 @@ class FluxWithLoss(torch.nn.Module):
         prompts, pooled = self.make_prompts(features, input_ids, is_image_prompt)
         flow = flow_matching_loss(self.transformer, latents, prompts, pooled, shift=self.args.shift)
         aligned = self.align(self.seen.pop("hidden"))  # (batch_size, num_patches, encoder_width)
-        # what all patches share says nothing
+        # What all patches share says nothing
         target = features - features.mean((0, 1))
         alignment = 1 - torch.nn.functional.cosine_similarity(aligned.float(), target, dim=-1).mean()
         loss = flow + self.args.alignment_weight * alignment
@@ -141,7 +141,7 @@ class FluxWithLoss(torch.nn.Module):
 
     def make_prompts(self, features, input_ids, is_image_prompt) -> list[torch.Tensor]:
         """`prompt_embeds` and `pooled_prompt_embeds` of a batch, some of them zeros."""
-        # chosen here, not in the collator, which runs ahead of what a killed run remembers of its random numbers
+        # Chosen here, not in the collator, which runs ahead of what a killed run remembers of its random numbers
         exact = torch.rand(len(input_ids), 1, device=input_ids.device) < self.args.layout_share
         input_ids = torch.where(exact, input_ids[:, 0], input_ids[:, 1])
         texts = self.text_encoder_2(input_ids)[0]  # (num_texts, max_length, joint_attention_dim)
@@ -173,7 +173,7 @@ class FluxCollator:
             return self.encoder(pixel_values).last_hidden_state.float()
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        # the rows come in random order
+        # The rows come in random order
         num_images = round(self.image_prompt_share * len(rows))
         texts = [row[name] for row in rows[num_images:] for name in ("layout", "caption")]
         tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
@@ -210,7 +210,7 @@ def train(args: FluxArguments, training_args, held) -> None:
     from transformers_unicode2.training.stage import StageTrainer
 
     set_seed(training_args.seed)
-    # of texts; image prompts have as many patches
+    # Of texts; image prompts have as many patches
     max_length = args.clip["max_position_embeddings"]
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, padding_side="right", model_max_length=max_length)
     vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval()

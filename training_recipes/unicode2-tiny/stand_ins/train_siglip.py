@@ -44,7 +44,7 @@ class SiglipWithDecoders(torch.nn.Module):
             config.vision_config,
             config.text_config,
         )
-        # the fastest attention at this size on a CPU
+        # The fastest attention at this size on a CPU
         self.siglip = SiglipModel._from_config(config, attn_implementation="eager")
         # SigLIP's starting point, section 3.2 of its paper
         self.siglip.logit_scale.data.fill_(math.log(10))
@@ -91,10 +91,10 @@ class SiglipWithDecoders(torch.nn.Module):
         length, padding = input_ids.shape[1], self.siglip.config.text_config.pad_token_id
         hidden = self.words(input_ids) + self.places.weight[:length]
         causal = torch.nn.Transformer.generate_square_subsequent_mask(length, device=features.device)
-        # the fastest at this size on a CPU
+        # The fastest at this size on a CPU
         with sdpa_kernel(SDPBackend.MATH):
             hidden = self.decoder(hidden, features + self.patches.weight, tgt_mask=causal, tgt_is_causal=True)
-        # the first padding token is learnt as the end
+        # The first padding token is learnt as the end
         target, ended = input_ids[:, 1:], (input_ids == padding)[:, :-1]
         logits = self.to_words(hidden[:, :-1]).float().transpose(1, 2)
         return functional.cross_entropy(logits, target.masked_fill(ended, -100))
@@ -166,7 +166,7 @@ def train(args: SiglipArguments, training_args, held) -> None:
         model, training_args, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None)
     )
     held.train(trainer)
-    # so that a checkpoint may store it in bfloat16
+    # So that a checkpoint may store it in bfloat16
     siglip = trainer.model.siglip.to(torch.bfloat16).to(torch.float32)
     with held.result() as folder:
         if trainer.is_world_process_zero():

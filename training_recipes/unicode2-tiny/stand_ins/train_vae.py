@@ -41,7 +41,7 @@ class VaeWithLoss(torch.nn.Module):
                 torch.nn.init.zeros_(module.bias)
             if name.endswith(("conv2", "to_out.0")):
                 torch.nn.init.zeros_(module.weight)
-        # the half of the channels that holds log variances
+        # The half of the channels that holds log variances
         noise = slice(self.vae.config.latent_channels, None)
         self.vae.encoder.conv_out.weight[noise] *= 0.1
         self.vae.encoder.conv_out.bias[noise] = -6
