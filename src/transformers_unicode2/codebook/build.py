@@ -65,35 +65,35 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="unicode2 codebook build", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    add = parser.add_argument
+    add, default = parser.add_argument, " (default: %(default)s)"
     add("--images", required=True, help="folder, file or glob: images, parquet, arrow or WebDataset tars")
     add("--encoder", required=True, help="SigLIP, SigLIP 2 or CLIP with its image processor")
     add("--output", required=True, help="folder for the codebook and for the files of an unfinished build")
-    add("--codebook-size", type=at_least(1), default=500_000, help="number of codes (default: %(default)s)")
-    add("--num-cells", type=at_least(1), default=1000, help="coarse clusters")
-    add("--allocation", choices=("uniform", "proportional"), default="uniform", help="codes per cell")
+    add("--codebook-size", type=at_least(1), default=500_000, help="number of codes" + default)
+    add("--num-cells", type=at_least(1), default=1000, help="coarse clusters" + default)
+    add("--allocation", choices=("uniform", "proportional"), default="uniform", help="codes per cell" + default)
     add("--num-images", type=at_least(1), help="use only the first N images")
     add("--streaming", action="store_true", help="--images is the name of a data set to stream")
     add("--patches-per-image", type=at_least(1), help="seeded sample of N patches of each image (default: all)")
-    add("--preview-size", type=at_least(0), default=8, help="side of each code's mean thumbnail in pixels, 0 for none")
-    add("--iterations", type=at_least(1), default=20, help="k-means iterations, of the cells and inside each cell")
-    add("--polish", type=at_least(0), default=0, help="Lloyd passes over all features, across cell borders")
-    add("--backend", choices=("faiss", "torch"), default="faiss", help="library for k-means")
+    add("--preview-size", type=at_least(0), default=8, help="pixels of a code's thumbnail, 0 for none" + default)
+    add("--iterations", type=at_least(1), default=20, help="of k-means, in both of its stages" + default)
+    add("--polish", type=at_least(0), default=0, help="Lloyd passes across cell borders" + default)
+    add("--backend", choices=("faiss", "torch"), default="faiss", help="library for k-means" + default)
     add(
         "--dtype",
         choices=ENCODER_DTYPES,
         default="float32",
-        help="dtype of the encoder, which defines the codes and which checkpoints keep (default: %(default)s)",
+        help="dtype of the encoder, which defines the codes and which checkpoints keep" + default,
     )
-    add("--max-memory-gib", type=at_least(0.0), default=8.0, help="resident memory of one process")
+    add("--max-memory-gib", type=at_least(0.0), default=8.0, help="memory of one process" + default)
     add(
         "--images-per-shard",
         type=at_least(1),
         help="a killed build repeats its unfinished shard (default: 4096, fewer if memory is short)",
     )
-    add("--max-unreadable", type=SHARE, default=0.01, help="share of images that may be unreadable")
+    add("--max-unreadable", type=SHARE, default=0.01, help="share of images that may be unreadable" + default)
     add("--keep-work", action="store_true", help="keep the sorted features in OUTPUT/work")
-    add("--seed", type=SEED, default=0, help="of the samples and of k-means (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of the samples and of k-means" + default)
     return parser
 
 

@@ -48,8 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder for the larger codebook")
     parser.add_argument("--model", help="checkpoint that holds this codebook, to grow with it")
     parser.add_argument("--model-output", help="folder for the grown checkpoint")
-    parser.add_argument("--backend", choices=("faiss", "torch"), default="torch", help="library for nearest codes")
-    parser.add_argument("--max-memory-gib", type=at_least(0.0), default=8.0, help="limits the sample of features")
+    parser.add_argument(
+        "--backend", choices=("faiss", "torch"), default="torch", help="for nearest codes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-memory-gib", type=at_least(0.0), default=8.0, help="limits the sample (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=SEED, default=0, help="of the samples and of k-means (default: %(default)s)")
     return parser
 

@@ -33,7 +33,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", help="images to take the thumbnails from")
     parser.add_argument("--encoder", help="default: the encoder that the codebook was built with")
     parser.add_argument("--num-images", type=at_least(1), help="use only the first N images")
-    parser.add_argument("--preview-size", type=at_least(1), default=8, help="side of a thumbnail in pixels")
+    parser.add_argument(
+        "--preview-size", type=at_least(1), default=8, help="side of a thumbnail (default: %(default)s)"
+    )
     parser.add_argument("--output", help="PNG file (default: CODEBOOK/preview.png)")
     return parser
 

@@ -54,7 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-images", type=at_least(1), help="use only the first N images; each patch takes about 50 bytes of memory"
     )
-    parser.add_argument("--gallery-images", type=at_least(0), default=500, help="images whose patches the page shows")
+    parser.add_argument(
+        "--gallery-images", type=at_least(0), default=500, help="images on the page (default: %(default)s)"
+    )
     parser.add_argument(
         "--beta", type=at_least(0.0), default=1.0, help="weight of the entropy, Eq. 14 (default: %(default)s)"
     )
