@@ -6,7 +6,8 @@ import torch
 from transformers import DynamicCache, modeling_utils
 
 from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
-from transformers_unicode2.modeling_unicode2 import CACHE_NAME, keep_positions
+from transformers_unicode2.modeling_unicode2 import CACHE_NAME
+from transformers_unicode2.visual_head_unicode2 import keep_positions
 
 
 def test_pixels_and_their_visual_token_ids_give_the_same_logits(model, prompt, pixel_values, config):

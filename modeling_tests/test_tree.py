@@ -215,7 +215,7 @@ def test_what_is_no_mirror_is_there():
 
 
 def test_files_and_functions_are_short():
-    longest = {name: 600 if name == Path("modeling_unicode2.py") else 400 for name in FILES}
+    longest = {name: 550 if name == Path("modeling_unicode2.py") else 400 for name in FILES}
     texts = {name: file.read_text() for name, file in FILES.items()}
     long = {str(name): len(text.splitlines()) for name, text in texts.items()}
     long = {name: size for name, size in long.items() if size > longest[Path(name)]}

@@ -199,7 +199,7 @@ class UniCode2Config(UniCode2ConfigMixin, PreTrainedConfig):
             Activation between the two linear layers of the projector (section 3.3).
         visual_head (`str`, *optional*, defaults to `"flat"`):
             How the next code is scored: `"flat"` over all codes at once, or `"two_level"`, the cell first and then the
-            codes within it, which needs about `num_cells + codebook_size / num_cells` scores to draw a code.
+            codes within it. That needs about `num_cells + codebook_size / num_cells` scores to draw a code.
         caption_prompt (`str`, *optional*):
             The question that the model learnt to answer with a caption. Pipelines read drawings back with it.
         final_logit_softcapping (`float`, *optional*):

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
@@ -25,8 +24,11 @@ from .quantization_unicode2 import UniCode2Quantizer, equal_cells, init_codebook
 from .visual_head_unicode2 import (
     VISUAL_HEAD_CLASSES,
     UniCode2MeasuredTargets,
+    UniCode2Projector,
     UniCode2TwoLevelVisualHead,
     UniCode2VisualEmbeddings,
+    check_target_ids,
+    keep_positions,
     measure_in_chunks,
     sum_in_chunks,
 )
@@ -82,19 +84,6 @@ class UniCode2ImageFeatures(BaseModelOutputWithPooling):
     """
 
     image_tokens: torch.LongTensor | None = None
-
-
-class UniCode2Projector(nn.Module):
-    """MLP from codes to the width of the language model (section 3.3)."""
-
-    def __init__(self, config: UniCode2Config):
-        super().__init__()
-        self.linear_1 = nn.Linear(config.codebook_config.codebook_dim, config.text_config.hidden_size)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
-
-    def forward(self, visual_embeds: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(visual_embeds)))
 
 
 class UniCode2PreTrainedModel(PreTrainedModel):
@@ -394,7 +383,7 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             `ValueError`: on targets of another shape or outside the vocabulary.
         """
         offset, size = self.config.visual_token_offset, self.config.codebook_config.codebook_size
-        self.check_targets(hidden_states, target)
+        check_target_ids(target, hidden_states.shape[:2], offset + size)
         if self.training:
             check_trainable(self)
         is_text, is_visual = (target >= 0) & (target < offset), target >= offset
@@ -513,17 +502,6 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    def check_targets(self, hidden_states: torch.Tensor, target: torch.LongTensor) -> None:
-        if target.shape != hidden_states.shape[:2]:
-            raise ValueError(f"The labels are {tuple(target.shape)}, the tokens {tuple(hidden_states.shape[:2])}.")
-        size = self.config.visual_token_offset + self.config.codebook_config.codebook_size
-        wrong = target[((target < 0) & (target != -100)) | (target >= size)]
-        if len(wrong):
-            raise ValueError(
-                f"{len(wrong)} labels lie outside the ids 0 to {size - 1} and are not -100; "
-                f"the first is {wrong[0].item()}."
-            )
-
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """Stock resizing of the text vocabulary; visual token ids move along.
 
@@ -563,19 +541,6 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         side = int(self.config.num_image_tokens**0.5)
         codes = (visual_token_ids - self.config.visual_token_offset).unflatten(-1, (side, side))
         return self.get_quantizer().codebook(codes, task="preview").float() / 255
-
-
-def keep_positions(hidden_states: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
-    """Hidden states `(batch_size, num_tokens, hidden_size)` of the last `kept` positions, all of them if it is 0.
-
-    A tensor names positions: one row for all samples, one row a sample, or a mask, whose result is flattened.
-    Transformers has this from 5.21 on.
-    """
-    if isinstance(kept, int):
-        return hidden_states[:, -kept:]
-    if kept.ndim == 1:
-        return hidden_states[:, kept]
-    return hidden_states[kept] if kept.dtype == torch.bool else hidden_states.take_along_dim(kept[..., None], dim=1)
 
 
 __all__ = ["UniCode2ForConditionalGeneration", "UniCode2Model", "UniCode2PreTrainedModel"]

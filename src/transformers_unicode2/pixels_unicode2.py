@@ -54,8 +54,8 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     - Floats (`F`): up to 1, 1 is white; from 2 up to 255, 255 is.
     - Other integers and floats, and any with negative values: the least value, or 0, is black and the largest white.
 
-    Copies and crops have lost their file. They are refused where only the file says how to read them. Such are grey of
-    more than 8 bits from a TIFF, 32-bit integers up to 255, and a transparent level that may be of 2 or 4 bits. The
+    Copies and crops have lost their file. They are refused where only the file says how to read them: grey of more
+    than 8 bits from a TIFF, 32-bit integers up to 255, levels of 2 or 4 bits of which one is transparent. The
     transparent color of an RGB copy is that of its pixels, or of 16 bits where it is beyond 255.
 
     Args:

@@ -217,8 +217,8 @@ class UniCode2Quantizer(PreTrainedModel):
     the codebook's `encoder_dtype`, with which that was built; the codes are searched in float32. Both stay so whatever
     dtype is asked for, since a code must not depend on it, and are always frozen and in eval mode.
 
-    A code is the nearest to the features at hand. Where two codes are about equally near, rounding decides: ids of an
-    encoder in bfloat16 may differ by a few percent between devices and libraries, and one in ten differs from float32.
+    A code is the nearest to the features at hand. Where two codes are about equally near, rounding decides. Ids of an
+    encoder in bfloat16 may differ by a few percent between devices and libraries. One in ten differs from float32.
     """
 
     config: UniCode2QuantizerConfig

@@ -1,4 +1,4 @@
-"""C2 and the visual heads: how codes are embedded (Eq. 6) and scored (Eq. 8).
+"""C2, the projector and the visual heads: how codes are embedded (Eq. 6) and scored (Eq. 8).
 
 Offloading, ZeRO-3 and FSDP bring a weight to its module only while the `forward` of that module runs. So a method that
 needs the weights of a codebook, of C2, of a head or of a whole model is never called itself. The module is called, with
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_unicode2 import UniCode2Config
@@ -73,6 +74,19 @@ class UniCode2VisualEmbeddings(nn.Embedding):
             scores = query[mine] @ blocks[cell].T.to(query.dtype)  # (targets of this cell, its codes)
             total = total + cross_entropy(scores.float(), inside[mine], reduction="sum")
         return total
+
+
+class UniCode2Projector(nn.Module):
+    """MLP from codes to the width of the language model (section 3.3)."""
+
+    def __init__(self, config: UniCode2Config):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.codebook_config.codebook_dim, config.text_config.hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, visual_embeds: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(visual_embeds)))
 
 
 class UniCode2VisualHead(nn.Module):
@@ -207,6 +221,31 @@ def guide(output: torch.Tensor, guidance_scale: float | None) -> torch.Tensor:
         return output
     conditional, unconditional = output.chunk(2)
     return torch.lerp(unconditional.float(), conditional.float(), guidance_scale).to(output.dtype)
+
+
+def keep_positions(hidden_states: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
+    """Hidden states `(batch_size, num_tokens, hidden_size)` of the last `kept` positions, all of them if it is 0.
+
+    A tensor names positions: one row for all samples, one row a sample, or a mask, whose result is flattened.
+    Transformers has this from 5.21 on.
+    """
+    if isinstance(kept, int):
+        return hidden_states[:, -kept:]
+    if kept.ndim == 1:
+        return hidden_states[:, kept]
+    return hidden_states[kept] if kept.dtype == torch.bool else hidden_states.take_along_dim(kept[..., None], dim=1)
+
+
+def check_target_ids(target: torch.LongTensor, shape: torch.Size, num_ids: int) -> None:
+    """Raises `ValueError` on targets of another shape, or outside the ids 0 to `num_ids` and not -100."""
+    if target.shape != shape:
+        raise ValueError(f"The labels are {tuple(target.shape)}, the tokens {tuple(shape)}.")
+    wrong = target[((target < 0) & (target != -100)) | (target >= num_ids)]
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} labels lie outside the ids 0 to {num_ids - 1} and are not -100; the first is "
+            f"{wrong[0].item()}."
+        )
 
 
 def sum_in_chunks(

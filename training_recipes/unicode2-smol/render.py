@@ -3,8 +3,8 @@
     python training_recipes/unicode2-smol/render.py outputs/unicode2-smol/emoji outputs/unicode2-smol/pictures
 
 SOURCE is any data of pictures with one caption each that `unicode2 tokenize` reads, such as a folder with captions.tsv
-or metadata.jsonl. Of equal captions the first counts. OUTPUT gets three image folders with metadata.jsonl: `train` has
---renderings of each picture, `held` one further rendering of --num-held of them, and `unseen` one of --num-unseen other
+or metadata.jsonl. Of equal captions the first counts. OUTPUT gets three image folders with metadata.jsonl. `train` has
+--renderings of each picture, `held` one further rendering of --num-held of them. `unseen` has one of --num-unseen other
 pictures. A rendering stands anywhere on a pale ground, at 0.6 to 1.0 of its width, turned by up to 20 degrees.
 """
 

@@ -79,8 +79,8 @@ def compose_checkpoint(
         nothing when `output` was finished before.
 
     Raises:
-        `ValueError`: when the parts do not fit together, the language model has no safetensors or is not built as Qwen2
-        or Llama are, or `output` holds anything else.
+        `ValueError`: when the parts do not fit together, or `output` holds anything else. Also on a language model
+        without safetensors, or not built as Qwen2 and Llama are.
     """
     folder = check_sources(llm, vision, codebook, output)
     check_image_generation(image_generation)

@@ -77,8 +77,8 @@ def read_block(rows: Upcoming, known: dict[str, int], size: int) -> tuple[dict, 
         size: rows at most.
 
     Returns:
-        What is known of the block: `num_rows`, the number of the `next` row after it, `images` that were not known
-        before, `refused` rows, and the `extras` of messages. And its chats, `{"row", "messages", "images"}`.
+        What is known of the block: `num_rows`, the number of the `next` row after it, new `images`, `refused` rows, and
+        the `extras` of messages. And its chats, `{"row", "messages", "images"}`.
     """
     content = {"num_rows": 0, "next": None, "images": [], "refused": [], "extras": []}
     chats, extras = [], set()

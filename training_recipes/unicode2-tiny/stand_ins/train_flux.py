@@ -4,8 +4,8 @@
       --config training_recipes/unicode2-tiny/stand_ins/flux.yaml
 
 Flow matching on the VAE's latents: x_t = (1 - t) x_0 + t noise, the transformer predicts noise - x_0. The T5 and CLIP
-text encoders learn with it. Some images come with a text, the others with an image prompt: the patch features of a
-SigLIP, brought to the width of the T5 embeddings by two linear layers, as FLUX.1 Redux does for FLUX.1-dev.
+text encoders learn with it. Some images come with a text, the others with an image prompt. That is the patch features
+of a SigLIP, brought to the width of the T5 embeddings by two linear layers, as FLUX.1 Redux does for FLUX.1-dev.
 
 A part of these features is coarse: each is replaced by the nearest one of a random table of patch features. FLUX so
 learns to paint clean shapes from prompts that only hint at them, as those of any codebook do; it never sees the
