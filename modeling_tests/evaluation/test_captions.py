@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from transformers_unicode2 import UniCode2ForConditionalGeneration
 from transformers_unicode2.evaluation import captions
 from transformers_unicode2.scenes.sample import sample_scene
 from transformers_unicode2.scenes.scene import draw_scene
@@ -143,6 +144,16 @@ def test_command_writes_what_it_prints(tiny_checkpoint, folder, capsys):
     printed = capsys.readouterr().out
     assert f"{report['image_gap']:.3f}, standard error" in printed and "drawn, by vectors | " in printed
     assert "of 3, chance 33.3 %)" in printed
+
+
+def test_adapter_that_changes_nothing_measures_as_its_checkpoint(tiny_checkpoint, folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    words = ("--data", folder, "--num-rows", 3, "--num-choices", 3)
+    adapter, whole = (run("--model", model, *words) for model in (tmp_path / "adapter", tiny_checkpoint))
+    assert {**adapter, "model": whole["model"]} == whole
 
 
 @pytest.mark.parametrize(

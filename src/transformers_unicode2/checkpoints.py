@@ -56,12 +56,13 @@ def load_model(name: str) -> tuple:
     """
     import torch
 
-    from .adapters import is_adapter, load_merged
+    from .adapters import find_base, is_adapter, load_merged
     from .modeling_unicode2 import UniCode2ForConditionalGeneration
     from .processing_unicode2 import UniCode2Processor
 
     if is_adapter(name):
-        model, processor = load_merged(name)
+        base, _, note = find_base(name)
+        model, processor = load_merged(name, base, note)
     else:
         check_model(name)
         model = UniCode2ForConditionalGeneration.from_pretrained(name)
