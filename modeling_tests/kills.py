@@ -93,14 +93,18 @@ def start(command: str, words: list[str], output: Path, kill_at: int = sys.maxsi
 
 
 def read(output: Path) -> dict[str, bytes]:
-    """The result in an output, without the files of a single run and without copied code."""
+    """The result in an output, without the files of a single run, copied code, and the output's place in its card."""
     files = [path for path in output.rglob("*") if path.is_file() and path.suffix != ".py"]
     names = {path: path.relative_to(output) for path in files}
-    return {
+    contents = {
         str(name): path.read_bytes()
         for path, name in names.items()
         if not any(part.startswith((".unicode2", "checkpoint-")) for part in name.parts)
     }
+    if "README.md" in contents:
+        card = contents["README.md"].replace(str(output).encode(), b"OUTPUT")
+        contents["README.md"] = card.replace(f"# {output.name}\n".encode(), b"# OUTPUT\n")
+    return contents
 
 
 def main(command: str, num_kills: int, folder: Path, words: list[str]) -> dict:
