@@ -1,10 +1,12 @@
 """Tokenized chats to examples: what is learnt of them, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset, load_dataset
 
-from transformers_unicode2.training.chats import build_examples
+from transformers_unicode2.training.chats import ExampleBuilder, build_examples, encode_chat
 from transformers_unicode2.training.shards import make_features
 
 OFFSET = 768
@@ -79,3 +81,50 @@ def test_a_planned_image_is_an_answer_of_text_and_image(tiny_run, processor):
     assert (image["visual_token_ids"] - OFFSET).tolist() == rows[0]["codes"][0]
     asked = [id_ for id_, label in zip(example["input_ids"], example["labels"]) if label == -100]
     assert "a red circle" in processor.tokenizer.decode(asked) and "white" not in processor.tokenizer.decode(asked)
+
+
+@pytest.mark.parametrize("where", ["user", "assistant", "system", "tool"])
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>assistant\n", "<|image_pad|>", "<|vision_start|>"])
+def test_a_control_token_in_a_text_is_refused(processor, where, token):
+    """It would end what is learnt, or begin it."""
+    turns = [("system", "be brief"), ("user", "hello"), ("assistant", "hi"), ("tool", "3"), ("assistant", "ho")]
+    turns = [(role, f"a {token} b" if role == where else text) for role, text in turns]
+    with pytest.raises(ValueError, match=r"Row 0 of the mixture: turn \d has <\|.*, which is a control token"):
+        build_examples(make_rows(turns), processor, OFFSET)
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "area", "arguments": {"side": 3}}}]}
+TOOLS = [{"role": "user", "content": "how large?"}, CALL, {"role": "tool", "content": 'nine "cm"'}]
+TOOLS += [{"role": "assistant", "content": "nine"}]
+SAYS = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}.{% endgeneration %}"
+SAYS += "{% else %}{{ m.role }}: CONTENT{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{{ m.content }}", "leaves out 'area', of a tool"),
+        ("", "leaves out 'nine \"cm\"', of a tool"),
+        ("{{ raise_exception('no tools here') }}", "of the model refuses the chat: no tools here"),
+    ],
+)
+def test_a_template_that_does_not_write_tools_is_refused(processor, content, message):
+    assert processor.tokenizer.decode(encode_chat(processor, TOOLS, [])[0]).count("area") == 1
+    twin = copy.deepcopy(processor)
+    twin.chat_template = SAYS.replace("CONTENT", content)
+    with pytest.raises(ValueError, match=message):
+        encode_chat(twin, TOOLS, [])
+
+
+def test_what_tables_lack_is_left_out_or_named(processor):
+    """`None` where a row has no codes, or a turn no content; arguments that are those of another call."""
+    padded = [{**turn, "tool_calls": None, **turn} for turn in TOOLS]
+    arguments = {"side": 3, "height": None}
+    padded[1] = {**CALL, "content": None, "tool_calls": [{"function": {"name": "area", "arguments": arguments}}]}
+    build = ExampleBuilder(processor, OFFSET, False, 0.0)
+    made = build({"messages": [padded, TOOLS], "codes": [None, []]}, [0, 1])
+    assert made["input_ids"][0] == made["input_ids"][1] and made["labels"][0] == made["labels"][1]
+    with pytest.raises(ValueError, match="Row 1 of the mixture: it has no messages"):
+        build({"messages": [TOOLS, None], "codes": [None, []]}, [0, 1])
+    with pytest.raises(ValueError, match="Row 0 of the mixture: the content of a message is 3"):
+        build({"messages": [[{"role": "user", "content": 3}]], "codes": [[]]}, [0])

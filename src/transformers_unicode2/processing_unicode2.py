@@ -253,7 +253,7 @@ class UniCode2Processor(ProcessorMixin):
         """
         given, size = visual_token_ids or [], self.num_image_tokens
         # Tables have `None` for what a turn lacks, and templates print it.
-        turns = [{name: value for name, value in turn.items() if value is not None} for turn in messages]
+        turns = drop_none(messages)
         turns = [{**turn, "content": self.join_parts(turn.get("content", ""))} for turn in turns]
         num_places = sum(turn["content"].count(self.image_token) for turn in turns)
         if num_places != len(given):
@@ -347,6 +347,13 @@ def read_chat_template(image_token: str, start_token: str = "<|im_start|>", end_
     """The package's chat template with these tokens; a turn begins and ends with the last two."""
     template = Template(CHAT_TEMPLATE.read_text(encoding="utf-8"))
     return template.substitute(image_token=image_token, start_token=start_token, end_token=end_token)
+
+
+def drop_none(value):
+    """The value without the entries of dictionaries, at any depth, that are `None`."""
+    if isinstance(value, dict):
+        return {name: drop_none(entry) for name, entry in value.items() if entry is not None}
+    return [drop_none(entry) for entry in value] if isinstance(value, list) else value
 
 
 def get_entry(part, name: str):

@@ -1,8 +1,72 @@
 """Tokenized chats to training sequences over the unified vocabulary."""
 
+import json
+import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
+from jinja2 import TemplateError
+
+from ..processing_unicode2 import drop_none
+
+
+def encode_chat(processor, messages: list[dict], visual_token_ids: list[list[int]]) -> tuple[list[int], list[int]]:
+    """
+    `UniCode2Processor.encode_chat` of what is learnt.
+
+    Raises:
+        `ValueError`: when a chat cannot become ids. Also when the chat template refuses it or does not write its tools,
+            or a text has a control token: that would end the turn, or be taken for an image.
+    """
+    control = find_control_tokens(processor.tokenizer, len(processor.tokenizer))
+    for number, turn in enumerate(messages, 1):
+        texts = [part for part in list_parts(turn) if part.get("type") != "image"]
+        rest = {name: value for name, value in turn.items() if name != "content"}
+        found = control.search(json.dumps([texts, rest], ensure_ascii=False, default=str))
+        if found:
+            raise ValueError(
+                f"turn {number} has {found.group()} in its text, which is a control token of the model; take it out"
+            )
+    try:
+        check_tools(processor, messages)
+        return processor.encode_chat(messages, visual_token_ids)
+    except TemplateError as error:
+        raise ValueError(f"the chat template of the model refuses the chat: {error}") from error
+
+
+def list_parts(turn: dict) -> list[dict]:
+    """The parts of a message; a text stands for one part. Raises `ValueError` on a content that is neither."""
+    content = turn.get("content")
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(f"the content of a message is {content!r:.60}, where a text or a list of parts must be")
+    return content
+
+
+@lru_cache(maxsize=8)
+def find_control_tokens(tokenizer, size: int) -> re.Pattern:
+    """Finds the control tokens of a tokenizer in a text. It is asked anew when the tokenizer has another `size`."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= set(tokenizer.all_special_tokens)
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+
+def check_tools(processor, messages: list[dict]) -> None:
+    """Raises `ValueError` when the chat template does not write the calls of tools, or what these return."""
+    turns = [{**turn, "content": processor.join_parts(list_parts(turn))} for turn in drop_none(messages)]
+    calls = [call for turn in turns for call in turn.get("tool_calls") or []]
+    said = [turn["content"].strip() for turn in turns if turn["role"] == "tool"]
+    if not calls and not said:
+        return
+    text = processor.tokenizer.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False)
+    said += [str((call.get("function") or call).get("name")) for call in calls]
+    # Some templates write what a tool returned as JSON
+    lost = [words for words in said if words not in text and json.dumps(words)[1:-1] not in text]
+    if lost:
+        raise ValueError(
+            f"the chat template of the model leaves out {lost[0]!r:.60}, of a tool, so nothing would be learnt of it"
+        )
 
 
 class ExampleBuilder:
@@ -17,7 +81,9 @@ class ExampleBuilder:
         output = {"input_ids": [], "labels": [], "length": []}
         for messages, codes, index in zip(batch["messages"], batch["codes"], indices):
             try:
-                examples = list(self.encode_row(messages, codes, index))
+                if not messages:
+                    raise ValueError("it has no messages")
+                examples = list(self.encode_row(messages, codes or [], index))
             except ValueError as error:
                 raise ValueError(f"Row {index} of the mixture: {error}") from error
             for ids, mask in examples:
@@ -34,8 +100,8 @@ class ExampleBuilder:
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Ids of the examples of a row, and for each id whether it is in an answer."""
         visual = [[self.visual_token_offset + code for code in image] for image in codes]
-        yield self.processor.encode_chat(messages, visual)
-        roles = [turn["role"] for turn in messages for part in turn["content"] if part["type"] == "image"]
+        yield encode_chat(self.processor, messages, visual)
+        roles = [turn["role"] for turn in messages for part in list_parts(turn) if part["type"] == "image"]
         if "assistant" in roles and np.random.default_rng(index).random() < self.drop_prompt_share:
             for role, image in zip(roles, visual):
                 if role == "assistant":

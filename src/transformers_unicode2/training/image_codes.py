@@ -17,6 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..files import whole_file, write_file
+from ..images_unicode2 import one_line
+from ..record import hash_file
 from .row_index import RowIndex
 from .sources import read_image
 
@@ -38,7 +40,7 @@ class ImageReader:
         """The record of an image, for `read_image`. Raises `ValueError` when it is not what it was when indexed."""
         image = self.index.images[number]
         if image["path"] is not None:
-            return {"path": image["path"], "bytes": None}
+            return {"path": image["path"], "bytes": None, "key": image["key"]}
         source = self.index.jobs[image["job"]].source
         if self.job != image["job"] or self.row is None or self.row.number > image["row"]:
             self.job, self.rows = image["job"], source.rows(image["row"])
@@ -64,7 +66,10 @@ class Preprocessing:
     def __getitem__(self, item: tuple[int, dict]) -> tuple[int, torch.Tensor | None, str | None]:
         number, image = item
         try:
-            return number, self.image_processor(read_image(image), return_tensors="pt")["pixel_values"][0], None
+            pixels = self.image_processor(read_image(image), return_tensors="pt")["pixel_values"][0]
+            if image["path"] is not None and hash_file(image["path"]) != image["key"]:
+                raise ValueError(f"{one_line(image['path'])} changed while the data were read")
+            return number, pixels, None
         except ValueError as error:
             return number, None, str(error).rstrip(".")
 

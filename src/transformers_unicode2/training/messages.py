@@ -3,12 +3,14 @@
 import json
 import re
 
+from ..processing_unicode2 import drop_none
+
 # A newline beside a marker parts it from the text, and is no text.
 MARKER = re.compile(r"\n?<image>\n?")
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
     **{"chatgpt": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "function": "tool"},
-    "observation": "tool",
+    **{"observation": "tool", "function_call": "assistant"},
 }
 # Who may speak after whom.
 FOLLOWS = {
@@ -25,7 +27,7 @@ def parse_cell(value: object) -> object:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{value!r:.60} is no JSON ({error})") from error
 
 
@@ -46,6 +48,8 @@ def read_messages(turns: list[dict] | str, images: list) -> tuple[list[dict], li
         raise ValueError(f"its turns are {turns!r:.60}, where a list of messages must be")
     messages, carried = [], []
     for number, turn in enumerate(turns, 1):
+        if (turn.get("role") or turn.get("from")) == "system" and not (turn.get("content") or turn.get("value")):
+            continue
         role, content = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
         if str(role).lower() not in ROLES:
             raise ValueError(f"turn {number} is by {role!r:.40}, which is none of {', '.join(sorted(ROLES))}")
@@ -53,7 +57,8 @@ def read_messages(turns: list[dict] | str, images: list) -> tuple[list[dict], li
             parts = split_markers(content) if isinstance(content, str) else read_parts(content, carried)
         except ValueError as error:
             raise ValueError(f"turn {number}: {error}") from error
-        kept = {name: turn[name] for name in KEPT if turn.get(name)}
+        # Arrow gives every call the arguments of all others, as `None`
+        kept = {name: drop_none(turn[name]) for name in KEPT if turn.get(name)}
         messages.append({"role": ROLES[str(role).lower()], "content": parts, **kept})
     if carried and images:
         raise ValueError(f"it has {len(images)} images in its column and {len(carried)} in its parts")

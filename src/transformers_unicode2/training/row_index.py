@@ -1,7 +1,7 @@
 """The first pass of `unicode2 tokenize`: all rows as chats, with numbers in the place of their images.
 
-An image that is named twice has one number, so it is encoded once. Its key is the path of its file, or the SHA-256 of
-its content. Rows are kept in blocks on disk, each of which becomes one shard.
+An image that is named twice has one number, so it is encoded once. Its key is the SHA-256 of its content. Rows are kept
+in blocks on disk, each of which becomes one shard.
 """
 
 import hashlib
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import write_file
+from .chats import encode_chat
+from .image_files import FileHashes, check_image_files, collect_notes, note_files
 from .shards import ENTRIES
-from .sources import RowError, Source
+from .sources import Row, RowError, Source
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,14 @@ class Job:
     source: Source
 
 
-def index_rows(jobs: list[Job], work: Path, rows_per_block: int) -> None:
-    """Writes the blocks that are not there yet, see `RowIndex`."""
+def index_rows(jobs: list[Job], work: Path, rows_per_block: int, processor=None) -> None:
+    """Writes the blocks that are not there yet, see `RowIndex`.
+
+    With a `UniCode2Processor`, rows that do not become ids of its model are refused.
+    """
     from tqdm import tqdm
 
-    known, block = {}, 0
+    known, block, hashes = {}, 0, FileHashes()
     for place, job in enumerate(jobs):
         rows, start = None, 0
         with tqdm(total=job.source.num_rows, unit="row", desc=f"reading {job.folder or job.source.format}") as bar:
@@ -46,7 +51,7 @@ def index_rows(jobs: list[Job], work: Path, rows_per_block: int) -> None:
                         known[image["key"]] = len(known)
                 else:
                     rows = rows or Upcoming(job.source.rows(start))
-                    content, chats = read_block(rows, known, rows_per_block)
+                    content, chats = read_block(rows, known, rows_per_block, hashes, processor)
                     # The list of images is there last, so its chats are, too
                     write_file(work / f"rows-{block:05d}.json", json.dumps(chats).encode())
                     write_file(file, json.dumps({"job": place, **content}).encode())
@@ -67,7 +72,9 @@ class Upcoming:
         return row
 
 
-def read_block(rows: Upcoming, known: dict[str, int], size: int) -> tuple[dict, list[dict]]:
+def read_block(
+    rows: Upcoming, known: dict[str, int], size: int, hashes: FileHashes, processor=None
+) -> tuple[dict, list[dict]]:
     """
     The next rows of a source.
 
@@ -75,31 +82,52 @@ def read_block(rows: Upcoming, known: dict[str, int], size: int) -> tuple[dict, 
         rows: of the source.
         known: numbers of images by their keys; new ones are added.
         size: rows at most.
+        hashes: of image files.
+        processor (`UniCode2Processor`, *optional*): whose chat template the chats must fit.
 
     Returns:
-        What is known of the block: `num_rows`, the number of the `next` row after it, new `images`, `refused` rows, and
-        the `extras` of messages. And its chats, `{"row", "messages", "images"}`.
+        What is known of the block: `num_rows`, the number of the `next` row after it, new `images`, notes of image
+        `files`, `refused` rows, and the `extras` of messages. And its chats, `{"row", "messages", "images"}`.
     """
-    content = {"num_rows": 0, "next": None, "images": [], "refused": [], "extras": []}
+    content = {"num_rows": 0, "next": None, "images": [], "files": [], "refused": [], "extras": []}
     chats, extras = [], set()
     while rows.next is not None and content["num_rows"] < size:
         row = rows.take()
         content["num_rows"] += 1
+        content["files"] += note_files(row, hashes.describe)
+        if processor is not None and isinstance(row, Row):
+            row = check_chat(row, processor)
         if isinstance(row, RowError):
             content["refused"].append({"row": row.number, "reason": row.reason, "missing": row.missing})
             continue
         numbers = []
         for position, image in enumerate(row.images):
-            key = image["path"] if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
+            path = image["path"] if image["bytes"] is None else None
+            key = hashes.describe(path)[2] if path else hashlib.sha256(image["bytes"]).hexdigest()
             if key not in known:
                 known[key] = len(known)
-                path = image["path"] if image["bytes"] is None else None
                 content["images"].append({"key": key, "path": path, "row": row.number, "position": position})
             numbers.append(known[key])
         chats.append({"row": row.number, "messages": row.messages, "images": numbers})
         extras |= {name for turn in row.messages for name in turn} - set(ENTRIES)
     content["extras"], content["next"] = sorted(extras), rows.next and rows.next.number
     return content, chats
+
+
+def check_chat(row: Row, processor) -> Row | RowError:
+    """The row, or its `RowError` when its chat does not become ids."""
+    try:
+        encode_chat(processor, row.messages, [[0] * processor.num_image_tokens] * len(row.images))
+    except ValueError as error:
+        return RowError(row.number, str(error).rstrip("."))
+    return row
+
+
+def check_blocks(jobs: list[Job], work: Path) -> None:
+    """Raises `ValueError` when the rows of blocks that are there name other image files than when they were read."""
+    blocks = RowIndex(jobs, work).blocks
+    if blocks:
+        check_image_files(jobs, collect_notes(blocks), (blocks[-1]["job"], blocks[-1]["next"]))
 
 
 class RowIndex:

@@ -10,20 +10,25 @@ the output is the same for any number of processes and workers.
 """
 
 import argparse
+import hashlib
 import os
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from ..checkpoints import check_checkpoint, check_name
 from ..cli import SHARE, at_least
-from ..files import explained, make_folders, remove, write_file
+from ..files import WORK, explained, make_folders, remove, write_file
 from ..images_unicode2 import one_line
 from ..processes import agree, follow_launcher, join
 from ..record import Record
 from ..tokens import hash_image_processor, hash_quantizer, hash_rows
 from .columns import FORMATS
+from .image_files import check_image_files, collect_notes, write_notes
+from .row_index import Job, RowIndex, check_blocks, index_rows
 from .shards import write_shard
 from .sources import describe, open_source
 from .templates import CAPTION_PROMPT, USUAL, read_tasks
@@ -82,16 +87,16 @@ def main(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, state) -> None:
     from .image_codes import encode_images
-    from .row_index import RowIndex, index_rows
 
-    jobs = open_jobs(args)
-    made_of, work = agree(lambda: describe_inputs(args, jobs)), Path(args.output, f"work-{args.split}")
+    check_places(args)
+    jobs, processor = open_jobs(args), load_processor(args.model)
+    made_of, work = agree(lambda: describe_inputs(args, jobs, processor)), Path(args.output, f"work-{args.split}")
     with explained(args.output), ExitStack() as stack:
-        if agree(lambda: enter(args, work, made_of, stack)):
+        if agree(lambda: enter(args, jobs, work, made_of, stack)):
             return
         if agree(lambda: not (work / "indexed").is_file()):
             agree(lambda: print(*(describe(job.source) for job in jobs), sep="\n", flush=True))
-            agree(lambda: index_rows(jobs, work, args.rows_per_shard))
+            agree(lambda: index_rows(jobs, work, args.rows_per_shard, processor))
         index = RowIndex(jobs, work)
         agree(lambda: check_refused(index, {}, args))
         quantizer, image_processor = load_quantizer(args.model, state.device)
@@ -102,15 +107,30 @@ def run(args: argparse.Namespace, state) -> None:
         state.wait_for_everyone()
         write_shards(index, args, quantizer.config.codebook_config.codebook_size, made_of, state)
         state.wait_for_everyone()
+        agree(lambda: write_notes(notes_file(args), collect_notes(index.blocks)))
     agree(lambda: finish(index, args))
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Raises `ValueError` when the output would be among the data."""
+    output = Path(args.output).resolve()
+    for data in args.data:
+        if Path(data).is_dir() and output.is_relative_to(Path(data).resolve()):
+            raise ValueError(f"--output {args.output} is inside --data {data}; choose a folder beside it.")
+
+
+def load_processor(model: str):
+    """The `UniCode2Processor` of a checkpoint; `None` of a quantizer that is alone, which knows no chats."""
+    from transformers_unicode2 import UniCode2Config, UniCode2Processor
+
+    is_model = read_config(model).get("model_type") == UniCode2Config.model_type
+    return UniCode2Processor.from_pretrained(model) if is_model else None
 
 
 def open_jobs(args: argparse.Namespace) -> list:
     """Each task with each source. Chats are as they are, whatever the tasks."""
-    from .row_index import Job
-
     tasks = {None: None} if args.task is None else read_tasks(args.task)
-    prompt = find_caption_prompt(args.model)
+    prompt = read_config(args.model).get("caption_prompt") or CAPTION_PROMPT
     options = {name: getattr(args, name) for name in ("format", "image_root", "split", "streaming")}
     options |= {"image_column": args.image_column, "caption_column": args.caption_column, "caption_prompt": prompt}
     jobs = []
@@ -128,20 +148,19 @@ def open_jobs(args: argparse.Namespace) -> list:
     return jobs
 
 
-def find_caption_prompt(model: str) -> str:
-    """The question that captions answer to a checkpoint. Raises `ValueError` when there is no such checkpoint."""
+def read_config(model: str) -> dict:
+    """The entries of a checkpoint's configuration. Raises `ValueError` when there is no such checkpoint."""
     from transformers_unicode2 import UniCode2Config
 
     check_name(model)
     check_checkpoint(model)
     try:
-        config = UniCode2Config.get_config_dict(model)[0]
+        return UniCode2Config.get_config_dict(model)[0]
     except OSError as error:
         raise ValueError(f"There is no folder {model}, and the Hub gives no checkpoint of this name.") from error
-    return config.get("caption_prompt") or CAPTION_PROMPT
 
 
-def describe_inputs(args: argparse.Namespace, jobs: list) -> dict:
+def describe_inputs(args: argparse.Namespace, jobs: list, processor) -> dict:
     """What the output is made of; the places of models and data do not matter."""
     files = {}
     for job in jobs:
@@ -153,24 +172,32 @@ def describe_inputs(args: argparse.Namespace, jobs: list) -> dict:
         "image processor": hash_image_processor(args.model),
         "data": {str(number): digest for number, digest in files.items()},
         "chats": {f"{job.folder} {job.number}".strip(): job.source.digest() for job in jobs},
+        "chat template": processor and hashlib.sha256(processor.chat_template.encode()).hexdigest(),
         "rows_per_shard": args.rows_per_shard,
     }
 
 
-def enter(args: argparse.Namespace, work: Path, made_of: dict, stack: ExitStack) -> bool:
+def enter(args: argparse.Namespace, jobs: list, work: Path, made_of: dict, stack: ExitStack) -> bool:
     """Holds the output for this run. Returns whether it is finished."""
     # Folders of all tasks, so that those of other tasks are noticed
     output, owns = Path(args.output), (f"{args.split}-*.parquet", f"*/{args.split}-*.parquet", refused_name(args))
     record = Record(output, made_of, owns, args.split, passing=(work.name,))
     finished = stack.enter_context(record.making())
     if finished:
+        check_image_files(jobs, np.load(notes_file(args)), (len(jobs), None))
         remove(work)
         print(f"{output} is finished; nothing to do")
     else:
         make_folders(work)
         for file in work.glob(".*.tmp"):
             remove(file)
+        check_blocks(jobs, work)
     return finished
+
+
+def notes_file(args: argparse.Namespace) -> Path:
+    """What the image files were, beside the record of the output."""
+    return Path(args.output, WORK, f"images-{args.split}.npy")
 
 
 def finish(index, args: argparse.Namespace) -> None:
