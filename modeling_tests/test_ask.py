@@ -92,6 +92,62 @@ def test_adapter_answers_as_on_its_base(monkeypatch, capsys, small_model, proces
     (tmp_path / "base").rename(tmp_path / "moved")
     code, printed = run(monkeypatch, capsys, *words)
     assert code == 2 and f"is an adapter of {tmp_path / 'base'}: There is no folder" in printed.err
+    assert run(monkeypatch, capsys, *words, "--base", tmp_path / "moved")[0] == 0
+    code, printed = run(monkeypatch, capsys, "ask", tmp_path / "moved", "hello", "--base", tmp_path / "moved")
+    assert code == 2 and "is a whole checkpoint; leave --base" in printed.err
+
+
+WORDS = ("--max-new-tokens", 3)
+
+
+@pytest.fixture
+def strict(small_model, processor, tmp_path):
+    """A checkpoint whose chat template refuses system turns, and questions that hold `odd`."""
+    from transformers_unicode2 import UniCode2Processor
+
+    small_model.save_pretrained(tmp_path / "strict")
+    processor.save_pretrained(tmp_path / "strict")
+    processor = UniCode2Processor.from_pretrained(tmp_path / "strict")
+    refusal = (
+        "{% for m in messages %}{% if m.role == 'system' or 'odd' in m.content | string %}"
+        "{{ raise_exception('No such turn.') }}{% endif %}{% endfor %}"
+    )
+    processor.chat_template = refusal + processor.chat_template
+    processor.save_pretrained(tmp_path / "strict")
+    return tmp_path / "strict"
+
+
+def test_refusal_of_a_template_is_one_sentence(monkeypatch, capsys, strict):
+    code, printed = run(monkeypatch, capsys, "ask", strict, "hello", "--system", "Be brief.", *WORDS)
+    assert code == 2 and "The chat template of the model refuses this chat: No such turn." in printed.err
+
+
+def test_question_that_fails_does_not_end_the_chat(monkeypatch, capsys, strict, image):
+    seen = []
+    write_answer = ask.write_answer
+
+    def remember(model, processor, messages, max_new_tokens):
+        answer = write_answer(model, processor, messages, max_new_tokens)
+        seen.append([[part["type"] for part in turn["content"]] for turn in messages])
+        return answer
+
+    monkeypatch.setattr(ask, "write_answer", remember)
+    type_lines(monkeypatch, "what is this?", "odd", "and now?", "")
+    code, printed = run(monkeypatch, capsys, "ask", strict, "an odd one", "--image", image, *WORDS)
+    assert code == 0 and printed.err.count("refuses this chat") == 2
+    assert seen == [[["image", "text"]], [["image", "text"], ["text"], ["text"]]]
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_interrupt_ends_the_chat(monkeypatch, capsys, strict):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", interrupt)
+    assert run(monkeypatch, capsys, "ask", strict, "hello", *WORDS)[0] == 0
+    monkeypatch.setattr(ask, "write_answer", interrupt)
+    assert run(monkeypatch, capsys, "ask", strict, "hello", *WORDS)[0] == 130
 
 
 def test_assembled_repository_draws(monkeypatch, capsys, tiny_checkpoint, tmp_path):

@@ -409,3 +409,29 @@ def test_a_quantizer_with_clip_in_bfloat16_loads_without_the_package(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == quantizer.encode_images(make_pixels("clip")).tolist()
+
+
+def change_config(folder, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": [32, 32]}, r"reads images of `image_size` .* with 3 channels; it must be one number of pixels"),
+        ({"num_channels": 1}, "with 1 channels; it must be one number of pixels, and 3 channels"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "has quantized weights"),
+        ({"patch_size": 16}, r"weights of another size than its configuration says; .*\(16, 3, 8, 8\) there and"),
+        (
+            {"intermediate_size": 28},
+            r"has 6 weights of another size .*, \(24,\) there and \(28,\) in the",
+        ),
+    ],
+)
+def test_encoder_whose_configuration_does_not_fit_is_one_sentence(tmp_path, changes, message):
+    save_encoder(tmp_path, "clip")
+    load_encoder(str(tmp_path))
+    change_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=f"cannot be used as an encoder: .*{message}"):
+        load_encoder(str(tmp_path))

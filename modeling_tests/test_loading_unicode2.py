@@ -1,6 +1,7 @@
 """What is missing, damaged, rounded or of another codebook is one sentence in every loader."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -365,11 +366,12 @@ def test_a_codebook_that_is_stored_in_bfloat16_has_the_same_digest(codebook_fold
 
 def test_an_encoder_by_itself_is_whole_and_has_no_more_layers_than_its_configuration():
     surplus = {"text_model.encoder.layers.0.a", "head.probe", "logit_scale"}  # of what is not loaded
-    check_encoder_keys({"missing_keys": set(), "unexpected_keys": surplus}, "siglip")
+    usual = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": surplus}
+    check_encoder_keys(usual, "siglip")
     with pytest.raises(ValueError, match="The encoder siglip lacks 1 weights, which would be random; the first is b"):
-        check_encoder_keys({"missing_keys": {"b"}, "unexpected_keys": surplus}, "siglip")
+        check_encoder_keys({**usual, "missing_keys": {"b"}}, "siglip")
     with pytest.raises(ValueError, match="siglip holds 1 weights .*no place for; the first is encoder.layers.3.a"):
-        check_encoder_keys({"missing_keys": set(), "unexpected_keys": {*surplus, "encoder.layers.3.a"}}, "siglip")
+        check_encoder_keys({**usual, "unexpected_keys": {*surplus, "encoder.layers.3.a"}}, "siglip")
 
 
 def test_a_grown_checkpoint_has_new_digests_and_the_code_that_travels(model, codebook_folder, tmp_path):
@@ -391,3 +393,14 @@ def test_a_grown_checkpoint_has_new_digests_and_the_code_that_travels(model, cod
     settings = grown.config.codebook_config
     assert settings.codes_sha256 == after.describe()["codes_sha256"] != before.describe()["codes_sha256"]
     assert settings.encoder_sha256 == "0" * 64 and (tmp_path / "grown" / "loading_unicode2.py").is_file()
+
+
+def test_a_quantizer_is_read_from_the_single_file_beside_an_old_index(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.get_quantizer().codebook.codes.mul_(2)
+    model.save_pretrained(tmp_path / "old", max_shard_size="20KB")
+    for file in (tmp_path / "old").glob("model*"):
+        shutil.copy(file, tmp_path / "model")
+    quantizer = UniCode2Quantizer.from_pretrained(tmp_path / "model")
+    assert torch.equal(2 * quantizer.codebook.codes, model.get_quantizer().codebook.codes)

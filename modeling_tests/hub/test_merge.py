@@ -85,3 +85,130 @@ def test_another_checkpoint_is_refused_and_nothing_is_written(adapter, tmp_path)
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "no_where"}))
     with pytest.raises(ValueError, match="is an adapter of no_where"):
         merge_adapter(str(adapter), str(tmp_path / "merged"))
+
+
+def save_adapter(folder, base, config):
+    """Writes an adapter of random weights. Returns the adapted model."""
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(UniCode2ForConditionalGeneration.from_pretrained(base, dtype=torch.float32), config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+def copy_base(folder, adapter) -> str:
+    """The checkpoint beside an adapter in float32."""
+    UniCode2ForConditionalGeneration.from_pretrained(adapter.parent / "base").float().save_pretrained(folder)
+    UniCode2Processor.from_pretrained(adapter.parent / "base").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("adapter", ["tied"], indirect=True)
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head", r".*language_model\.embed_tokens"])
+def test_an_adapter_on_one_of_two_tied_modules_is_refused(adapter, tmp_path, module):
+    from peft import LoraConfig
+
+    target = module if "*" in module else ["q_proj", module]
+    save_adapter(tmp_path / "new", tmp_path / "base", LoraConfig(target_modules=target, r=2))
+    with pytest.raises(ValueError, match="which shares its weight with another module, so it cannot be merged"):
+        merge_adapter(str(tmp_path / "new"), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("adapter", ["tied"], indirect=True)
+@pytest.mark.parametrize(
+    "kind",
+    ["embedding of its own", "parts", "dora", "tokens", "tokens alone", "ia3", "vera", "norms", "bias"],
+)
+def test_adapters_of_all_kinds_merge_to_equal_logits(adapter, tmp_path, kind):
+    import peft
+
+    query = {"target_modules": ["q_proj", "v_proj"], "r": 2}
+    config = {
+        "embedding of its own": lambda: peft.LoraConfig(
+            **query, modules_to_save=["embed_tokens"], ensure_weight_tying=True
+        ),
+        "parts": lambda: peft.LoraConfig(**query, modules_to_save=["projector", "visual_embeddings", "visual_head"]),
+        "dora": lambda: peft.LoraConfig(**query, use_dora=True),
+        "tokens": lambda: peft.LoraConfig(**query, trainable_token_indices=[20, 21]),
+        "tokens alone": lambda: peft.TrainableTokensConfig(token_indices=[20, 21]),
+        "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "vera": lambda: peft.VeraConfig(target_modules=["q_proj"], r=2),
+        "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
+        "bias": lambda: peft.LoraConfig(**query, bias="lora_only"),
+    }[kind]()
+    base = copy_base(tmp_path / "float", adapter)
+    adapted = save_adapter(tmp_path / "new", base, config)
+    merge_adapter(str(tmp_path / "new"), str(tmp_path / "merged"))
+    merged = UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.tensor([[20, 11, *range(768, 784), 12, 30, 31]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["tied"], indirect=True)
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_prompts_are_not_merged(adapter, tmp_path, kind):
+    import peft
+
+    make = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    config = make(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=3,
+        **({"num_layers": 2, "token_dim": 32, "num_attention_heads": 2} if kind == "prefix" else {}),
+    )
+    config.base_model_name_or_path = str(tmp_path / "base")
+    config.save_pretrained(tmp_path / "new")
+    (tmp_path / "new" / "adapter_model.bin").touch()
+    with pytest.raises(ValueError, match="learnt prompts .*, which are no part of the weights; load it with PEFT"):
+        merge_adapter(str(tmp_path / "new"), str(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("adapter", ["untied"], indirect=True)
+def test_an_adapter_of_another_model_or_with_fewer_weights_is_refused(adapter, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    language_model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(language_model, config).save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="has 4 weights for which .*base has no place.*It is an adapter of another"):
+        merge_adapter(str(tmp_path / "text"), str(tmp_path / "merged"), base=str(tmp_path / "base"))
+    state = load_file(adapter / "adapter_model.safetensors")
+    for part, message in (("lora_B", "lacks 14 weights, which would be random"), ("projector", "lacks .*projector")):
+        kept = {name: value for name, value in state.items() if part not in name}
+        save_file(kept, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            merge_adapter(str(adapter), str(tmp_path / "merged"))
+    other = {name: value[..., :-1].contiguous() if "lora_A" in name else value for name, value in state.items()}
+    save_file(other, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not fit .*size mismatch"):
+        merge_adapter(str(adapter), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("adapter", ["untied"], indirect=True)
+def test_files_of_an_adapter_that_are_damaged_are_named(adapter, tmp_path):
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text())
+
+    def refuse(message):
+        with pytest.raises(ValueError, match=message):
+            merge_adapter(str(adapter), str(tmp_path / "merged"))
+
+    for changed in ({**settings, "base_model_name_or_path": None}, {"peft_type": "LORA"}):
+        file.write_text(json.dumps(changed))
+        refuse("names no `base_model_name_or_path`; say with `--base` which checkpoint it is for")
+    file.write_text("{")
+    refuse("adapter_config.json is damaged")
+    file.write_text(json.dumps(settings))
+    (adapter / "adapter_model.safetensors").write_bytes(b"123")
+    refuse("adapter_model.safetensors is damaged")
+    (adapter / "adapter_model.safetensors").unlink()
+    refuse("lacks adapter_model.safetensors")

@@ -1,10 +1,12 @@
 """Adapters of PEFT on disk: which checkpoint each is for, and whole models made of the two."""
 
 import json
+import re
 from pathlib import Path
 
 from .checkpoints import check_model, check_name
 from .files import write_file
+from .loading_unicode2 import check_files
 from .record import hash_source, shorten
 
 # File in the folder of an adapter: the checkpoint that it was trained on, its digest, and what its configs learnt.
@@ -49,7 +51,13 @@ def find_base(adapter: str, base: str | None = None) -> tuple[str, str, dict]:
 
     if not is_adapter(adapter):
         raise ValueError(f"{adapter} is no adapter; it has no adapter_config.json.")
-    base = base or json.loads(Path(find_adapter_config_file(adapter)).read_text())["base_model_name_or_path"]
+    config = Path(find_adapter_config_file(adapter))
+    check_files(config.parent)
+    base = base or json.loads(config.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{config} names no `base_model_name_or_path`; say with `--base` which checkpoint it is for.")
+    if Path(adapter).is_dir() and not any(Path(adapter).glob("adapter_model.*")):
+        raise ValueError(f"{adapter} lacks adapter_model.safetensors, the weights of the adapter; copy it again.")
     try:
         check_model(base)
     except (ValueError, OSError) as error:
@@ -72,6 +80,9 @@ def load_merged(adapter: str, base: str, note: dict, dtype: str = "auto") -> tup
         adapter: folder or Hub name.
         base, note: as `find_base` gives them.
         dtype: of the weights; that of the checkpoint by default.
+
+    Raises:
+        `ValueError`: when the adapter is for another model, or cannot be part of the weights.
     """
     from peft import PeftModel
 
@@ -79,7 +90,16 @@ def load_merged(adapter: str, base: str, note: dict, dtype: str = "auto") -> tup
     from .processing_unicode2 import UniCode2Processor
 
     model = UniCode2ForConditionalGeneration.from_pretrained(base, dtype=dtype)
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).eval()
+    check_mergeable(adapter, model.config.tie_word_embeddings)
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter)
+    except KeyError as error:
+        raise ValueError(f"{adapter} lacks {error.args[0]}; copy it again.") from error
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{adapter} does not fit {base}: {reason[:200]}") from error
+    check_fit(adapted, adapter, base)
+    model = adapted.merge_and_unload(safe_merge=True).eval()
     if note:
         model.config.caption_prompt = note["caption_prompt"]
         if note["image_generation"]:
@@ -88,6 +108,58 @@ def load_merged(adapter: str, base: str, note: dict, dtype: str = "auto") -> tup
             model.generation_config._from_model_config = False
     has_processor = not Path(adapter).is_dir() or (Path(adapter) / "processor_config.json").is_file()
     return model, UniCode2Processor.from_pretrained(adapter if has_processor else base)
+
+
+def check_mergeable(adapter: str, is_tied: bool) -> None:
+    """Raises `ValueError` on an adapter that cannot be merged: prompts, or LoRA on one of two tied embeddings.
+
+    Args:
+        adapter: folder or Hub name.
+        is_tied: whether the embedding of its checkpoint is the text head, too.
+    """
+    from peft import PeftConfig, PeftType
+
+    config = PeftConfig.from_pretrained(adapter)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{adapter} learnt prompts ({config.peft_type.value}), which are no part of the weights; load it with PEFT."
+        )
+    settings = config.to_dict()
+    if not is_tied or settings.get("ensure_weight_tying") or config.peft_type == PeftType.TRAINABLE_TOKENS:
+        return
+    named = settings.get("target_modules") or []
+    named = [named] if isinstance(named, str) else named
+    for name in ("embed_tokens", "lm_head"):
+        paths = (name, f"model.language_model.{name}")
+        if any(name == one.split(".")[-1] or any(re.fullmatch(one, path) for path in paths) for one in named):
+            raise ValueError(
+                f"{adapter} adapts `{name}`, which shares its weight with another module, so it cannot be merged; "
+                "train it with `ensure_weight_tying`, or leave it out of `target_modules`."
+            )
+
+
+def check_fit(adapted, adapter: str, base: str) -> None:
+    """Raises `ValueError` when an adapted model has weights that the files of the adapter lack, or the other way.
+
+    Args:
+        adapted (`PeftModel`): with the adapter.
+        adapter, base: folders or Hub names.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    given = set(load_peft_weights(adapter, device="cpu"))
+    surplus = sorted(adapted.load_adapter(adapter, "default").unexpected_keys)
+    missing = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - given)
+    if surplus:
+        raise ValueError(
+            f"{adapter} has {len(surplus)} weights for which {base} has no place; the first is {surplus[0]}. It is an "
+            "adapter of another model."
+        )
+    if missing:
+        raise ValueError(
+            f"{adapter} lacks {len(missing)} weights, which would be random; the first is {missing[0]}. Copy it again."
+        )
 
 
 __all__ = ["find_base", "is_adapter", "load_merged", "note_base"]

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .cli import SEED, at_least
+from .cli import SEED, at_least, first_line
 from .files import whole_file
 from .images_unicode2 import load_image
 
@@ -31,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image", metavar="FILE", action="append", default=[], help="image to ask about; may be given several times"
     )
+    parser.add_argument("--base", help="checkpoint of an adapter, if it is not where it says: folder or Hub name")
     parser.add_argument("--system", metavar="TEXT", help="system message (default: none)")
     parser.add_argument(
         "--max-new-tokens", type=at_least(1), help="ids of an answer at most (default: what the checkpoint says)"
@@ -56,16 +57,30 @@ def main(args: argparse.Namespace) -> None:
     if args.draw:
         draw(args)
         return
-    model, processor = load_model(args.model)
+    try:
+        chat(*load_model(args.model, args.base), args, images)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+
+
+def chat(model, processor, args: argparse.Namespace, images: list) -> None:
+    """Answers questions until there are no more."""
     messages = [{"role": "system", "content": args.system}] if args.system else []
     question, places = args.question, [{"type": "image", "image": image} for image in images]
     while question:
-        content = [*places, {"type": "text", "text": question}]
-        messages.append({"role": "user", "content": content})
-        answer = write_answer(model, processor, messages, args.max_new_tokens)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        # The images stay in the chat.
-        places = []
+        asked = {"role": "user", "content": [*places, {"type": "text", "text": question}]}
+        try:
+            answer = write_answer(model, processor, [*messages, asked], args.max_new_tokens)
+        except ValueError as error:
+            if not sys.stdin.isatty():
+                raise
+            # The chat goes on as if this had not been asked.
+            print(f"unicode2 ask: {first_line(error)}", file=sys.stderr)
+        else:
+            messages += [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+            # The images stay in the chat.
+            places = []
         question = read_question()
 
 
@@ -94,17 +109,22 @@ def read_question() -> str:
         return ""
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        print()
         return ""
 
 
 def write_answer(model, processor, messages: list[dict], max_new_tokens: int | None) -> str:
-    """The answer to a chat, printed as it is written."""
+    """The answer to a chat, printed as it is written. Raises `ValueError` when the chat template refuses the chat."""
+    from jinja2 import TemplateError
     from transformers import TextStreamer
 
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    try:
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(model.device)
+    except TemplateError as error:
+        raise ValueError(f"The chat template of the model refuses this chat: {first_line(error)}") from error
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     written = model.generate(**inputs, streamer=streamer, **options)

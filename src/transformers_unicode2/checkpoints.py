@@ -31,7 +31,9 @@ def find_safetensors(source: str) -> list[Path]:
         patterns = ["*.safetensors", "*.safetensors.index.json"]
         folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
     index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    # Transformers takes the single file first; an index beside it is an old one.
+    has_index = index.is_file() and not (folder / "model.safetensors").is_file()
+    names = set(json.loads(index.read_text())["weight_map"].values()) if has_index else {"model.safetensors"}
     files = sorted(folder / name for name in names)
     absent = [file.name for file in files if not file.is_file()]
     if absent:
@@ -39,13 +41,14 @@ def find_safetensors(source: str) -> list[Path]:
     return files
 
 
-def load_model(name: str) -> tuple:
+def load_model(name: str, base: str | None = None) -> tuple:
     """Loads a model with its processor, for use: a checkpoint, or an adapter merged into the one that it names.
 
     The model keeps the dtype of its checkpoint, and goes to the accelerator if there is one.
 
     Args:
         name (`str`): folder or Hub name.
+        base (`str`, *optional*): of the checkpoint of an adapter, if it is not where the adapter says.
 
     Returns:
         The `UniCode2ForConditionalGeneration` and its `UniCode2Processor`.
@@ -61,9 +64,11 @@ def load_model(name: str) -> tuple:
     from .processing_unicode2 import UniCode2Processor
 
     if is_adapter(name):
-        base, _, note = find_base(name)
+        base, _, note = find_base(name, base)
         model, processor = load_merged(name, base, note)
     else:
+        if base is not None:
+            raise ValueError(f"{name} is a whole checkpoint; leave --base, the checkpoint of an adapter, out.")
         check_model(name)
         model = UniCode2ForConditionalGeneration.from_pretrained(name)
         processor = UniCode2Processor.from_pretrained(name)

@@ -31,6 +31,17 @@ def check_kind(config: PreTrainedConfig, what: str, taken: tuple[str, ...] = ENC
     )
 
 
+def check_side(config: PreTrainedConfig, what: str) -> None:
+    """Raises `ValueError` on an encoder, called `what`, of images that are no squares in three colours, or in bits."""
+    if type(config.image_size) is not int or config.num_channels != 3:
+        raise ValueError(
+            f"{what} reads images of `image_size` {config.image_size} with {config.num_channels} channels; it must be "
+            "one number of pixels, and 3 channels."
+        )
+    if config.to_dict().get("quantization_config"):
+        raise ValueError(f"{what} has quantized weights; give the encoder that they were made of.")
+
+
 def count_patches(config: PreTrainedConfig) -> int:
     """Patches of an image, T, of an encoder with this configuration. A CLS token is none."""
     return (config.image_size // config.patch_size) ** 2
@@ -73,7 +84,10 @@ def load_encoder(path: str, dtype: str = "float32") -> tuple[PreTrainedModel, ob
         config = AutoConfig.from_pretrained(path)
         check_kind(config, "it", (*HOLDERS, *ENCODERS))
         config = config.vision_config if config.model_type in HOLDERS else config
-        model, info = AutoModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+        check_side(config, "it")
+        model, info = AutoModel.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         check_encoder_keys(info, path)
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         check_image_processor(image_processor, config)
@@ -85,6 +99,8 @@ def load_encoder(path: str, dtype: str = "float32") -> tuple[PreTrainedModel, ob
 def check_encoder_keys(info: dict, source: str) -> None:
     """Raises `ValueError` when loading an encoder left weights at random, or ignored layers that the file holds.
 
+    Likewise on weights of another size than the configuration gives them.
+
     Args:
         info (`dict`): what `from_pretrained(output_loading_info=True)` reports.
         source (`str`): where the encoder comes from, for the message.
@@ -93,6 +109,12 @@ def check_encoder_keys(info: dict, source: str) -> None:
     layers = r"(vision_model\.)?(encoder|embeddings)\.(?!position_ids$)"
     missing = sorted(info["missing_keys"])
     surplus = sorted(key for key in info["unexpected_keys"] if re.match(layers, key))
+    if info["mismatched_keys"]:
+        name, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"The encoder {source} has {len(info['mismatched_keys'])} weights of another size than its configuration "
+            f"says; the first is {name}, {tuple(stored)} there and {tuple(expected)} in the configuration."
+        )
     if missing:
         raise ValueError(
             f"The encoder {source} lacks {len(missing)} weights, which would be random; the first is {missing[0]}."

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 AGAIN = "Copy or build it again."
@@ -168,8 +168,10 @@ def read_quantizer(name, options: dict) -> dict[str, torch.Tensor] | None:
     `None` unless `name`, a folder or Hub repository, is a whole checkpoint in several safetensors files.
     """
     options = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     index = name and cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
-    if not index:
+    # Transformers takes a single file first; an index beside it is an old one.
+    if not index or cached_file(name, SAFE_WEIGHTS_NAME, **quiet, **options):
         return None
     with open(index) as file:
         places = json.load(file)["weight_map"]

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from ..cards import write_card
-from ..checkpoints import find_safetensors
 from ..cli import at_least
 from ..configuration_unicode2 import VISUAL_HEADS
 from ..encoders_unicode2 import load_encoder
@@ -28,6 +27,7 @@ from .language_models import (
     load_text_config,
     prepare_text,
     read_language_model,
+    settle_config,
 )
 from .plan import build_model, check_sources, plan_checkpoint, without_pooling
 from .shards import ShardWriter
@@ -97,7 +97,7 @@ def compose_checkpoint(
         if finished:
             return [], []
         text_config = load_text_config(llm)
-        find_safetensors(llm)
+        settle_config(llm, text_config)
         text = prepare_text(llm, text_config.vocab_size, chat_template)
         with whole_folder(output) as new:
             parts = build_parts(text_config, text, vision, codebook if folder is None else folder, visual_head)
@@ -125,7 +125,7 @@ def build_parts(text_config, text: TextSide, vision: str, codebook: str | int, v
     stored = draw_codebook(vision, codebook) if isinstance(codebook, int) else load_codebook(codebook)
     vision_config, vision_state, image_processor = load_vision_model(vision, stored.encoder_dtype)
     if not isinstance(codebook, int):
-        check_encoder(vision, codebook)
+        check_encoder(vision, codebook, stored)
     processor = UniCode2Processor(
         image_processor,
         text.tokenizer,
@@ -150,8 +150,6 @@ def write_weights(
     for state in read_language_model(llm, config.tie_word_embeddings, text):
         writer.write("language model", state)
         embedding = state.get("model.language_model.embed_tokens.weight", embedding)
-    if embedding is None:
-        raise ValueError(f"The weights of {llm} lack model.embed_tokens.weight.")
     writer.write("vision encoder", {f"model.quantizer.{name}": v for name, v in vision_state.items()})
     writer.write("codebook C1", {f"model.quantizer.codebook.{name}": v for name, v in stored.state_dict().items()})
     writer.write("C2", {"model.visual_embeddings.weight": stored.codes.to(config.dtype)})
@@ -196,14 +194,19 @@ def load_vision_model(vision: str, dtype: str) -> tuple:
     )
 
 
-def check_encoder(vision: str, codebook: str) -> None:
-    """Raises `ValueError` when a codebook names the encoder that it was built with, and `vision` is another."""
+def check_encoder(vision: str, codebook: str, stored) -> None:
+    """Raises `ValueError` when a codebook names the encoder that it was built with, and `vision` is another.
+
+    Args:
+        vision, codebook: folders or Hub names.
+        stored (`UniCode2Codebook`): what `codebook` holds.
+    """
     from ..codebook.features import Encoder
     from ..codebook.storage import load_provenance
 
     command = load_provenance(codebook).get("command", {})
-    known = command.get("encoder_sha256")
-    own = Encoder(vision, command.get("dtype", "float32")).fingerprint() if known else None
+    known = stored.encoder_sha256
+    own = Encoder(vision, command.get("dtype", stored.encoder_dtype)).fingerprint() if known else None
     if own != known:
         raise ValueError(
             f"{codebook} was built with another encoder (SHA-256 {shorten(known)}) than {vision} ({shorten(own)}); "
@@ -246,7 +249,10 @@ def make_parser() -> argparse.ArgumentParser:
     codebook = parser.add_mutually_exclusive_group(required=True)
     codebook.add_argument("--codebook", help="folder written by `unicode2 codebook build`, or its Hub name")
     codebook.add_argument(
-        "--random-codebook", type=at_least(4), metavar="K", help="K random codes in its place, to try the rest with"
+        "--random-codebook",
+        type=at_least(4, 2**31 - 1),
+        metavar="K",
+        help="K random codes in its place, to try the rest with",
     )
     add("--output", required=True, help="folder to write")
     default = "(default: %(default)s)"

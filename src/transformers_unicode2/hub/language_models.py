@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..checkpoints import find_safetensors
@@ -26,6 +27,10 @@ OTHER_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_so
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHAT_TEMPLATES = ("own", "chatml")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Numbers that old files hold, and that Transformers computes from the configuration.
+COMPUTED = "rotary_emb.inv_freq"
+# Numbers in no file that are right again after loading, as names end. The `weights` are positions of XGLM.
+BUFFERS = ("inv_freq", "embed_scale", ".weights")
 
 
 def load_text_config(llm: str):
@@ -34,8 +39,11 @@ def load_text_config(llm: str):
     Raises `ValueError`, with the name of its family, on a model that cannot be a part of UniCode².
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import find_adapter_config_file
 
     try:
+        if find_adapter_config_file(llm) is not None:
+            raise ValueError("it is an adapter; merge it into its language model with PEFT, and give what comes of it")
         config = AutoConfig.from_pretrained(llm)
     except (OSError, ValueError) as error:
         raise ValueError(f"--llm {llm} has no configuration that can be read: {first_line(error)}") from error
@@ -48,6 +56,8 @@ def load_text_config(llm: str):
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise ValueError(f"{what}, which has more than one part; --llm must be a language model alone.")
     settings = config.to_dict()
+    if settings.get("quantization_config"):
+        raise ValueError(f"{what} whose weights are quantized; give the one that it was made of, in 16 or 32 bits.")
     experts = next((name for name in EXPERTS if settings.get(name)), None)
     if experts:
         raise ValueError(f"{what}, a mixture of {settings[experts]} experts; UniCode² has no loss for their router.")
@@ -62,14 +72,50 @@ def check_build(what: str, config) -> None:
     """Raises `ValueError` unless a model, called `what`, has `model.embed_tokens`, a plain `lm_head` and no more."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        whole, base = AutoModelForCausalLM.from_config(config), AutoModel.from_config(config)
+    try:
+        with torch.device("meta"):
+            whole, base = AutoModelForCausalLM.from_config(config), AutoModel.from_config(config)
+    except Exception as error:
+        # What the code of a family raises of a configuration can be anything.
+        raise ValueError(f"{what} that Transformers cannot build: {first_line(error)}") from error
     parts = [name for name, _ in whole.named_children()]
     if sorted(parts) != ["lm_head", "model"] or type(whole.model) is not type(base):
         raise ValueError(f"{what} of {', '.join(parts)}; it must be a `model` and an `lm_head`.")
     names = set(whole.state_dict())
     if EMBEDDING not in names or {name for name in names if name.startswith("lm_head.")} != {HEAD}:
         raise ValueError(f"{what}; it must have `embed_tokens`, and a head without a bias.")
+    lost = [name for name, _ in whole.named_buffers() if name not in names and not name.endswith(BUFFERS)]
+    if lost:
+        raise ValueError(f"{what} with {lost[0]}, which no file of weights holds; UniCode² would lose it.")
+
+
+def settle_config(llm: str, config) -> None:
+    """Changes a configuration where the weights say otherwise, as loading with Transformers does.
+
+    A head of its own in the files is kept, though the configuration ties it. Without a dtype, that of the embedding
+    counts. Reads names, and of the weights no more than an embedding and a head beside it.
+
+    Raises:
+        `ValueError`: when the files lack the embedding, or a head that is not tied.
+    """
+    files = {}
+    for file in find_safetensors(llm):
+        with safe_open(file, framework="pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file)
+    if EMBEDDING not in files:
+        raise ValueError(f"The weights of {llm} lack {EMBEDDING}.")
+    if not config.tie_word_embeddings and HEAD not in files:
+        raise ValueError(
+            f"The weights of {llm} lack {HEAD}, and `tie_word_embeddings` in config.json is false; set it to true if "
+            "the embedding is the head, too."
+        )
+    found = {}
+    for name in (name for name in (EMBEDDING, HEAD) if name in files):
+        with safe_open(files[name], framework="pt") as tensors:
+            found[name] = tensors.get_tensor(name)
+    if HEAD in found and not torch.equal(found[EMBEDDING], found[HEAD]):
+        config.tie_word_embeddings = False
+    config.dtype = config.dtype or found[EMBEDDING].dtype
 
 
 @dataclass
@@ -113,7 +159,12 @@ def prepare_text(llm: str, vocab_size: int, chat_template: str) -> TextSide:
     before, num_before = set(tokenizer.get_vocab().values()), len(tokenizer)
     image_tokens = next((names for names in IMAGE_TOKENS if set(names) <= set(tokenizer.get_vocab())), IMAGE_TOKENS[0])
     missing = [name for name in image_tokens if name not in tokenizer.get_vocab()]
-    tokenizer.add_tokens(missing, special_tokens=True)
+    # A piece of this name is only found in texts as a token that was added. Its id stays.
+    found = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    tokenizer.add_tokens([name for name in image_tokens if name not in found], special_tokens=True)
+    split = [name for name in image_tokens if len(tokenizer.encode(name, add_special_tokens=False)) != 1]
+    if split:
+        raise ValueError(f"The tokenizer of {llm} splits {split[0]}, which must be one id; add it as a special token.")
     ids, added = set(tokenizer.get_vocab().values()), tokenizer.convert_tokens_to_ids(missing)
     num_rows = max(vocab_size, max(ids) + 1)
     fresh_ids = sorted({*added, *range(vocab_size, num_rows)})
@@ -144,6 +195,9 @@ def load_tokenizer(llm: str):
         raise ValueError(f"The tokenizer of {llm} is a slow one, which cannot mark answers; it needs a tokenizer.json.")
     if tokenizer.eos_token is None:
         raise ValueError(f"The tokenizer of {llm} has no `eos_token`, which ends a text; set one.")
+    # Settings of a tokenizer.json that would cut and fill up all texts.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     if tokenizer.pad_token is None:
         # Padding is masked, so it may be any token.
         tokenizer.pad_token = tokenizer.eos_token
@@ -158,13 +212,15 @@ def give_template(llm: str, tokenizer, image_token: str, chat_template: str) -> 
     """
     if chat_template == "own" and tokenizer.chat_template is not None:
         try:
+            others = choose_template(tokenizer)
+            thinks = "; it may write thoughts before answers" if "<think>" in tokenizer.chat_template else ""
             tokenizer.chat_template, end = teach_template(tokenizer, image_token)
         except ValueError as error:
             raise ValueError(
                 f"The chat template of {llm} cannot be taught to carry images and to mark answers: {error}. Use "
                 "`--chat-template chatml`."
             ) from error
-        return end, f"the chat template is the language model's own; its answers end with `{end}`"
+        return end, f"the chat template is the language model's own{others}; its answers end with `{end}`{thinks}"
     known = {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_vocab())
     end = "<|im_end|>" if known else tokenizer.eos_token
     reason = "" if tokenizer.chat_template else ", as the tokenizer has no chat template"
@@ -173,6 +229,17 @@ def give_template(llm: str, tokenizer, image_token: str, chat_template: str) -> 
         template = "{{- bos_token -}}" + template
     tokenizer.chat_template = template
     return end, f"chats are written in ChatML{reason}; answers end with `{end}`"
+
+
+def choose_template(tokenizer) -> str:
+    """Leaves a tokenizer with several chat templates the one for chats, and says so; nothing if it has but one."""
+    if not isinstance(tokenizer.chat_template, dict):
+        return ""
+    names = sorted(tokenizer.chat_template)
+    if "default" not in names:
+        raise ValueError(f"it has those named {', '.join(names)}, and none is named default")
+    tokenizer.chat_template = tokenizer.chat_template["default"]
+    return f", `default` of {', '.join(names)}"
 
 
 def find_end_ids(llm: str, config, text: TextSide) -> int | list[int] | None:
@@ -195,7 +262,7 @@ def read_language_model(llm: str, is_tied: bool, text: TextSide) -> Iterator[dic
     A tied head is left out. Raises `ValueError` when the embedding has not as many rows as its configuration says.
     """
     for file in find_safetensors(llm):
-        state = load_file(file)
+        state = {name: value for name, value in load_file(file).items() if not name.endswith(COMPUTED)}
         if is_tied:
             state.pop(HEAD, None)
         for name in (name for name in (EMBEDDING, HEAD) if name in state):
@@ -222,4 +289,4 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-__all__ = ["CHAT_TEMPLATES", "TextSide", "load_text_config", "prepare_text", "read_language_model"]
+__all__ = ["CHAT_TEMPLATES", "TextSide", "load_text_config", "prepare_text", "read_language_model", "settle_config"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from ..encoders_unicode2 import ENCODERS, HOLDERS, check_kind
+from ..encoders_unicode2 import ENCODERS, HOLDERS, check_kind, check_side
 from .fresh import count_cells
-from .language_models import TextSide, load_text_config, prepare_text
+from .language_models import TextSide, load_text_config, prepare_text, settle_config
 
 # Names of weights and of the parts that they belong to.
 PARTS = {
@@ -26,25 +26,32 @@ PARTS = {
 def plan_checkpoint(
     llm: str, vision: str, codebook: str | int, visual_head: str = "flat", chat_template: str = "own"
 ) -> tuple[list[dict], list[str]]:
-    """What `compose_checkpoint` would write, from configurations alone: no weights are read, and none need be there.
+    """What `compose_checkpoint` would write, from configurations: no weights need be there.
+
+    Where a language model has its weights in a folder, their names are looked at, and what `settle_config` says.
 
     Returns and raises as `compose_checkpoint` does. The digest of the encoder is not compared.
     """
     from transformers import AutoConfig
 
-    from ..codebook.storage import read_config
+    from ..codebook.storage import check_tensors, read_config
     from ..configuration_unicode2 import UniCode2CodebookConfig
 
     folder = check_sources(llm, vision, codebook, None)
     text_config, vision_config = load_text_config(llm), AutoConfig.from_pretrained(vision)
+    if any(file for pattern in ("*.safetensors*", "*.bin") for file in Path(llm).glob(pattern)):
+        settle_config(llm, text_config)
     check_kind(vision_config, vision, (*HOLDERS, *ENCODERS))
     vision_config = vision_config.vision_config if vision_config.model_type in HOLDERS else vision_config
+    check_side(vision_config, vision)
     vision_config = without_pooling(vision_config)
     if isinstance(codebook, int):
         sizes = {"codebook_size": codebook, "num_cells": count_cells(codebook)}
         codebook_config = UniCode2CodebookConfig(codebook_dim=vision_config.hidden_size, **sizes)
     else:
         codebook_config = read_config(Path(folder))
+        if Path(folder, "codebook.safetensors").is_file():
+            check_tensors(Path(folder, "codebook.safetensors"), codebook_config)
     if Path(llm).is_dir() and not any(Path(llm).glob("tokenizer*")):
         note = f"{llm} has no tokenizer: rows for image tokens are not counted"
         size = text_config.vocab_size
@@ -62,8 +69,10 @@ def check_sources(llm: str, vision: str, codebook: str | int, output: str | None
     """
     named = {"--llm": llm, "--vision": vision, **({} if isinstance(codebook, int) else {"--codebook": codebook})}
     for option, name in named.items():
-        if output is not None and Path(output).resolve() == Path(name).resolve():
-            raise ValueError(f"{output} holds a part of the model; choose another folder for the checkpoint.")
+        if output is not None and Path(output).resolve().is_relative_to(Path(name).resolve()):
+            raise ValueError(
+                f"{output} is in {name}, which holds a part of the model; choose another folder for the checkpoint."
+            )
         if Path(name).is_dir():
             continue
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
