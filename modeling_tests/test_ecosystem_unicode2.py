@@ -67,7 +67,7 @@ def test_lora_with_visual_modules_is_saved_and_restored(either, batch, tmp_path)
 def test_recipe_never_trains_what_peft_would_not_save(model):
     from peft import get_peft_model
 
-    from transformers_unicode2.training.sft import make_lora_config
+    from transformers_unicode2.training.parameters import make_lora_config
 
     names = ["visual_embeddings", "projector", "language_model", "visual_head", "lm_head"]
     peft_model = get_peft_model(model, make_lora_config({"r": 4}, names))

@@ -111,6 +111,11 @@ def test_rows_of_other_kinds_take_no_part():
     assert find_pair(read, [[1, 2]]) == ([1, 2], "a cat")
     assert find_pair(drawn, [[1, 2]]) is None and find_pair(read, [[1], [2]]) is None
     assert find_pair(read[:1], [[1, 2]]) is None
+    # An answer before the image is not about it
+    hello = [{"role": "user", "content": [text]}, {"role": "assistant", "content": [{"type": "text", "text": "hello"}]}]
+    assert find_pair([*hello, *read], [[1, 2]]) == ([1, 2], "a cat")
+    assert find_pair([*hello, read[0]], [[1, 2]]) is None
+    assert find_pair([read[0], {"role": "assistant", "content": []}, *read[1:]], [[1, 2]]) == ([1, 2], "a cat")
 
 
 def test_what_cannot_be_aligned_is_refused(tiny_run, pairs, tmp_path):
@@ -120,6 +125,11 @@ def test_what_cannot_be_aligned_is_refused(tiny_run, pairs, tmp_path):
         (AlignArguments(model, []), {}, "`datasets` is empty"),
         (AlignArguments(model, data, temperature=0.0), {}, "`temperature` is 0"),
         (AlignArguments(model, data), {"per_device_train_batch_size": 1}, "other rows of a batch"),
+        (
+            AlignArguments(model, data),
+            {"learning_rate": 1e-3},
+            "`learning_rate` is 0.001, and `learning_rates` has one",
+        ),
         (AlignArguments(model, data, learning_rates={"head": 1.0}), {}, "`learning_rates` names `head`"),
     ):
         with pytest.raises(ValueError, match=message):

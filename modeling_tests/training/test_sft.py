@@ -1,211 +1,14 @@
-"""Every option of `SFTConfig` is followed or refused; scores, metrics and checkpoints are those of the model."""
+"""A stage follows its options, resumes to the same bytes, and says what learnt."""
 
 import json
 import shutil
 
-import numpy as np
 import pytest
-import torch
-from datasets import Dataset, IterableDataset
-from transformers import TrainerCallback, TrainingArguments
+from datasets import Dataset
 from trl import SFTConfig
 
-from transformers_unicode2.training.checkpointing import ResumedProgress
-from transformers_unicode2.training.prompt_images import swap_images, thin_images
-from transformers_unicode2.training.sft import (
-    StageArguments,
-    UniCode2SFTTrainer,
-    freeze_all_but,
-    keep_settings,
-    main,
-)
-from transformers_unicode2.training.stage import find_last_checkpoint
-
-
-@pytest.fixture
-def rows():
-    """Examples of several lengths, over texts and codes, with the start of each left out of the loss."""
-    rng = np.random.default_rng(0)
-    examples = [rng.integers(20, 768 + 96, size=length).tolist() for length in (9, 14, 20, 31)]
-    return Dataset.from_list([{"input_ids": ids, "labels": [-100] * 4 + ids[4:]} for ids in examples])
-
-
-@pytest.fixture
-def make(model, processor, rows, tmp_path):
-    """Makes trainers of the small model."""
-
-    def make_trainer(train_dataset=rows, **options):
-        others = (
-            "eval_dataset",
-            "compute_metrics",
-            "preprocess_logits_for_metrics",
-            "compute_loss_func",
-            "formatting_func",
-        )
-        others = {name: options.pop(name) for name in others if name in options}
-        settings = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-        settings |= {"max_steps": 1, "logging_steps": 1, "learning_rate": 1e-12, "max_length": None}
-        settings |= {"per_device_train_batch_size": 4, "gradient_checkpointing": False}
-        arguments = SFTConfig(str(tmp_path / "out"), **{**settings, **options})
-        tokenizer = processor.tokenizer
-        return UniCode2SFTTrainer(model, arguments, train_dataset=train_dataset, processing_class=tokenizer, **others)
-
-    return make_trainer
-
-
-def first_loss(trainer) -> float:
-    trainer.train()
-    return trainer.state.log_history[0]["loss"]
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1; it is not followed"),
-        ({"loss_type": "dft"}, "`loss_type` is dft; it is not followed"),
-        ({"neftune_noise_alpha": 5.0}, "the noise would reach text embeddings, but not those of images"),
-        ({"use_liger_kernel": True}, "there are no Liger kernels"),
-        ({"liger_kernel_config": {"rope": True}}, "there are no Liger kernels"),
-        ({"compute_loss_func": len}, "`compute_loss_func` .* the loss is the model's own"),
-        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "are for a model by name"),
-        ({"completion_only_loss": True}, "tokenized already, so `completion_only_loss` has no effect"),
-        ({"completion_only_loss": False}, "tokenized already, so `completion_only_loss` has no effect"),
-        ({"assistant_only_loss": True}, "tokenized already, so `assistant_only_loss` has no effect"),
-        ({"dataset_text_field": "prompt"}, "tokenized already, so `dataset_text_field` has no effect"),
-        ({"chat_template_path": "x.jinja"}, "tokenized already, so `chat_template_path` has no effect"),
-        ({"eos_token": "<|endoftext|>"}, "tokenized already, so `eos_token` has no effect"),
-        ({"formatting_func": str}, "tokenized already, so `formatting_func` has no effect"),
-        (
-            {"packing": True, "max_length": 64, "dataset_kwargs": {"skip_prepare_dataset": True}},
-            "`packing` has no effect",
-        ),
-        (
-            {"shuffle_dataset": True, "dataset_kwargs": {"skip_prepare_dataset": True}},
-            "`shuffle_dataset` has no effect",
-        ),
-        (
-            {"max_length": 16, "dataset_kwargs": {"skip_prepare_dataset": True}},
-            "2 of 4 train examples are longer than `max_length` 16, the longest has 31 ids",
-        ),
-        ({"eval_dataset": [{"input_ids": [1]}]}, "The eval data are a list; give a `Dataset`"),
-        ({"eval_dataset": {"a": iter([])}}, "The eval a data are a list_iterator; give a `Dataset`"),
-        ({"router_aux_loss_coef": 0.1}, "not a Mixture-of-Experts model"),
-    ],
-)
-def test_what_would_be_ignored_is_refused(make, options, message):
-    with pytest.raises(ValueError, match=message):
-        make(**options)
-
-
-@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.9}, {"neftune_noise_alpha": 5.0}])
-def test_what_would_be_ignored_is_refused_in_arguments_of_any_trainer(model, processor, rows, tmp_path, options):
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
-    with pytest.raises(ValueError, match=f"`{next(iter(options))}` is .* it is not followed"):
-        UniCode2SFTTrainer(model, arguments, train_dataset=rows, processing_class=processor.tokenizer)
-    with pytest.raises(ValueError, match="`compute_loss_func` is .* it is not followed"):
-        UniCode2SFTTrainer(model, None, train_dataset=rows, processing_class=processor.tokenizer, compute_loss_func=len)
-
-
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="activations can be moved off the accelerator")
-def test_activations_are_not_moved_where_there_is_no_accelerator(make):
-    with pytest.raises(ValueError, match="`activation_offloading` is true; it moves activations off an accelerator"):
-        make(activation_offloading=True)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"padding_free": True},
-        {"packing": True, "max_length": 80},
-        {"pad_to_multiple_of": 64},
-        {"gradient_checkpointing": True},
-        {"shuffle_dataset": True},
-        {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": 31},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    ],
-)
-def test_how_examples_are_batched_does_not_change_the_loss(make, options):
-    assert first_loss(make(**options)) == pytest.approx(first_loss(make()), rel=1e-5)
-
-
-def test_examples_are_cut_at_max_length(make, rows):
-    short = rows.map(lambda row: {name: row[name][:16] for name in row})
-    assert first_loss(make(max_length=16)) == pytest.approx(first_loss(make(short)), rel=1e-6)
-    assert abs(first_loss(make(max_length=16)) - first_loss(make())) > 1e-4
-
-
-def accuracy(prediction) -> dict[str, float]:
-    scores, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
-    ids = scores if scores.ndim == 2 else scores.argmax(-1)
-    return {"accuracy": float((ids == labels)[labels != -100].mean())}
-
-
-def test_predictions_are_the_scores_of_the_model_and_metrics_come_of_them(make, model, rows):
-    model.eval()
-    trainer = make(eval_dataset=rows, compute_metrics=accuracy, per_device_eval_batch_size=2)
-    predicted = trainer.predict(rows)
-    hits = []
-    for row, scores in zip(rows, predicted.predictions):
-        with torch.no_grad():
-            wanted = model(torch.tensor([row["input_ids"]])).logits[0]
-        length = len(wanted)
-        torch.testing.assert_close(torch.from_numpy(scores[:length]), wanted, rtol=1e-4, atol=1e-4)
-        hits += (wanted.argmax(-1)[3 : length - 1] == torch.tensor(row["labels"][4:])).tolist()
-    assert predicted.label_ids.shape == predicted.predictions.shape[:2] and predicted.predictions.shape[2] == 768 + 96
-    assert predicted.metrics["test_accuracy"] == pytest.approx(np.mean(hits))
-    few = make(
-        eval_dataset=rows, compute_metrics=accuracy, preprocess_logits_for_metrics=lambda scores, _: scores.argmax(-1)
-    )
-    for metrics in (trainer.evaluate(), few.evaluate(), trainer.evaluate(rows)):
-        assert metrics["eval_accuracy"] == pytest.approx(np.mean(hits)) and metrics["eval_visual_loss"] > 0
-
-
-def test_evaluation_takes_what_training_takes_or_says_so(make, rows):
-    trainer = make(eval_dataset={"seen": rows, "some": rows.select([0])})
-    assert {"eval_seen_loss", "eval_some_loss"} <= trainer.evaluate().keys()
-    stream = IterableDataset.from_generator(lambda: iter(list(rows)))
-    assert trainer.evaluate(stream)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"])
-    assert trainer.predict(stream).predictions.shape == trainer.predict(rows).predictions.shape
-    assert trainer.predict(Dataset.from_dict({"text": ["a red circle"]})).predictions.shape[2] == 768 + 96
-    for ask in (trainer.evaluate, trainer.predict):
-        with pytest.raises(ValueError, match="data are a generator; give a `Dataset` or an `IterableDataset`"):
-            ask(row for row in rows)
-
-
-def test_the_best_checkpoint_is_kept_and_loaded_in_the_end(make, rows):
-    """Beside the newest one, with a limit of one; its path, which is noted, is that of the folder in the end."""
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
-    options |= {
-        "load_best_model_at_end": True,
-        "save_total_limit": 1,
-        "learning_rate": 0.5,
-        "metric_for_best_model": "loss",
-    }
-    trainer = make(eval_dataset=rows, **options)
-    trainer.train()
-    best = trainer.state.best_model_checkpoint
-    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    assert best == f"{trainer.args.output_dir}/checkpoint-{min(losses, key=losses.get)}"
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-5)
-    newest = find_last_checkpoint(trainer.args.output_dir)
-    state = json.loads(open(f"{newest}/trainer_state.json").read())
-    assert newest.endswith("checkpoint-4") and state["best_model_checkpoint"] == best
-
-
-def test_resuming_takes_the_newest_whole_checkpoint(make, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    with pytest.raises(ValueError, match="has no whole checkpoint to resume from"):
-        make(**options).train(resume_from_checkpoint=True)
-    make(**options).train()
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    (tmp_path / "out/checkpoint-3/optimizer.pt").unlink()
-    assert find_last_checkpoint(tmp_path / "out").endswith("checkpoint-2")
-    shutil.rmtree(tmp_path / "out/checkpoint-2")
-    trainer = make(**options)
-    trainer.train(resume_from_checkpoint=True)
-    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
-    assert find_last_checkpoint(tmp_path / "nowhere") is None
+from transformers_unicode2.training.mixtures import MixturePart, find_parts
+from transformers_unicode2.training.sft import StageArguments, check_best_metric, keep_settings, main, name_parts
 
 
 def test_text_tokens_weigh_as_the_recipe_says(tiny_run, tmp_path):
@@ -230,11 +33,6 @@ def test_text_tokens_weigh_as_the_recipe_says(tiny_run, tmp_path):
     assert heavy["loss"] == pytest.approx(even["loss"] + 2 * share * even["text_loss"], rel=1e-3)
 
 
-def test_modules_that_are_not_there_are_refused(model):
-    with pytest.raises(ValueError, match="lies in `encoder2`"):
-        freeze_all_but(model, ["encoder2"])
-
-
 def test_what_a_stage_teaches_is_kept_in_the_configs_of_the_model(model):
     args = StageArguments("model", [], caption_prompt="what is it?", max_plan_tokens=9)
     model.generation_config.image_generation = {"temperature": 0.5}
@@ -243,154 +41,6 @@ def test_what_a_stage_teaches_is_kept_in_the_configs_of_the_model(model):
     assert model.generation_config.image_generation == {"temperature": 0.5, "max_plan_tokens": 9}
     keep_settings(model, StageArguments("model", []))
     assert model.config.caption_prompt == "what is it?"
-
-
-@pytest.fixture
-def questions(config):
-    """Examples with images of 16 codes in the question and a text in the answer, and one that draws."""
-    rng = np.random.default_rng(0)
-    examples = []
-    for number in range(6):
-        codes = (768 + rng.integers(0, 96, 16)).tolist()
-        prompt = [20, config.boi_token_id, *codes, config.eoi_token_id]
-        answer = rng.integers(20, 768, 2 + number).tolist()
-        examples.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    drawn = [config.boi_token_id, *codes, config.eoi_token_id]
-    examples.append({"input_ids": [20, *drawn], "labels": [-100, *drawn]})
-    return Dataset.from_list(examples)
-
-
-def score_row(model, ids: list[int], labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-likelihoods of the targets of a row within their own head, and whether each is the best of it."""
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0]
-    chances, hits = [], []
-    for place, label in enumerate(labels):
-        if label != -100:
-            head = logits[place - 1, :768] if label < 768 else logits[place - 1, 768:]
-            chances.append(head.log_softmax(-1)[label - 768 * (label >= 768)].item())
-            hits.append(head.argmax().item() == label - 768 * (label >= 768))
-    return np.array(chances), np.array(hits)
-
-
-def test_evaluation_gives_losses_accuracies_and_the_image_gap_of_its_rows(make, model, questions, capsys):
-    model.eval()
-    metrics = make(eval_dataset=questions, per_device_eval_batch_size=3).evaluate()
-    _, swapped = swap_images(questions, 768)
-    own = [score_row(model, row["input_ids"], row["labels"]) for row in questions]
-    other = [score_row(model, row["input_ids"], row["labels"]) for row in swapped]
-    gaps = [a[0].mean() - b[0].mean() for a, b in zip(own, other)]
-    assert len(gaps) == 6 and metrics["eval_image_gap_rows"] == 6
-    assert metrics["eval_image_gap"] == pytest.approx(np.mean(gaps), abs=1e-4)
-    assert metrics["eval_image_gap_se"] == pytest.approx(np.std(gaps, ddof=1) / 6**0.5, rel=1e-3)
-    # the row that draws has a text at both ends of its image
-    texts, hits = (np.concatenate([row[kind] for row in own[:6]] + [own[6][kind][[0, -1]]]) for kind in (0, 1))
-    assert metrics["eval_text_loss"] == pytest.approx(-texts.mean(), rel=1e-4)
-    assert metrics["eval_text_accuracy"] == pytest.approx(hits.mean())
-    assert metrics["eval_visual_loss"] == pytest.approx(-own[6][0][1:-1].mean(), rel=1e-4)
-    assert metrics["eval_visual_accuracy"] == pytest.approx(own[6][1][1:-1].mean())
-    assert "6 rows: nothing shows that the images are read." in capsys.readouterr().out
-
-
-def test_each_evaluation_data_set_has_metrics_of_its_own(make, questions, rows):
-    metrics = make(eval_dataset={"read": questions, "other": rows}).evaluate()
-    assert {"eval_read_image_gap", "eval_read_text_loss", "eval_other_visual_accuracy"} <= metrics.keys()
-    assert "eval_other_image_gap" not in metrics
-    assert metrics["eval_read_text_loss"] != metrics["eval_other_text_loss"]
-
-
-def test_a_model_that_reads_its_images_has_a_gap(make, model, questions, capsys):
-    options = {"max_steps": 20, "learning_rate": 3e-2, "logging_steps": 20, "per_device_train_batch_size": 6}
-    trainer = make(questions.select(range(6)), eval_dataset=questions, **options)
-    before = trainer.evaluate()
-    trainer.train()
-    after = trainer.evaluate()
-    assert after["eval_image_gap"] > before["eval_image_gap"] + 0.2
-    assert after["eval_image_gap"] > 2 * after["eval_image_gap_se"]
-    assert "the images are read." in capsys.readouterr().out
-
-
-def test_a_step_reads_a_part_of_the_codes_and_evaluation_all(make, model, questions):
-    read = questions.select(range(6))
-    trainer = make(read, eval_dataset=read, per_device_train_batch_size=6)
-    trainer.codes_per_image = 4
-    batch = trainer.data_collator([dict(row) for row in read])
-    thinned = thin_images(batch, 768, 4, seed=0)
-    assert thinned["input_ids"].shape[1] == batch["input_ids"].shape[1] - 12
-    model.eval()
-    with torch.no_grad():
-        expected = model(**thinned).loss.item()
-        whole = model(**batch).loss.item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-4)
-    assert first_loss(trainer) == pytest.approx(expected, rel=1e-4)
-
-
-def test_learning_rates_of_parts_are_followed_and_logged(make, model, questions):
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    freeze_all_but(model, ["projector", "visual_embeddings", "language_model.layers"])
-    options = {"learning_rate": 1e-30, "lr_scheduler_type": "constant", "max_steps": 2}
-    trainer = make(questions.select(range(6)), **options)
-    trainer.learning_rates = {"projector": 1e-2}
-    trainer.train()
-    changed = {name for name, value in model.state_dict().items() if (value - before[name]).abs().max() > 1e-9}
-    assert changed and all("projector" in name for name in changed)
-    logged = trainer.state.log_history[0]
-    assert logged["learning_rate_projector"] == 1e-2 and logged["learning_rate"] == 1e-30
-    trainer = make(questions)
-    trainer.learning_rates = {"visual_head": 1e-2}
-    with pytest.raises(ValueError, match="names `visual_head`, in which no parameter learns"):
-        trainer.train()
-
-
-def test_an_image_in_an_answer_is_learnt_as_the_codes_of_its_pixels(tiny_run, photo, tmp_path):
-    """Chats with pixels and the same chats with codes give the same losses, of which one is the visual head's."""
-    from transformers import AutoProcessor
-
-    from transformers_unicode2 import UniCode2ForConditionalGeneration
-
-    model = UniCode2ForConditionalGeneration.from_pretrained(tiny_run / "model")
-    processor = AutoProcessor.from_pretrained(tiny_run / "model")
-    image, text = {"type": "image"}, {"type": "text", "text": "a red circle"}
-    drawing = [{"role": "user", "content": [text]}, {"role": "assistant", "content": [image]}]
-    reading = [{"role": "user", "content": [image]}, {"role": "assistant", "content": [text]}]
-    chats = Dataset.from_list([{"messages": chat, "images": [photo]} for chat in (drawing, reading)])
-    with torch.no_grad():
-        ids = model.get_image_tokens(processor(images=photo, return_tensors="pt")["pixel_values"])[0].tolist()
-    coded = [processor.encode_chat(chat, [ids]) for chat in (drawing, reading)]
-    coded = [{"input_ids": i, "labels": [a if m else -100 for a, m in zip(i, mask)]} for i, mask in coded]
-    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "logging_steps": 1}
-    settings |= {"max_length": None, "per_device_train_batch_size": 2, "learning_rate": 0.1, "disable_tqdm": True}
-    settings |= {"save_strategy": "no", "gradient_checkpointing": False}
-    logs, head = [], model.visual_head.linear.weight.detach().clone()
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    for data, options in ((chats, {"assistant_only_loss": True}), (Dataset.from_list(coded), {})):
-        model.load_state_dict(start)
-        freeze_all_but(model, ["projector", "visual_embeddings", "language_model", "lm_head", "visual_head"])
-        arguments = SFTConfig(str(tmp_path), **settings, **options)
-        given = processor if "images" in data.column_names else processor.tokenizer
-        trainer = UniCode2SFTTrainer(model, arguments, train_dataset=data, processing_class=given)
-        trainer.train()
-        logs.append(trainer.state.log_history[0])
-        assert not torch.equal(model.visual_head.linear.weight, head)
-    for name in ("loss", "text_loss", "visual_loss"):
-        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4) and logs[0][name] > 0
-
-
-def test_the_bar_of_a_resumed_run_counts_its_own_steps(make, monkeypatch):
-    options = {"save_strategy": "steps", "save_steps": 2, "disable_tqdm": False}
-    make(**options, max_steps=2).train()
-    trainer = make(**options, max_steps=4)
-    bars = []
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            bar = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ResumedProgress)).training_bar
-            bars.append((bar.n, bar.initial, bar.format_dict["total"]))
-
-    trainer.add_callback(Watch)
-    trainer.train(resume_from_checkpoint=True)
-    # the bar is moved after this callback or before it, by one step
-    assert len(bars) == 2 and bars[-1][0] in (3, 4) and bars[0][1:] == (2, 4)
 
 
 STAGE = {
@@ -428,7 +78,7 @@ def test_a_killed_stage_resumes_to_the_same_bytes(tiny_run, tmp_path, kind):
     assert {f"learning_rate_{part}" for part in STAGE[kind]["learning_rates"]} <= history[0].keys()
     assert {"eval_caption_image_gap", "eval_text_to_image_visual_loss"} <= set().union(*history)
     card = (tmp_path / "killed/README.md").read_text()
-    assert "eval_caption_image_gap" in card and "tokens/caption" in card
+    assert "eval_caption_image_gap" in card and "| caption | train | 48 |" in card and str(tiny_run) not in card
 
 
 @pytest.mark.slow
@@ -448,29 +98,55 @@ def test_evaluation_without_data_is_refused(tmp_path):
         main(StageArguments("model", [{"path": "x"}]), SFTConfig(str(tmp_path), use_cpu=True, eval_strategy="epoch"))
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_a_stock_trainer_stops_at_images_in_answers_and_trains_texts(tiny_run, photo, tmp_path, adapted):
-    from peft import LoraConfig
-    from transformers import AutoProcessor
-    from trl import SFTTrainer
+@pytest.mark.parametrize(
+    "options, settings, message",
+    [
+        ({"codes_per_image": 4}, {"packing": True}, "`codes_per_image` is not for rows that are joined"),
+        ({"codes_per_image": 4, "learn_all_images": True}, {}, "learns every code of every image"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(tmp_path, options, settings, message):
+    args = StageArguments("model", [{"path": "x"}], **options)
+    with pytest.raises(ValueError, match=message):
+        main(args, SFTConfig(str(tmp_path / "out"), use_cpu=True, **settings))
+    assert not list(tmp_path.iterdir())
 
-    from transformers_unicode2 import UniCode2ForConditionalGeneration
 
-    processor = AutoProcessor.from_pretrained(tiny_run / "model")
-    image, text = {"type": "image"}, {"type": "text", "text": "a red circle"}
-    drawing = [{"role": "user", "content": [text]}, {"role": "assistant", "content": [image]}]
-    reading = [{"role": "user", "content": [image]}, {"role": "assistant", "content": [text]}]
-    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "disable_tqdm": True}
-    settings |= {"max_length": None, "save_strategy": "no", "gradient_checkpointing": False}
+def make_part(path: str, split: str = "train", fraction: float | None = None) -> MixturePart:
+    return MixturePart(path, split, fraction, ())
 
-    def train(chat: list[dict], **options) -> None:
-        model = UniCode2ForConditionalGeneration.from_pretrained(tiny_run / "model")
-        data = Dataset.from_list([{"messages": chat, "images": [photo]}] * 2)
-        lora = LoraConfig(target_modules=["q_proj"]) if adapted else None
-        arguments = SFTConfig(str(tmp_path), **settings, **options)
-        SFTTrainer(model, arguments, train_dataset=data, processing_class=processor, peft_config=lora).train()
 
-    for chat, options in ((drawing, {"assistant_only_loss": True}), (reading, {})):
-        with pytest.raises(ValueError, match="targets of this batch are of images, and the trainers of TRL learn text"):
-            train(chat, **options)
-    train(reading, assistant_only_loss=True)
+def test_evaluation_data_sets_have_names_that_tell_them_apart():
+    paths = ["/data/a/read", "/data/b/read", "draw"]
+    assert list(name_parts([make_part(path) for path in paths])) == ["a_read", "b_read", "draw"]
+    assert list(name_parts([make_part("/data/read", split) for split in ("val", "test")])) == ["read-val", "read-test"]
+    assert name_parts([]) == {}
+    with pytest.raises(ValueError, match="each data set and split may be there once"):
+        name_parts([make_part("/data/read")] * 2)
+    with pytest.raises(ValueError, match="evaluation reads all rows of each"):
+        name_parts([make_part("/data/read", fraction=0.5)])
+
+
+def test_folders_within_a_data_set_are_parts_of_their_own(tiny_run):
+    folders = [{"path": str(tiny_run / "tokens"), "data_dir": name} for name in ("caption", "questions")]
+    assert list(name_parts(find_parts(folders, "`eval_datasets`"))) == ["caption", "questions"]
+
+
+@pytest.mark.parametrize("metric", ["read_image_gap", "eval_draw_loss", "loss", "image_gap"])
+def test_a_best_metric_that_the_evaluation_lacks_is_refused(tmp_path, metric):
+    read = [{"input_ids": [20, 800, 801 + n, 30], "labels": [-100, -100, -100, 30]} for n in range(2)]
+    draw = [{"input_ids": [20, 800], "labels": [-100, 800]}]
+    held = {"read": Dataset.from_list(read), "draw": Dataset.from_list(draw)}
+    arguments = SFTConfig(str(tmp_path), use_cpu=True, eval_strategy="steps", metric_for_best_model=metric)
+    known = ["eval_read_loss", "eval_read_text_loss", "eval_read_text_accuracy", "eval_read_image_gap"]
+    known += ["eval_draw_loss", "eval_draw_visual_loss", "eval_draw_visual_accuracy"]
+    if f"eval_{metric.removeprefix('eval_')}" in known:
+        check_best_metric(arguments, held, 768)
+    else:
+        with pytest.raises(ValueError, match=f"is {metric}, and the evaluation has {', '.join(known)}; name one"):
+            check_best_metric(arguments, held, 768)
+    if metric == "image_gap":
+        check_best_metric(arguments, {"read": held["read"]}, 768)
+        arguments.packing = True
+        with pytest.raises(ValueError, match="the evaluation has eval_loss, eval_text_loss, eval_text_accuracy; name"):
+            check_best_metric(arguments, {"read": held["read"]}, 768)

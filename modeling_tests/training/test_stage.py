@@ -39,7 +39,8 @@ def test_codes_and_a_codebook_of_others_are_refused(inputs, tmp_path):
 def test_codes_that_are_none_of_the_model_are_refused(inputs, tmp_path):
     from datasets import Dataset
 
-    messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": []}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
+    messages = [{"role": "user", "content": [{"type": "image", "text": None}]}, answer]
     for codes, sentence in (
         ([[8192] * 64], "has codes from 8192 to 8192"),
         ([[-1] * 64], "has codes from -1 to -1"),

@@ -21,7 +21,7 @@ Rows with one image, in a turn of the user, and an answer in text take part.
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -163,11 +163,13 @@ class AlignmentTrainer(StageTrainer):
 
 def find_pair(messages: list[dict], images: list[list[int]]) -> tuple[list[int], str] | None:
     """The codes of the image and the caption of a chat, `None` if it is of another kind."""
-    asked = [part["type"] for message in messages if message["role"] == "user" for part in message["content"]]
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if len(images) != 1 or asked.count("image") != 1 or not answers:
+    places = [(turn, number) for number, turn in enumerate(messages) for p in turn["content"] if p["type"] == "image"]
+    if len(images) != 1 or len(places) != 1 or places[0][0]["role"] != "user":
         return None
-    caption = "".join(part["text"] or "" for part in answers[0] if part["type"] == "text").strip()
+    # What was answered before the image is not about it
+    answers = (turn["content"] for turn in messages[places[0][1] :] if turn["role"] == "assistant")
+    captions = ("".join(part["text"] or "" for part in answer if part["type"] == "text").strip() for answer in answers)
+    caption = next(filter(None, captions), None)
     return (images[0], caption) if caption else None
 
 
@@ -239,6 +241,12 @@ def main(args: AlignArguments, training_args: TrainingArguments) -> None:
         raise ValueError("`datasets` is empty; name at least one folder that `unicode2 tokenize` wrote.")
     if not args.temperature > 0:
         raise ValueError(f"`temperature` is {args.temperature:g}; it must be above 0.")
+    default = next(field.default for field in fields(training_args) if field.name == "learning_rate")
+    if training_args.learning_rate != default and {"projector", "visual_embeddings"} <= args.learning_rates.keys():
+        raise ValueError(
+            f"`learning_rate` is {training_args.learning_rate:g}, and `learning_rates` has one for each part that "
+            "learns; leave out one of the two."
+        )
     if training_args.per_device_train_batch_size < 2:
         raise ValueError("`per_device_train_batch_size` is 1; a caption is told from those of other rows of a batch.")
     parts, eval_parts = find_parts(args.datasets, "`datasets`"), find_parts(args.eval_datasets, "`eval_datasets`")

@@ -59,10 +59,11 @@ def find_parts(datasets: list[dict], option: str) -> list[MixturePart]:
                 "`data_dir`."
             )
         config = DatasetConfig(**fields)
-        folder = str(Path(find_folder(str(config.path), option), config.data_dir or ""))
+        inner = config.data_dir or ""
+        folder = str(Path(find_folder(str(config.path), option), inner))
         files = find_tables(folder, config.split, option)
         check_columns(files)
-        parts.append(MixturePart(str(config.path), config.split, config.fraction, tuple(files)))
+        parts.append(MixturePart(str(Path(config.path, inner)), config.split, config.fraction, tuple(files)))
     check_fractions([part.fraction for part in parts], option)
     return parts
 

@@ -144,6 +144,12 @@ class PartRates:
     learning_rates: dict = {}
     master_weights = False
 
+    def training_step(self, *args, **kwargs):
+        if self.learning_rates:
+            # Those of this step: when it is logged, the schedule is at the next
+            self.rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
+        return super().training_step(*args, **kwargs)
+
     def create_optimizer(self, model=None):
         model = self.model if model is None else model
         if self.optimizer is None and (self.learning_rates or self.master_weights):
@@ -165,9 +171,7 @@ class PartRates:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" in logs and self.learning_rates:
-            for group in self.optimizer.param_groups:
-                name = f"learning_rate_{group['part']}" if group["part"] else "learning_rate"
-                logs[name] = group["lr"]
+            logs |= {f"learning_rate_{part}" if part else "learning_rate": rate for part, rate in self.rates.items()}
         super().log(logs, start_time)
 
 

@@ -8,6 +8,7 @@ from pyarrow import parquet
 from ..adapters import note_base
 from ..cards import write_card
 from ..record import shorten
+from .parameters import find_learning
 
 # Of the training arguments those that a reader looks for first
 TRAINING = tuple(
@@ -40,7 +41,7 @@ def describe(
     figures = {f"train_{name}": value for name, value in logged.items() if name.endswith("loss")} | metrics
     figures = [{"figure": n, "value": value} for n, value in figures.items() if not n.endswith(OF_THE_RUN)]
     kind = "An adapter (LoRA) of" if args.lora else "Continued from"
-    learnt = ", ".join(f"`{name}`" for name in args.train_modules if not (args.lora and name == "lm_head"))
+    learnt = ", ".join(f"`{name}`" for name in find_learning(model, args.train_modules))
     write_card(
         folder,
         name,

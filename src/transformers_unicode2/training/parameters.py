@@ -1,5 +1,9 @@
 """Which parameters of a model learn, how fast, and adapters in their place."""
 
+import re
+
+LAYERS = "language_model.layers"
+
 
 def lies_in(name: str, module: str) -> bool:
     """Whether a parameter lies in a module, both by their dotted names; any part of a path names a module."""
@@ -9,20 +13,40 @@ def lies_in(name: str, module: str) -> bool:
 def freeze_all_but(model, modules: list[str]) -> None:
     """Lets the parameters learn that lie in one of `modules`, such as `projector` or `language_model.layers`.
 
-    Raises `ValueError` for a name that matches none.
+    Raises `ValueError` for a name that matches none, or in which nothing would learn.
     """
     check_modules(model, modules)
     for name, parameter in model.named_parameters():
         learns = any(lies_in(name, module) for module in modules)
         parameter.requires_grad_(learns and ".quantizer." not in name)
+    check_learning(model, modules)
 
 
 def check_modules(model, modules: list[str]) -> None:
-    names = [name for name, _ in model.named_parameters()]
+    """Raises `ValueError` for a name that matches no parameter, and when there are no names."""
+    if not modules:
+        raise ValueError("`train_modules` is empty, so nothing would learn; name at least one module.")
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for module in modules:
-        # A tied head has no parameter
-        if not any(lies_in(name, module) for name in names) and module != "lm_head":
+        if not any(lies_in(name, module) for name in names):
             raise ValueError(f"No parameter of the model lies in `{module}`; check `train_modules`.")
+
+
+def find_learning(model, modules: list[str]) -> list[str]:
+    """Those of `modules` in which a parameter learns. A tied head learns with the token embedding."""
+    learning = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    return [module for module in modules if any(lies_in(name, module) for name in learning)]
+
+
+def check_learning(model, modules: list[str]) -> None:
+    """Raises `ValueError` for a module in which nothing learns."""
+    learning = find_learning(model, modules)
+    for module in modules:
+        if module not in learning:
+            raise ValueError(
+                f"Nothing in `{module}` would learn: the quantizer is frozen, adapters are on linear layers alone, and a "
+                "head that is tied to the token embedding learns with that; check `train_modules`."
+            )
 
 
 def find_part(name: str, parts: dict[str, float]) -> str | None:
@@ -33,6 +57,10 @@ def find_part(name: str, parts: dict[str, float]) -> str | None:
 def read_rates(learning_rates: dict[str, float | str]) -> dict[str, float]:
     """The learning rates of a recipe as numbers; YAML takes 1e-3 for a text. Raises `ValueError` on other texts."""
     read = {}
+    if not isinstance(learning_rates, dict):
+        raise ValueError(
+            f"`learning_rates` is {learning_rates!r}; it needs names and rates, such as {{projector: 1e-3}}."
+        )
     for part, rate in learning_rates.items():
         try:
             read[part] = float(rate)
@@ -76,25 +104,55 @@ def group_parameters(model, decayed: list[str], weight_decay: float, learning_ra
     return groups
 
 
+def adapt(model, lora: dict, train_modules: list[str]):
+    """The model with adapters, see `make_lora_config`.
+
+    Raises `ValueError` when PEFT does not take `lora`, and for a module in which nothing would learn.
+    """
+    from peft import get_peft_model
+
+    check_modules(model, train_modules)
+    config = make_lora_config(lora, train_modules)
+    embedding = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+    whole = next((name for name in config.modules_to_save or () if lies_in(embedding, name)), None)
+    if whole and model.config.tie_word_embeddings:
+        raise ValueError(
+            f"`{whole}` is tied to the text head, which adapters leave as it is; take it out of `train_modules`, or "
+            "train without `lora`."
+        )
+    try:
+        adapted = get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`lora` is {lora}, which PEFT does not take: {error}") from error
+    check_learning(adapted, [name for name in train_modules if name != "lm_head"])
+    return adapted
+
+
 def make_lora_config(lora: dict, train_modules: list[str]):
     """LoRA on the linear layers of the language model; the other modules that learn are trained and saved whole.
 
-    PEFT saves its adapters and `modules_to_save` and silently nothing else, so no module learns that is in neither.
-    The text head stays as it is: the trainers of TRL refuse an adapter on it. Raises `ValueError` when `train_modules`
-    leave the language model out, since then there is nothing to adapt.
+    Names within `language_model.layers` have adapters on their layers alone. The text head stays as it is: the trainers
+    of TRL refuse an adapter on it. PEFT saves its adapters and `modules_to_save` and silently nothing else, so no
+    module learns that is in neither. Raises `ValueError` when `train_modules` name no layers, since then there is
+    nothing to adapt, or when PEFT knows no such fields.
     """
     from peft import LoraConfig
 
     if not isinstance(lora, dict):
         raise ValueError(f"`lora` is {lora!r}; it needs fields of LoraConfig, such as {{r: 16}}.")
-    adapted = [name for name in train_modules if name.split(".")[0] == "language_model"]
-    if not adapted:
+    all_layers = [name for name in train_modules if f".{name}".endswith((".language_model", f".{LAYERS}"))]
+    some = [name for name in train_modules if f".{LAYERS}." in f".{name}"]
+    if not all_layers + some:
         raise ValueError(
-            f"`lora` adapts the language model, which is not among `train_modules`: {', '.join(train_modules)}."
+            f"`lora` adapts the language model, whose layers are not among `train_modules`: {', '.join(train_modules)}."
         )
+    patterns = [rf".*(?<![^.]){re.escape(name)}(\..*)?(?<=_proj)" for name in some]
     defaults = {
-        "target_modules": r".*language_model\.layers.*_proj",
-        "modules_to_save": [name for name in train_modules if name not in (*adapted, "lm_head")],
+        "target_modules": r".*language_model\.layers.*_proj" if all_layers else "|".join(patterns),
+        "modules_to_save": [name for name in train_modules if name not in (*all_layers, *some, "lm_head")],
         "task_type": "CAUSAL_LM",
     }
-    return LoraConfig(**{**defaults, **lora})
+    try:
+        return LoraConfig(**{**defaults, **lora})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`lora` is {lora}, which PEFT does not take: {error}") from error

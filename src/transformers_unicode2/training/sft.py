@@ -11,6 +11,7 @@ continue from other weights, name them as `model`.
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import pyarrow.compute as pc
 from trl import SFTConfig
 
 from ..processes import agree
@@ -18,9 +19,10 @@ from .chats import build_examples
 from .mixtures import MixturePart, check_mixture, check_targets, find_parts, hash_parts, open_mixture
 from .optimizer import MuonWithAdamW, check_muon
 from .outcome import describe
-from .parameters import check_modules, check_rates, freeze_all_but, make_lora_config, read_rates
+from .parameters import adapt, check_rates, freeze_all_but, read_rates
+from .prompt_images import swap_images
 from .stage import Stage, hash_inputs, run, stage
-from .trainer import OF_TEXTS, UniCode2SFTTrainer, check_lengths
+from .trainer import OF_TEXTS, UniCode2SFTTrainer, check_lengths, check_thinning, joins_rows
 
 
 @dataclass
@@ -100,6 +102,7 @@ def main(args: StageArguments, training_args: SFTConfig) -> None:
     """See `stage` for what may change when a stage is started again."""
     check_arguments(args, training_args)
     parts, eval_parts = find_parts(args.datasets, "`datasets`"), find_parts(args.eval_datasets, "`eval_datasets`")
+    name_parts(eval_parts)
 
     # How the sequences of a step are spread does not matter to a loss over their tokens
     spread = {"gradient_accumulation_steps": 1, "num_processes": 1}
@@ -130,6 +133,13 @@ def check_arguments(args: StageArguments, training_args: SFTConfig) -> None:
         raise ValueError(f"`codes_per_image` is {args.codes_per_image}; it must be at least 1.")
     if training_args.do_eval and not args.eval_datasets:
         raise ValueError("Evaluation is asked for, and there are no `eval_datasets`; name at least one.")
+    if args.codes_per_image is not None:
+        check_thinning(training_args)
+        if args.learn_all_images:
+            raise ValueError(
+                "`learn_all_images` learns every code of every image, so `codes_per_image` would leave out none; give "
+                "one of the two."
+            )
     if args.muon:
         check_muon(training_args)
         if args.master_weights:
@@ -191,19 +201,57 @@ def build_data(
         name: build_examples(open_mixture([part], training_args.seed), processor, visual_token_offset)
         for name, part in name_parts(eval_parts).items()
     }
+    check_best_metric(training_args, held_out, visual_token_offset)
     if training_args.max_length is not None:
         for name, data in {"train": examples, **held_out}.items():
             check_lengths(name, data, training_args.max_length)
     return examples, held_out
 
 
+def check_best_metric(training_args: SFTConfig, held_out: dict, visual_token_offset: int) -> None:
+    """Raises `ValueError` when `metric_for_best_model` is no metric of the evaluation to come.
+
+    Args:
+        training_args: training arguments.
+        held_out: examples by the names of data sets, as `build_data` makes them.
+        visual_token_offset: first visual token id.
+    """
+    if training_args.metric_for_best_model is None or training_args.eval_strategy == "no":
+        return
+    known = []
+    for name, examples in held_out.items():
+        batches = examples.select_columns("labels").with_format("arrow").iter(4096)
+        targets = [pc.list_flatten(batch["labels"]) for batch in batches]
+        has_visual = any((pc.max(part).as_py() or 0) >= visual_token_offset for part in targets)
+        text = (pc.and_(pc.greater_equal(part, 0), pc.less(part, visual_token_offset)) for part in targets)
+        has_text = any(pc.any(part).as_py() for part in text)
+        has_gap = not joins_rows(training_args) and len(swap_images(examples, visual_token_offset)[0]) >= 2
+        found = ["loss", *["text_loss", "text_accuracy"] * has_text, *["visual_loss", "visual_accuracy"] * has_visual]
+        found += ["image_gap"] * has_gap
+        known += [f"eval_{name}_{metric}" if len(held_out) > 1 else f"eval_{metric}" for metric in found]
+    if f"eval_{training_args.metric_for_best_model.removeprefix('eval_')}" not in known:
+        raise ValueError(
+            f"`metric_for_best_model` is {training_args.metric_for_best_model}, and the evaluation has "
+            f"{', '.join(known)}; name one of these."
+        )
+
+
 def name_parts(parts: list[MixturePart]) -> dict[str, MixturePart]:
-    """Parts by the last names of their paths, or by whole paths where these are equal."""
-    names = [Path(part.path).name for part in parts]
-    return {
-        name if names.count(name) == 1 else f"{part.path}-{part.split}".replace("/", "_"): part
-        for name, part in zip(names, parts)
-    }
+    """Parts by the shortest ends of their paths that tell them apart, with their splits where paths are equal.
+
+    Raises `ValueError` when two parts are the same, or one has a fraction, since evaluation reads all rows.
+    """
+    if any(part.fraction is not None for part in parts):
+        raise ValueError("`eval_datasets` have a `fraction`; evaluation reads all rows of each, so leave it out.")
+    names = []
+    for length in range(1, 1 + max((len(Path(part.path).parts) for part in parts), default=0)):
+        ends = ["_".join(Path(part.path).parts[-length:]) for part in parts]
+        names = [f"{end}-{part.split}" if ends.count(end) > 1 else end for end, part in zip(ends, parts)]
+        if len(set(names)) == len(parts):
+            break
+    if len(set(names)) < len(parts):
+        raise ValueError(f"`eval_datasets` name {', '.join(names)}; each data set and split may be there once.")
+    return dict(zip(names, parts))
 
 
 def keep_settings(model, args: StageArguments) -> None:
@@ -219,13 +267,10 @@ def keep_settings(model, args: StageArguments) -> None:
 
 def select_parameters(model, args: StageArguments):
     """The model with the parameters that learn, or with adapters."""
-    if not args.lora:
-        freeze_all_but(model, args.train_modules)
-        return model
-    from peft import get_peft_model
-
-    check_modules(model, args.train_modules)
-    return get_peft_model(model, make_lora_config(args.lora, args.train_modules))
+    if args.lora:
+        return adapt(model, args.lora, args.train_modules)
+    freeze_all_but(model, args.train_modules)
+    return model
 
 
 def make_trainer(

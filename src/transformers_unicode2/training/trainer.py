@@ -1,8 +1,12 @@
 """The drop-in for TRL's `SFTTrainer` that trains both heads, and what it refuses since its loss would ignore it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -32,6 +36,13 @@ OF_TEXTS = {
 }
 
 
+# When the image gap is not measured
+JOINED = (
+    "No image gap: `packing` and `padding_free` join rows; it is measured with `eval_packing: false` and "
+    "`per_device_eval_batch_size: 1`."
+)
+
+
 class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
     """`SFTTrainer` whose loss is the model's own, over both heads; TRL's fused one knows a single head.
 
@@ -48,7 +59,7 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
     Attributes:
         text_weight (`float`): weight of a text token in the loss.
         codes_per_image (`int`, *optional*): codes of each image in a prompt that a training step reads, drawn anew in
-            each step; evaluation reads all.
+            each step; evaluation reads all. Not for joined rows (`packing`, `padding_free`) nor for chats with images.
 
     Raises:
         `ValueError`: on options that this loss or data that are tokenized already would ignore, see `check_options`.
@@ -66,6 +77,29 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
             raise ValueError(
                 "The loss has no part for the routers of experts; set `router_aux_loss_coef` to 0 to train without it."
             )
+
+    def train(self, *args, **kwargs):
+        """As of `Trainer`. Raises `ValueError` on data that `codes_per_image` is not for."""
+        if self.codes_per_image is not None:
+            check_thinning(self.args)
+            if not isinstance(self.data_collator, DataCollatorForLanguageModeling):
+                raise ValueError(
+                    "`codes_per_image` is for tokenized rows, and these are chats with images; give the data to "
+                    "`unicode2 tokenize`, or leave it out."
+                )
+        return super().train(*args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
+        # How training orders rows is not for evaluation, where the image gap finds rows by their places
+        return SequentialSampler(eval_dataset)
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        with all_rows(self.args):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
+        with all_rows(self.args):
+            return super().get_test_dataloader(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         offset = self.accelerator.unwrap_model(model).config.visual_token_offset
@@ -140,8 +174,11 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
             `image_gap`, `image_gap_se` and `image_gap_rows`, or nothing when fewer than two rows count.
         """
         is_tokenized = isinstance(dataset, Dataset) and {"input_ids", "labels"} <= set(dataset.column_names)
-        # Packed and joined rows cannot be told apart
-        if not is_tokenized or len(rows) != len(dataset):
+        if not is_tokenized:
+            return {}
+        if joins_rows(self.args) or len(rows) != len(dataset):
+            if self.is_world_process_zero():
+                tqdm.write(JOINED)
             return {}
         offset = self.accelerator.unwrap_model(self.model).config.visual_token_offset
         chosen, swapped = swap_images(dataset, offset)
@@ -176,6 +213,32 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
         """None is written: TRL's knows neither the stage nor its data, and would lie beside weights that are not there
         yet.
         """
+
+
+@contextmanager
+def all_rows(args: TrainingArguments) -> Iterator[None]:
+    """Sets `dataloader_drop_last`, which is for training, aside for a while."""
+    drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drop_last
+
+
+def joins_rows(args: SFTConfig) -> bool:
+    """Whether evaluation joins rows, so that they cannot be told apart."""
+    packed = args.packing if args.eval_packing is None else args.eval_packing
+    joins_batches = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+    return packed or (joins_batches and args.per_device_eval_batch_size > 1)
+
+
+def check_thinning(args: SFTConfig) -> None:
+    """Raises `ValueError` on options with which `codes_per_image` cannot be followed."""
+    for name in ("packing", "padding_free"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`codes_per_image` is not for rows that are joined, and `{name}` joins them; leave out one of the two."
+            )
 
 
 def check_options(model, args: TrainingArguments | None, others: dict) -> None:
