@@ -126,7 +126,7 @@ def execute(command: str, words: str, output, *more: str) -> tuple[int, str]:
 @pytest.fixture
 def small_disk(tmp_path):
     """Mounts a disk of a given size in bytes, or resizes it. Skips the test where nothing can be mounted."""
-    disk = tmp_path / "disk"
+    disk = tmp_path / "output"
     disk.mkdir()
 
     def resize(size: int, option: str = "") -> Path:
@@ -149,6 +149,8 @@ def wanted(inputs):
         output = folder / command.replace(" ", "_")
         if command not in known:
             if not output.exists():
+                # Cards name their folders, so all outputs that are compared have one name
+                output = output.with_name(f"{output.name}-wanted") / "output"
                 assert execute(command, commands[command], output)[0] == 0
             known[command] = read(output), sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
         return known[command]
@@ -168,6 +170,6 @@ def stage_runs(inputs, wanted, tmp_path_factory):
     folder, commands = inputs
     words = commands["sft"].replace("--save_total_limit 1", "--save_total_limit 9 --logging_steps 1")
     words = words.replace("steps 2", "steps 3")
-    whole = tmp_path_factory.mktemp("stage") / "whole"
+    whole = tmp_path_factory.mktemp("stage") / "output"
     assert execute("sft", words, whole)[0] == 0
     return words, whole

@@ -93,27 +93,27 @@ def start(command: str, words: list[str], output: Path, kill_at: int = sys.maxsi
 
 
 def read(output: Path) -> dict[str, bytes]:
-    """The result in an output, without the files of a single run, copied code, and the output's place in its card."""
+    """The result in an output, without the files of a single run and without copied code."""
     files = [path for path in output.rglob("*") if path.is_file() and path.suffix != ".py"]
     names = {path: path.relative_to(output) for path in files}
-    contents = {
+    return {
         str(name): path.read_bytes()
         for path, name in names.items()
         if not any(part.startswith((".unicode2", "checkpoint-")) for part in name.parts)
     }
-    if "README.md" in contents:
-        card = contents["README.md"].replace(str(output).encode(), b"OUTPUT")
-        contents["README.md"] = card.replace(f"# {output.name}\n".encode(), b"# OUTPUT\n")
-    return contents
 
 
 def main(command: str, num_kills: int, folder: Path, words: list[str]) -> dict:
     random.seed(command)
-    events, status = start(command, words, folder / "whole")
+    # Cards name their folders, so all outputs have one name
+    whole = folder / "whole" / "output"
+    whole.parent.mkdir()
+    events, status = start(command, words, whole)
     report = {"events": events, "kills": 0, "wrong": [], "status": status}
-    wanted, chain = read(folder / "whole"), 0
+    wanted, chain = read(whole), 0
     while report["kills"] < num_kills and chain < 2 * num_kills:
-        output, chain = folder / f"killed-{chain}", chain + 1
+        output, chain = folder / f"killed-{chain}" / "output", chain + 1
+        output.parent.mkdir()
         at = [random.randrange(1, events) for _ in range(min(2, num_kills - report["kills"]))]
         report["kills"] += sum(start(command, words, output, kill_at)[1] is None for kill_at in at)
         status = start(command, words, output)[1]

@@ -24,9 +24,27 @@ def test_a_card_has_metadata_tables_and_settings(tmp_path):
     assert "| torch |" in text
 
 
+def test_a_card_names_no_place_of_this_machine(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    base = str(tmp_path / "runs" / "base")
+    settings = {
+        "model": base,
+        "datasets": [{"path": "runs/base"}, {"path": "org/data"}],
+        "start": tmp_path / "gone.yaml",
+    }
+    write_card(tmp_path, "runs/own", f"Of `{base}` and `org/llm`.", [base], {"Parts": [{"of": base, "n": 2}]}, settings)
+    text = (tmp_path / "README.md").read_text()
+    assert str(tmp_path) not in text and "runs/" not in text
+    assert "# own\n" in text and 'model="own"' in text and "Of `base` and `org/llm`." in text and "| base | 2 |" in text
+    assert '"model": "base"' in text and '"path": "org/data"' in text and '"start": "gone.yaml"' in text
+
+
 def test_the_snippet_of_a_card_runs(tiny_checkpoint, photo, tmp_path, monkeypatch, capsys):
+    """Beside the folder that it is about."""
     monkeypatch.chdir(tmp_path)
     photo.save("picture.png")
+    (tmp_path / tiny_checkpoint.name).symlink_to(tiny_checkpoint)
     write_card(tmp_path, str(tiny_checkpoint), "Tiny.", [])
     exec(re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.S)[1], {})
     assert capsys.readouterr().out.strip()

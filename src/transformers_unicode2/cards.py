@@ -1,6 +1,8 @@
 """Model cards of what the commands write: true figures, settings and data, and a snippet that runs."""
 
 import json
+import os
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -45,9 +47,11 @@ def write_card(
 ) -> None:
     """Writes `README.md` of a checkpoint or adapter, whole or not at all.
 
+    It is for readers elsewhere, so it names folders of this machine by their last names, see `name_places`.
+
     Args:
         folder (`str` or `Path`): what the card describes.
-        name (`str`): folder or Hub name under which the snippet loads it.
+        name (`str`): the folder in the end. The snippet loads it from the folder beside it, by its last name.
         summary (`str`): sentences that say what it is and how it was made.
         base_models (`list[str]`): folders or Hub names of what it was made of. Only Hub names become metadata.
         tables (`dict[str, list[dict]]`, *optional*): rows of equal keys under each heading.
@@ -65,13 +69,31 @@ def write_card(
         pipeline_tag="image-text-to-text",
         tags=tags,
     )
+    name = Path(os.path.abspath(name)).name
     snippet = (ADAPTER if adapter else CHECKPOINT).format(name=name, question=question)
-    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {Path(name).name}\n", f"{summary}\n", f"```python\n{snippet}```\n"]
-    parts += [f"## {heading}\n\n{write_table(rows)}" for heading, rows in (tables or {}).items() if rows]
+    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", f"{name_places(summary)}\n", f"```python\n{snippet}```\n"]
+    parts += [f"## {heading}\n\n{write_table(name_places(rows))}" for heading, rows in (tables or {}).items() if rows]
     if settings:
-        parts.append(f"## Settings\n\n```json\n{json.dumps(settings, indent=2, default=str, sort_keys=True)}\n```\n")
+        written = json.dumps(name_places(settings), indent=2, default=str, sort_keys=True)
+        parts.append(f"## Settings\n\n```json\n{written}\n```\n")
     parts.append(f"## Versions\n\n{write_table(find_versions())}")
     write_file(Path(folder) / "README.md", "\n".join(parts).encode())
+
+
+def name_places(value):
+    """A text, list or dictionary whose paths of this machine, alone or in backticks, have become their last names.
+
+    A path is what begins at the root, or has a slash and is there. Other texts, such as Hub names, stay.
+    """
+    if isinstance(value, dict):
+        return {name: name_places(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [name_places(part) for part in value]
+    if not isinstance(value, str | Path):
+        return value
+    text = re.sub("`([^`]+)`", lambda found: f"`{name_places(found[1])}`", str(value))
+    is_place = os.path.isabs(text) or "/" in text and os.path.exists(text)
+    return Path(os.path.abspath(text)).name if is_place else text
 
 
 def write_table(rows: list[dict]) -> str:
