@@ -124,7 +124,7 @@ def test_a_parquet_file_that_is_damaged_inside_is_named(tmp_path, tiny_checkpoin
     with pytest.raises(ValueError, match="train-0.parquet is no whole parquet file"):
         list(ImageSource(str(file)).read(0, 20))
     with pytest.raises(ValueError, match="train-0.parquet is no whole parquet file"):
-        tokenize(tmp_path, tiny_checkpoint, tmp_path / "out")
+        tokenize(file, tiny_checkpoint, tmp_path / "out")
 
 
 def test_an_arrow_stream_that_ends_between_two_batches_is_refused(tmp_path):

@@ -188,3 +188,10 @@ def test_codes_of_another_quantizer_are_refused(tiny_checkpoint, scene_rows, tmp
     write_shard(tmp_path / "train-00000.parquet", rows, 8192, [], note)
     with pytest.raises(ValueError, match="has codes of another quantizer"):
         run("--model", tiny_checkpoint, "--data", tmp_path, "--num-rows", 3, "--num-choices", 3)
+
+
+def test_the_name_of_a_folder_is_no_pattern(tmp_path):
+    (tmp_path / "t[1]").mkdir()
+    file = tmp_path / "t[1]/train-0.parquet"
+    Dataset.from_list([{"messages": [{"role": "user"}], "codes": [[1]]}]).to_parquet(str(file))
+    assert len(captions.open_rows([file])) == 1

@@ -1,8 +1,10 @@
 """Turns of LLaVA and of TRL as messages, and chats that are refused."""
 
+import json
+
 import pytest
 
-from transformers_unicode2.training.messages import check_messages, read_messages
+from transformers_unicode2.training.messages import add_system, check_messages, read_messages
 
 IMAGE = {"type": "image"}
 
@@ -107,3 +109,31 @@ def test_turns_may_be_json_in_a_cell():
 def test_chats_that_cannot_be_learnt_are_refused(turns, num_images, message):
     with pytest.raises(ValueError, match=message):
         check_messages(read_messages(turns, ["x.png"] * num_images)[0], num_images)
+
+
+def test_calls_keep_their_own_arguments_alone():
+    """A parquet file gives each call the arguments of all."""
+    call = {"function": {"name": "a", "arguments": {"x": 1, "y": None, "z": [{"w": None}]}}, "id": None}
+    messages, _ = read_messages([{"role": "assistant", "content": "", "tool_calls": [call]}], [])
+    assert messages[0]["tool_calls"] == [{"function": {"name": "a", "arguments": {"x": 1, "z": [{}]}}}]
+
+
+def test_turns_of_llama_factory():
+    """An empty system turn is none; what a function is asked, the assistant says."""
+    turns = [("system", ""), ("human", "hi"), ("function_call", "f(1)"), ("observation", "2"), ("gpt", "two")]
+    messages, _ = read_messages([{"from": role, "value": value} for role, value in turns], [])
+    check_messages(messages, 0)
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("name", ["from", "role"])
+def test_a_system_turn_in_a_column_is_the_first(name):
+    system, hello = {name: "system", "value" if name == "from" else "content": "be brief"}, {name: "user", "value": "x"}
+    first = {"role": "system", "content": "be brief"}
+    assert add_system([hello], "be brief") == add_system(json.dumps([hello]), "be brief") == [first, hello]
+    assert add_system([system, hello], "be brief") == [system, hello]
+    assert add_system([hello], None) == add_system([hello], "") == [hello]
+    with pytest.raises(ValueError, match="has a system turn and another one in its column system"):
+        add_system([system, hello], "be long")
+    with pytest.raises(ValueError, match="its system turn is 3, where a text must be"):
+        add_system([hello], 3)

@@ -2,10 +2,13 @@
 
 from collections import Counter
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, load_dataset
+from pyarrow import parquet
 from trl import DatasetMixtureConfig, get_dataset
 
+from transformers_unicode2.tokens import check_range
 from transformers_unicode2.training.mixtures import check_targets, count_rows, find_parts, hash_parts, open_mixture
 from transformers_unicode2.training.shards import write_shard
 
@@ -153,3 +156,43 @@ def test_a_visual_head_without_images_to_learn_is_refused():
     check_targets(images, 768, ["visual_head"])
     check_targets(texts, 768, ["visual_head", "language_model"])
     check_targets(texts, 768, ["projector"])
+
+
+TURN = pa.struct({"role": pa.string(), "content": pa.list_(pa.struct({"type": pa.string(), "text": pa.string()}))})
+CODES = {
+    "lists": pa.list_(pa.list_(pa.uint8())),
+    "large lists": pa.large_list(pa.large_list(pa.int64())),
+    "lists of one size": pa.list_(pa.list_(pa.int32(), 4)),
+}
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_in_lists_of_any_kind_are_read(tmp_path, kind):
+    """Also of a row without images whose codes are missing, and in a file without rows."""
+    chats = [[{"role": "user", "content": [{"type": "text", "text": name}]}] for name in "abc"]
+    rows = pa.table({"messages": chats, "codes": [[[1, 2, 3, 4], [5, 6, 7, 95]], None, []]})
+    rows = rows.cast(pa.schema({"messages": pa.list_(TURN), "codes": CODES[kind]}))
+    parquet.write_table(rows, tmp_path / "train-0.parquet")
+    parquet.write_table(rows[:0], tmp_path / "train-1.parquet")
+    for number in range(2):
+        check_range(tmp_path / f"train-{number}.parquet", 96, 4)
+    with pytest.raises(ValueError, match="has codes from 1 to 95, 0 are missing; those of this model go from 0 to 94"):
+        check_range(tmp_path / "train-0.parquet", 95, 4)
+    with pytest.raises(ValueError, match="Row 0 of .* has an image of 4 codes; an image has 5"):
+        check_range(tmp_path / "train-0.parquet", 96, 5)
+    mixed = open_mixture(find_parts([{"path": str(tmp_path)}, {"path": write(tmp_path / "a", 4)}], "`datasets`"), 0)
+    assert mixed["codes"][:3] == [[[1, 2, 3, 4], [5, 6, 7, 95]], None, []] and len(mixed) == 7
+
+
+def test_a_part_without_rows_is_refused(tmp_path):
+    schema = pa.schema({"messages": pa.list_(TURN), "codes": CODES["lists"]})
+    parquet.write_table(schema.empty_table(), tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match="has 1 files and not one row in them"):
+        open_mixture(find_parts([{"path": str(tmp_path)}], "`datasets`"), 0)
+
+
+@pytest.mark.parametrize("messages", ['[{"role": "user", "content": "x"}]', [{"role": "user", "content": "x"}], None])
+def test_messages_of_another_type_are_refused(tmp_path, messages):
+    parquet.write_table(pa.table({"messages": [messages], "codes": [[[1]]]}), tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match="has messages of the type .*; they must be a list of role and content"):
+        find_parts([{"path": str(tmp_path)}], "`datasets`")

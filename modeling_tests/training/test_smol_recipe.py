@@ -131,3 +131,23 @@ def test_every_command_of_the_smol_recipe_runs_in_order(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "image gap | " in done.stdout and "drawn, by vectors | " in done.stdout
     assert json.loads((tmp_path / "outputs/unicode2-smol/held.json").read_text())["num_rows"] == 6
+
+
+@pytest.mark.parametrize("kind", ["turned", "turned and transparent", "grey of 16 bits"])
+def test_pictures_are_read_as_everywhere(render, tmp_path, kind):
+    """The side to which EXIF turns them, and all of their levels."""
+    import render as recipe
+
+    pixels, options = np.zeros((20, 30, 4), np.uint8), {}
+    pixels[:, :15] = pixels[..., 3] = 255
+    image = Image.fromarray(pixels)
+    if kind == "grey of 16 bits":
+        image = Image.fromarray(np.repeat(np.arange(30, dtype=np.uint16)[None] * 2200, 20, 0))
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image, options = image if "transparent" in kind else image.convert("RGB"), {"exif": exif}
+    image.save(tmp_path / "x.png", **options)
+    ours, theirs = recipe.read_rgba((tmp_path / "x.png").read_bytes()), load_image(tmp_path / "x.png")
+    assert ours.mode == "RGBA" and ours.convert("RGB").tobytes() == theirs.tobytes()
+    assert ours.size == ((30, 20) if kind == "grey of 16 bits" else (20, 30))

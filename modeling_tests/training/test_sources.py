@@ -96,7 +96,7 @@ def test_llava(tmp_path, name, has_root):
     assert rows[6] == "row 6: it has 0 places for images and 1 images"
     assert "row 7: ../0.png is outside the table's folder" in rows[7]
     assert "row 8: https://x.org/0.png is a URL; download it first" in rows[8]
-    assert rows[9] == "row 9: it has a column video or videos or audio or audios, which is not read"
+    assert rows[9] == "row 9: it has something in its column video, which is not read"
 
 
 def test_journeydb(tmp_path):
@@ -355,7 +355,7 @@ def test_files_and_folders_that_are_no_data_are_refused(tmp_path):
     write_lines(tmp_path / "a.jsonl", [])
     with pytest.raises(ValueError, match="a.jsonl has no row that can be read; it is empty"):
         open_source(str(tmp_path / "a.jsonl"))
-    (tmp_path / "a.jsonl").write_text("{\n}")
+    (tmp_path / "a.jsonl").write_text("{]\n}")
     with pytest.raises(ValueError, match="has no row that can be read; row 0: it is no JSON"):
         open_source(str(tmp_path / "a.jsonl"))
     (tmp_path / "b.csv").write_text("image,caption\n0.png,x\n")
@@ -468,3 +468,59 @@ def test_row_errors_say_which_file_is_missing(tmp_path):
     file = write_lines(tmp_path / "t.jsonl", [{"image": "0.png", "caption": "x"}])
     (error,) = open_source(str(file)).rows()
     assert isinstance(error, RowError) and (error.number, error.missing) == (0, "0.png")
+
+
+def test_columns_beside_a_chat_are_read_or_refused(tmp_path):
+    chat = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    rows = [{"conversations": chat, "system": "be brief", "tools": "[]"}, {"conversations": chat, "system": ""}]
+    rows.append({"conversations": chat, "tools": [{"type": "function"}]})
+    first, second, third = read(write_lines(tmp_path / "t.jsonl", rows))
+    assert first[0] == ["system: be brief", "user: hi", "assistant: ho"] and second[0] == ["user: hi", "assistant: ho"]
+    assert third == "row 2: it has something in its column tools, which is not read"
+
+
+def test_an_image_column_with_nan_or_an_odd_name(tmp_path):
+    """pandas writes the first; a file may be named as a list is written."""
+    fill(tmp_path, "0.png")
+    (tmp_path / "0.png").rename(tmp_path / "[x]")
+    rows = [{"messages": ALONE, "image": float("nan")}, {"messages": CHAT[:1] + ALONE[1:], "image": "[x]"}]
+    assert read(write_lines(tmp_path / "t.jsonl", rows)) == [
+        (["user: hi", "assistant: ho"], []),
+        (["user: <image>what?", "assistant: ho"], [0]),
+    ]
+
+
+@pytest.mark.parametrize("name", ["completion", "answer", "chosen", "response"])
+def test_a_question_is_not_taken_for_a_caption(tmp_path, name):
+    fill(tmp_path, "0.png")
+    file = write_lines(tmp_path / "t.jsonl", [{"image": "0.png", "text": "what?", name: "it"}])
+    with pytest.raises(ValueError, match="cannot be told which column of .* is the caption: .* name it by --caption-c"):
+        open_source(str(file))
+    assert read(file, caption_column=name) == [(["user: <image>Describe the image.", "assistant: it"], [0])]
+
+
+def test_links_of_the_user_lead_anywhere_and_dots_do_not(tmp_path):
+    fill(tmp_path / "mnt/coco", "0.png")
+    fill(tmp_path / "mnt", "0.png")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/coco").symlink_to(tmp_path / "mnt/coco")
+    rows = [{"image": name, "caption": "c0"} for name in ("coco/0.png", "coco/../0.png", "../mnt/0.png")]
+    file = write_lines(tmp_path / "links/t.jsonl", rows)
+    for options in ({}, {"image_root": str(tmp_path / "links")}):
+        first, *others = read(file, **options)
+        assert first == CAPTIONS[0] and all("is outside the table's folder" in error for error in others)
+
+
+def test_pictures_named_as_a_split_hide_no_others(tmp_path):
+    for name in ("train_station", "cat"):
+        fill(tmp_path, f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert [chat[1] for chat, _ in read(tmp_path)] == ["assistant: cat", "assistant: train_station"]
+
+
+@pytest.mark.parametrize("names", [("train-0.jsonl", "more.jsonl"), ("train/0.jsonl", "bus/0.jsonl")])
+def test_files_of_no_split_beside_those_of_one_are_refused(tmp_path, names):
+    for name in names:
+        write_lines(tmp_path / name, [{"image": "0.png", "caption": "x"}])
+    with pytest.raises(ValueError, match="has 1 files of the split train, such as .*, and 1 of no split, such as"):
+        open_source(str(tmp_path))

@@ -211,3 +211,20 @@ def test_several_tables_are_one_sequence(tmp_path):
     assert joined.num_rows == 5
     for start in range(6):
         assert [row["n"] for _, row in joined.read(start)] == every[start:]
+
+
+def test_json_of_many_levels_is_refused_like_damaged_json(tmp_path):
+    deep = "[" * 100_000
+    (tmp_path / "a.jsonl").write_text(f'{{"a": 1}}\n{{"a": {deep}\n')
+    rows = list(JsonTable(tmp_path / "a.jsonl").read())
+    assert rows[0] == {"a": 1} and str(rows[1]) == "it is JSON of too many levels"
+    (tmp_path / "a.json").write_text(f'[{{"a": {deep}')
+    with pytest.raises(ValueError, match="Item 0 of the array in .*a.json has too many levels"):
+        len(JsonTable(tmp_path / "a.json"))
+
+
+def test_one_object_over_several_lines_is_no_table(tmp_path):
+    """As COCO has it."""
+    (tmp_path / "a.json").write_text(json.dumps({"images": [], "annotations": []}, indent=1))
+    with pytest.raises(ValueError, match="a.json is one JSON object over several lines, and rows are wanted"):
+        len(JsonTable(tmp_path / "a.json"))

@@ -85,6 +85,7 @@ def test_a_file_of_tasks_takes_the_place_of_the_usual_ones(tmp_path):
         ('x: {user: "{}", assistant: b}', "has braces with more or less than a name in them"),
         ('x: {user: "{a!r}", assistant: b}', "has braces with more or less than a name in them"),
         ("../x: {user: a, assistant: b}", "names a folder; use letters"),
+        ("work-train: {user: a, assistant: b}", "`work-train` is named as a folder of unfinished work is"),
         ("- a", "has no tasks"),
         ("x: {", "is no YAML"),
     ],

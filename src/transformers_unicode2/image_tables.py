@@ -213,7 +213,8 @@ def read_cell(value, folder: Path | None, absolute: bool = False) -> bytes:
     Args:
         value: the content; its path, base64 or data URI; or `{"bytes": ..., "path": ...}` as in `datasets`.
         folder (`Path`, *optional*): the table's folder. Paths are relative to it and must stay inside, links included.
-        absolute (`bool`, *optional*, defaults to `False`): whether an absolute path may lead anywhere.
+        absolute (`bool`, *optional*, defaults to `False`): whether the folder is the user's own, where an absolute path
+            and a link may lead anywhere.
 
     Raises:
         `ValueError`: when there is no image, or it cannot be read.
@@ -239,14 +240,17 @@ def read_cell(value, folder: Path | None, absolute: bool = False) -> bytes:
 
 
 def find_file(value: str, folder: Path | None, absolute: bool = False) -> str | None:
-    """The file that a path in a table names, or `None`. Raises `ValueError` when it is outside the table's folder."""
+    """The file that a path in a table names, or `None`. Raises `ValueError` when it is outside the table's folder.
+
+    Where `absolute` paths may lead anywhere, links may, too, in a path without `..`.
+    """
     if folder is None or "\0" in value or len(value) > MAX_PATH:
         return None
     path, root = os.path.realpath(os.path.join(folder, value)), os.path.realpath(folder)
     if not os.path.isfile(path):
         return None
     is_inside = any(os.path.commonpath([path, place]) == place for place in [root, *find_blobs(root)])
-    if not is_inside and not (absolute and os.path.isabs(value)):
+    if not is_inside and not (absolute and (os.path.isabs(value) or ".." not in Path(value).parts)):
         raise ValueError(f"{one_line(value)} is outside the table's folder, and only images inside are opened")
     return path
 

@@ -147,7 +147,7 @@ def check_range(file: Path, codebook_size: int, num_image_tokens: int) -> None:
 
     table, first = parquet.ParquetFile(file), 0
     kind = table.schema_arrow.field("codes").type if "codes" in table.schema_arrow.names else None
-    nested = kind is not None and types.is_list(kind) and types.is_list(kind.value_type)
+    nested = kind is not None and is_list(kind) and is_list(kind.value_type)
     if not nested or not types.is_integer(kind.value_type.value_type):
         raise ValueError(
             f"{file} needs a column codes, a list of integers for each image; it has {table.schema_arrow.names}, "
@@ -169,6 +169,13 @@ def check_range(file: Path, codebook_size: int, num_image_tokens: int) -> None:
                 f"those of this model go from 0 to {codebook_size - 1}."
             )
         first += batch.num_rows
+
+
+def is_list(kind) -> bool:
+    """Whether an Arrow type is one of lists, of any kind."""
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def hash_rows(table) -> str:

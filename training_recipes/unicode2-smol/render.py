@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from transformers_unicode2.cli import at_least, sentences
 from transformers_unicode2.files import whole_folder
-from transformers_unicode2.images_unicode2 import open_content
+from transformers_unicode2.images_unicode2 import decode_image, open_content
 from transformers_unicode2.record import Record
 from transformers_unicode2.training.sources import Row, open_source
 from transformers_unicode2.training.templates import USUAL, Task
@@ -96,10 +96,17 @@ def write_split(folder: Path, split: str, renderings: list[tuple[Picture, int]],
         name = f"{place:06d}.jpg"
         rng = np.random.default_rng([seed, picture.number, number])
         content = picture.image["bytes"] or Path(picture.image["path"]).read_bytes()
-        drawn = render(open_content(content).convert("RGBA"), image_size, rng)
+        drawn = render(read_rgba(content), image_size, rng)
         drawn.save(folder / name, quality=95, subsampling=0)
         rows.append(json.dumps({"file_name": name, "text": picture.caption}, ensure_ascii=False))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def read_rgba(content: bytes) -> Image.Image:
+    """The content of an image file in RGBA. Raises `ValueError` when it cannot be read."""
+    picture, opened = decode_image(content), open_content(content)
+    # The reader of the package lays what is transparent on white.
+    return (ImageOps.exif_transpose(opened) if opened.has_transparency_data else picture).convert("RGBA")
 
 
 def render(picture: Image.Image, image_size: int, rng: np.random.Generator) -> Image.Image:

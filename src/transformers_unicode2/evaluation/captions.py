@@ -17,6 +17,7 @@ standardised over the rows (`vectors`).
 """
 
 import argparse
+import glob
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def open_rows(files: list[Path]):
     """
     from datasets import load_dataset
 
-    rows = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    rows = load_dataset("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
     missing = [name for name in ("messages", "codes") if name not in rows.column_names]
     if missing:
         raise ValueError(f"{files[0]} has no column `{missing[0]}`; it has {', '.join(rows.column_names)}.")

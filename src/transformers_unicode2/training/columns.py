@@ -13,6 +13,8 @@ IMAGE_COLUMNS = (
 # Columns of a WebDataset, of which a row has one.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 CAPTION_COLUMNS = ("caption", "text", "txt", "captions", "description", "prompt", "title")
+# Columns of an answer. Beside one, a `text` or `prompt` is rather what was asked.
+REPLY_COLUMNS = ("answer", "answers", "chosen", "completion", "output", "reply", "response", "solution", "target")
 # Formats of rows, and the columns that tell one.
 FORMATS = {
     "llava": ("conversations",),
@@ -59,9 +61,10 @@ def is_image_struct(value: object) -> bool:
 
 
 def find_caption_column(columns: dict) -> str | None:
-    """The column that is named as captions are; `None` when there is none, or several."""
+    """The column that is named as captions are; `None` when there is none, or several, or one beside an answer."""
     names = [name for name in columns if name.lower() in CAPTION_COLUMNS]
-    return "caption" if "caption" in names else names[0] if len(names) == 1 else None
+    has_reply = any(name.lower() in REPLY_COLUMNS for name in columns)
+    return "caption" if "caption" in names else names[0] if len(names) == 1 and not has_reply else None
 
 
 def recognize(columns: dict, image_columns: tuple[str, ...], task: Task | None, data: str) -> str:

@@ -89,11 +89,16 @@ def read_contents(files: list[str], digest: list[str]) -> Iterator[dict]:
 
 
 def load_files(files: list[Path]):
-    """Opens parquet files, whose names may have any characters, as one data set."""
+    """Opens parquet files, whose names may have any characters, as one data set. Raises `ValueError` without a row."""
     from datasets import load_dataset
+    from pyarrow.parquet import read_metadata
 
+    # The reader of `datasets` fails on a file without rows
+    filled = [glob.escape(str(file)) for file in files if read_metadata(file).num_rows]
+    if not filled:
+        raise ValueError(f"{files[0].parent} has {len(files)} files and not one row in them.")
     with explained(config.HF_DATASETS_CACHE):
-        return load_dataset("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
+        return load_dataset("parquet", data_files=filled, split="train")
 
 
 def load_images_with_codes(folder: str, tokens: str, split: str = "train"):

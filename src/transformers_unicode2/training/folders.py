@@ -84,8 +84,9 @@ def find_tables(folder: Path, split: str) -> list:
     tables = [file for file in files if find_suffix(file) in KINDS and file.name not in NO_DATA]
     tables = [file for file in tables if file.name.lower() in METADATA] or tables
     if tables:
-        return open_files(choose_split(tables, folder, split), str(folder))
-    images = choose_split([file for file in files if is_image(file)], folder, split)
+        return open_files(choose_split(tables, folder, split, by_name=True), str(folder))
+    # A picture `train_station.jpg` is of no split.
+    images = choose_split([file for file in files if is_image(file)], folder, split, by_name=False)
     texts = TextFiles(folder, images)
     if not texts.texts:
         raise ValueError(
@@ -108,16 +109,24 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def choose_split(files: list[Path], folder: Path, split: str) -> list[Path]:
-    """Files whose name begins with that of the split, or that are in a folder of that name; all if none names a split.
+def choose_split(files: list[Path], folder: Path, split: str, by_name: bool) -> list[Path]:
+    """Files that are in a folder of the split's name; all if none names a split.
 
-    Raises `ValueError` when there are files of other splits alone.
+    With `by_name` also those whose own name begins with it. Raises `ValueError` when there are files of other splits
+    alone, or some beside those of the split that are of none.
     """
     named = {}
     for file in files:
-        parts = [*file.relative_to(folder).parts[:-1], file.name.split(".")[0].split("-")[0].split("_")[0]]
+        parts = list(file.relative_to(folder).parts[:-1])
+        parts += [file.name.split(".")[0].split("-")[0].split("_")[0]] if by_name else []
         own = next((part for part in parts if part == split or part.lower() in SPLITS), None)
         named.setdefault(own, []).append(file)
+    if split in named and None in named:
+        raise ValueError(
+            f"{folder} has {len(named[split])} files of the split {split}, such as {one_line(named[split][0].name)}, "
+            f"and {len(named[None])} of no split, such as {one_line(named[None][0].name)}; move those that you do not "
+            "mean to another folder, or rename the others."
+        )
     if split in named:
         return named[split]
     if set(named) - {None}:

@@ -31,6 +31,24 @@ def parse_cell(value: object) -> object:
         raise ValueError(f"{value!r:.60} is no JSON ({error})") from error
 
 
+def add_system(turns: list[dict] | str, system: str | None) -> list[dict] | str:
+    """Turns behind the system turn that a row has in a column of its own, as ShareGPT does.
+
+    Raises `ValueError` when another one is among the turns, or it is no text.
+    """
+    turns = parse_cell(turns)
+    if system is None or system == "" or not isinstance(turns, list):
+        return turns
+    if not isinstance(system, str):
+        raise ValueError(f"its system turn is {system!r:.60}, where a text must be")
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    if (first.get("role") or first.get("from")) != "system":
+        return [{"role": "system", "content": system}, *turns]
+    if first.get("content", first.get("value")) != system:
+        raise ValueError("it has a system turn and another one in its column system")
+    return turns
+
+
 def read_messages(turns: list[dict] | str, images: list) -> tuple[list[dict], list]:
     """
     Turns as people write them to messages whose contents are lists of parts, and the images of the chat.

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+from pyarrow import types
 
 from ..record import hash_file
-from ..tokens import check_codes, find_tables, read_schema
+from ..tokens import check_codes, find_tables, is_list, read_schema
 
 # Of TRL's fields those that a folder of tokenized files has a meaning for
 FIELDS = ("path", "data_dir", "split", "fraction")
@@ -86,8 +87,10 @@ def find_folder(path: str, option: str) -> str:
 def check_columns(files: list[Path]) -> None:
     """Raises `ValueError` unless the files have the columns of tokenized chats."""
     for file in files:
-        names = read_schema(file).names
+        schema = read_schema(file)
+        names = schema.names
         if {"messages", "codes"} <= set(names):
+            check_message_type(file, schema.field("messages").type)
             continue
         if "codes" in names:
             reason = "an earlier version tokenized it"
@@ -99,6 +102,23 @@ def check_columns(files: list[Path]) -> None:
             f"{file} has the columns {', '.join(names)}, and a stage reads messages and codes: {reason}; give the data "
             "to `unicode2 tokenize`, and the stage what that writes."
         )
+
+
+def check_message_type(file: Path, kind) -> None:
+    """Raises `ValueError` unless an Arrow type is that of messages whose contents are lists of parts."""
+    entries = list_entries(kind)
+    parts = list_entries(entries["content"]) if "content" in entries else {}
+    if "role" not in entries or not {"type", "text"} <= parts.keys():
+        raise ValueError(
+            f"{file} has messages of the type {kind}; they must be a list of role and content, and a content a list of "
+            "parts with type and text, as `unicode2 tokenize` writes them."
+        )
+
+
+def list_entries(kind) -> dict:
+    """Types of the entries in a list of structs, by their names; none of another Arrow type."""
+    is_struct = is_list(kind) and types.is_struct(kind.value_type)
+    return {field.name: field.type for field in kind.value_type} if is_struct else {}
 
 
 def check_fractions(fractions: list[float | None], option: str) -> None:

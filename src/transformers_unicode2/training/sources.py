@@ -15,7 +15,9 @@ image parts. An image in a user's turn is read, one in the assistant's is drawn.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 
 from PIL import Image
@@ -25,7 +27,7 @@ from ..images_unicode2 import URLS, decode_image, load_image, one_line
 from .columns import check_columns, check_format, find_caption_column, find_columns, find_image_columns, recognize
 from .folders import open_table
 from .hub_rows import HubRows, find_stored
-from .messages import check_messages, parse_cell, read_messages
+from .messages import add_system, check_messages, parse_cell, read_messages
 from .tables import Tables
 from .templates import CAPTION_PROMPT, USUAL, Task, build_chat
 
@@ -33,8 +35,8 @@ from .templates import CAPTION_PROMPT, USUAL, Task, build_chat
 CHAT_IMAGES = ("images", "image", "file_names", "file_name")
 # Characters of a text that are shown.
 SHOWN = 300
-# Columns of chats about something else.
-NOT_READ = ("video", "videos", "audio", "audios")
+# Columns of chats that are not read: without them, a chat would be about nothing, or about something else.
+NOT_READ = ("video", "videos", "audio", "audios", "tools")
 
 
 class RowError(ValueError):
@@ -125,9 +127,11 @@ class Source:
     def convert(self, number: int, row: dict, folder: Path | None) -> Row:
         """The chat of a row. Raises `ValueError` when it makes none."""
         if self.format in ("llava", "messages"):
-            if any(row.get(name) for name in NOT_READ):
-                raise ValueError(f"it has a column {' or '.join(NOT_READ)}, which is not read")
+            filled = [name for name in NOT_READ if parse_cell(row.get(name)) not in (None, "", [])]
+            if filled:
+                raise ValueError(f"it has something in its column {filled[0]}, which is not read")
             turns = row.get("conversations" if self.format == "llava" else "messages")
+            turns = add_system(turns, row.get("system"))
             messages, images = read_messages(turns, list_images(row, self.image_columns))
         else:
             messages = build_chat(self.name_columns(row, number), number, self.task, self.caption_prompt)
@@ -166,7 +170,13 @@ class Source:
 def list_images(row: dict, columns: tuple[str, ...]) -> list:
     """The values of the images in the first of these columns that has some."""
     for name in columns:
-        value = parse_cell(row.get(name))
+        value = row.get(name)
+        # A file may be named as a list is written, without being one.
+        with suppress(ValueError):
+            value = parse_cell(value)
+        # pandas has NaN where there is nothing.
+        if isinstance(value, float) and isnan(value):
+            value = None
         if isinstance(value, dict) and not value.get("bytes") and not value.get("path"):
             value = None
         if value is not None and value != "" and value != []:

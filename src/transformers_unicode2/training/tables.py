@@ -78,6 +78,12 @@ class JsonTable(FileTable):
             with self.open() as content:
                 head = content.read(CHUNK).removeprefix(BOM).lstrip()[:1]
                 content.seek(0)
+                if content.readline(16).removeprefix(BOM).strip() == b"{":
+                    raise ValueError(
+                        f"{one_line(str(self.file))} is one JSON object over several lines, and rows are wanted: an "
+                        "array of objects, or one object a line."
+                    )
+                content.seek(0)
                 for start, end in find_items(content, self.file) if head == b"[" else find_lines(content):
                     starts.append(start)
                     ends.append(end)
@@ -119,6 +125,8 @@ def find_items(content, file: Path) -> Iterator[tuple[int, int]]:
             if text[position : position + 1] not in ("{", ""):
                 raise ValueError(f"Item {count} of the array in {one_line(str(file))} is no object; a row must be one.")
             _, end = scan(text, position)
+        except RecursionError:
+            raise ValueError(f"Item {count} of the array in {one_line(str(file))} has too many levels.") from None
         except JSONDecodeError as error:
             more = content.read(max(CHUNK, len(text) - position))
             if not more:
@@ -135,6 +143,8 @@ def find_items(content, file: Path) -> Iterator[tuple[int, int]]:
 def parse_object(content: bytes) -> dict | ValueError:
     try:
         row = json.loads(content)
+    except RecursionError:
+        return ValueError("it is JSON of too many levels")
     except ValueError as error:
         return ValueError(f"it is no JSON ({str(error).splitlines()[0]})")
     return row if isinstance(row, dict) else ValueError(f"it is {type(row).__name__} in JSON, where an object must be")

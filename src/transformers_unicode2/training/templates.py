@@ -117,6 +117,8 @@ def make_task(name: str, fields: dict) -> Task:
         raise ValueError(f"The task `{name}` is {fields}; it needs `user` and `assistant`, and may have `max_turns`.")
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"The task `{name}` names a folder; use letters, digits, - and _ alone.")
+    if name.startswith("work-"):
+        raise ValueError(f"The task `{name}` is named as a folder of unfinished work is; give it another name.")
     try:
         return Task(**fields)
     except ValueError as error:
