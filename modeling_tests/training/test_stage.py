@@ -8,6 +8,9 @@ import pytest
 from commands import execute, train_on
 from transformers import SiglipVisionModel
 
+from transformers_unicode2.training.sft import StageArguments
+from transformers_unicode2.training.stage import check_types
+
 
 def test_codes_and_a_codebook_of_others_are_refused(inputs, tmp_path):
     """In both stages, codes of another quantizer or image processor; and a codebook built with another encoder."""
@@ -65,8 +68,45 @@ def test_codes_that_are_none_of_the_model_are_refused(inputs, tmp_path):
         ("--resume_from_checkpoint x", "`resume_from_checkpoint` is not followed"),
         ("--use_liger_kernel true", "`use_liger_kernel` is not followed"),
         ("--eval_strategy steps", "there are no `eval_datasets`"),
+        ("--report_to comet_ml", "`report_to` is comet_ml: "),
+        ("--datasets tokens", "argument --datasets: invalid dict value: 'tokens'"),
     ],
 )
 def test_a_stage_refuses_what_it_does_not_follow(option, sentence, inputs, tmp_path):
     code, said = execute("sft", inputs[1]["sft"], tmp_path / "output", *option.split())
     assert code == 2 and sentence in said and not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"caption_prompt": ["a"]}, "`caption_prompt` is ['a']; it must be a text or null."),
+        ({"text_weight": [1]}, "`text_weight` is [1]; it must be a number."),
+        ({"codes_per_image": True}, "`codes_per_image` is True; it must be an integer or null."),
+        ({"train_modules": "projector"}, "`train_modules` is 'projector'; it must be a list."),
+        ({"datasets": {"path": "x"}}, "`datasets` is {'path': 'x'}; it must be a list."),
+        ({"learning_rates": [1e-3]}, "`learning_rates` is [0.001]; it needs"),
+        ({"lora": [8]}, "`lora` is [8]; it must be names and values, {name: value}."),
+    ],
+)
+def test_values_of_other_types_are_refused_in_one_sentence(content, sentence, inputs, tmp_path):
+    recipe = {**json.loads((inputs[0] / "sft.yaml").read_text()), **content}
+    (tmp_path / "sft.yaml").write_text(json.dumps(recipe))
+    words = inputs[1]["sft"].replace(f"{inputs[0]}/sft.yaml", str(tmp_path / "sft.yaml"))
+    code, said = execute("sft", words, tmp_path / "output")
+    assert code == 2 and sentence in said and not (tmp_path / "output").exists(), said
+
+
+def test_a_whole_number_is_a_number_and_null_is_none():
+    check_types(StageArguments("model", [{"path": "x"}], text_weight=2, caption_prompt=None, max_plan_tokens=3))
+
+
+def test_an_adapter_is_no_checkpoint_to_continue_from(inputs, tmp_path):
+    folder, commands = inputs
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    for command in ("sft", "mapper", "tokenize"):
+        words = commands[command].replace(f"--model {folder}/model", f"--model {tmp_path}/adapter")
+        code, said = execute(command, words, tmp_path / "output")
+        assert code == 2 and f"`unicode2 merge {tmp_path}/adapter --output DIR` makes one" in said, said
+        assert not (tmp_path / "output").exists()

@@ -11,10 +11,11 @@ from .loading_unicode2 import check_files
 
 def check_checkpoint(name: str, *files: str) -> None:
     """Raises `FileNotFoundError` when the folder `name` lacks `config.json` or one of `files`, `ValueError` when a file
-    is damaged.
+    is damaged, or when it is an adapter.
 
     A name that is not a folder may be one on the Hub.
     """
+    check_no_adapter(name)
     missing = [file for file in ("config.json", *files) if not (Path(name) / file).is_file()]
     if Path(name).is_dir() and missing:
         raise FileNotFoundError(f"{name} is no whole checkpoint: it has no {missing[0]}; copy or assemble it again.")
@@ -22,6 +23,14 @@ def check_checkpoint(name: str, *files: str) -> None:
     index = Path(name, "model_index.json")
     for part in json.loads(index.read_text()) if index.is_file() else ():
         check_files(Path(name, part))
+
+
+def check_no_adapter(name: str) -> None:
+    """Raises `ValueError` when the folder `name` is an adapter, where a whole checkpoint is needed."""
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name} is an adapter, and a whole checkpoint is needed; `unicode2 merge {name} --output DIR` makes one."
+        )
 
 
 def find_safetensors(source: str) -> list[Path]:

@@ -44,8 +44,8 @@ def check_learning(model, modules: list[str]) -> None:
     for module in modules:
         if module not in learning:
             raise ValueError(
-                f"Nothing in `{module}` would learn: the quantizer is frozen, adapters are on linear layers, and a head "
-                "tied to the token embedding learns with that; check `train_modules`."
+                f"Nothing in `{module}` would learn: the quantizer is frozen, adapters are on linear layers, a tied "
+                "head learns with the token embedding; check `train_modules`."
             )
 
 

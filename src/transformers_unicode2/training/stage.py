@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 from accelerate import PartialState
 from transformers import Trainer
+from transformers.integrations import get_reporting_integration_callbacks
 
+from ..checkpoints import check_no_adapter
 from ..files import WORK, explained, remove, whole_folder
 from ..processes import agree, expected_peers, follow_launcher
 from ..record import Record, hash_file, hash_source, read_record
@@ -33,6 +37,16 @@ FREE = frozenset(
     restore_callback_states_from_checkpoint ignore_data_skip remove_unused_columns dataset_num_proc
     trust_remote_code""".split()
 )
+# Types of options, as a reader of YAML calls them
+WORDS = {
+    str: "a text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "names and values, {name: value}",
+    NoneType: "null",
+}
 # A stage may be continued to more of them
 LENGTH = ("max_steps", "num_train_epochs")
 RESULT = ("*.safetensors", "*.json", "*.jinja", "*.bin", "*_unicode2.py", "README.md")
@@ -214,6 +228,7 @@ def hash_inputs(
     }
     for name in (*checkpoints, *pipelines):
         if getattr(args, name):
+            check_no_adapter(getattr(args, name))
             digests[name] = hash_source(getattr(args, name), deep=name in pipelines)
     return digests
 
@@ -248,6 +263,27 @@ def check_training_arguments(training_args, evaluates: bool) -> None:
     for name, instead in refused.items():
         if getattr(training_args, name):
             raise ValueError(f"`{name}` is not followed: {instead}.")
+    try:
+        for make_callback in get_reporting_integration_callbacks(training_args.report_to):
+            make_callback()
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(f"`report_to` is {', '.join(training_args.report_to)}: {error}") from error
+
+
+def check_types(args) -> None:
+    """Raises `ValueError` on a value of a recipe that is of another type than its option. YAML converts nothing.
+
+    Args:
+        args: dataclass of the arguments of a stage.
+    """
+    # Not those of the fields, which parsers change
+    for name, annotation in get_type_hints(type(args)).items():
+        kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+        value, kinds = getattr(args, name), [get_origin(kind) or kind for kind in kinds]
+        fits = isinstance(value, (*kinds, int) if float in kinds else tuple(kinds))
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join(WORDS[kind] for kind in kinds)
+            raise ValueError(f"`{name}` is {value!r}; it must be {expected}.")
 
 
 def run(main: Callable, *classes: type) -> None:
@@ -259,7 +295,8 @@ def run(main: Callable, *classes: type) -> None:
     follow_launcher()
     # The configurations of TRL set it themselves, by the name that Transformers calls old
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    parser = TrlParser(classes)
+    # Else a wrong option would print all of them
+    parser = TrlParser(classes, usage="%(prog)s --config RECIPE.yaml [--OPTION VALUE ...]")
     if not torch.accelerator.is_available():
         # Else the training arguments refuse a machine without one
         parser.set_defaults(use_cpu=True)
@@ -267,4 +304,5 @@ def run(main: Callable, *classes: type) -> None:
         # The training arguments look for peers
         with expected_peers():
             parsed = parser.parse_args_and_config()
+        check_types(parsed[0])
         main(*parsed)
