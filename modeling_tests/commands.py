@@ -141,18 +141,19 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="session")
 def wanted(inputs):
-    """What each command writes when it is not disturbed, and the size of its output in bytes."""
+    """What each command writes when it is not disturbed, the size of its output in bytes, and the output."""
     folder, commands = inputs
     known = {}
 
-    def want(command: str) -> tuple[dict[str, bytes], int]:
+    def want(command: str) -> tuple[dict[str, bytes], int, Path]:
         output = folder / command.replace(" ", "_")
         if command not in known:
             if not output.exists():
                 # Cards name their folders, so all outputs that are compared have one name
                 output = output.with_name(f"{output.name}-wanted") / "output"
                 assert execute(command, commands[command], output)[0] == 0
-            known[command] = read(output), sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+            size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+            known[command] = read(output), size, output
         return known[command]
 
     return want

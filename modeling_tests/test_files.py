@@ -20,7 +20,7 @@ SHARES = {"codebook build": (2, 3)}
 
 @pytest.mark.parametrize("command", [*COMMANDS[:5], *SLOW])
 def test_a_full_disk_is_called_one_and_the_command_goes_on_once_there_is_room(command, inputs, wanted, small_disk):
-    bytes_, size = wanted(command)
+    bytes_, size, _ = wanted(command)
     for share in SHARES.get(command, (0.5,)):
         disk = small_disk(int(share * size) // 4096 * 4096)
         code, said = execute(command, inputs[1][command], disk / "output")

@@ -17,7 +17,7 @@ from transformers_unicode2.record import Record, compare, held
 
 @pytest.mark.parametrize("command", [*COMMANDS[:5], *SLOW])
 def test_a_finished_output_is_left_alone_and_another_making_is_refused(command, inputs, wanted, capsys):
-    bytes_, folder = wanted(command)[0], inputs[0] / command.replace(" ", "_")
+    bytes_, _, folder = wanted(command)
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert execute(command, inputs[1][command], folder) == (0, "")
     assert "is finished; nothing to do" in capsys.readouterr().out
