@@ -390,16 +390,18 @@ def test_numbers_that_are_computed_are_left_out(make_llm, init, tmp_path):
     assert torch.equal(score(init()), score(tmp_path / "llm", AutoModelForCausalLM))
 
 
-def test_lengths_in_a_tokenizer_do_not_cut_texts(make_llm, tmp_path):
+def test_lengths_in_a_tokenizer_do_not_cut_texts(make_llm, init, tmp_path):
     make_llm("qwen2")
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    expected = UniCode2Processor.from_pretrained(init(output=tmp_path / "usual")).apply_chat_template(CHAT, **options)
     tokenizer = make_tokenizer("chatml", "bytes")
     tokenizer.backend_tokenizer.enable_truncation(8)
     tokenizer.backend_tokenizer.enable_padding(length=64)
     tokenizer.save_pretrained(tmp_path / "llm")
-    prepare_text(str(tmp_path / "llm"), 512, "own").tokenizer.save_pretrained(tmp_path / "new")
-    backend = AutoTokenizer.from_pretrained(tmp_path / "new").backend_tokenizer
+    processor = UniCode2Processor.from_pretrained(init())
+    assert processor.apply_chat_template(CHAT, **options)["input_ids"] == expected["input_ids"]
+    backend = processor.tokenizer.backend_tokenizer
     assert backend.truncation is None and backend.padding is None
-    assert len(backend.encode("a" * 50, add_special_tokens=False).ids) == 50
 
 
 def test_plain_pieces_become_image_tokens(tmp_path):
@@ -478,7 +480,7 @@ def test_weights_that_do_not_fit_are_told_before_anything_is_written(make_llm, i
 def test_an_adapter_is_no_language_model(make_llm, init, tmp_path, capsys):
     make_llm("llama")
     (tmp_path / "llm" / "adapter_config.json").write_text("{}")
-    assert "it is an adapter; merge it into its language model" in refuse(capsys, init)
+    assert "is an adapter; merge it into its language model" in refuse(capsys, init)
 
 
 def test_a_codebook_of_another_encoder_is_refused_by_its_own_digest(make_llm, init, vision, tmp_path, capsys):
@@ -505,3 +507,17 @@ def test_a_random_codebook_has_a_most(make_llm, init, capsys):
     with pytest.raises(SystemExit, match="2"):
         init(codebook=("--random-codebook", "3000000000"))
     assert "it must be from 4 to 2147483647" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_refused(make_llm, init, vision, tmp_path, capsys):
+    make_llm("llama")
+    change_weights(tmp_path / "llm", lambda state: state["model.embed_tokens.weight"][5].fill_(torch.nan))
+    for words in ([], ["--projector-init", "default"], ["--dry-run"]):
+        assert "1 of 512 rows of model.embed_tokens.weight" in refuse(capsys, init, *words)
+    encoder = SiglipVisionModel.from_pretrained(vision)
+    with torch.no_grad():
+        encoder.post_layernorm.weight.fill_(torch.nan)
+    encoder.save_pretrained(tmp_path / "vision")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vision")
+    with pytest.raises(ValueError, match="gives features that are not finite"):
+        draw_codebook(str(tmp_path / "vision"), 40)

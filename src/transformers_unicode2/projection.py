@@ -59,7 +59,7 @@ def rescale_projector(projector: nn.Module, codes: torch.Tensor, mean: torch.Ten
         spread (`float`): of the output, see `measure_embeddings`.
 
     Raises:
-        `ValueError`: when all codes come out the same.
+        `ValueError`: when all codes come out the same, or not finite.
     """
     first, last = projector.linear_1, projector.linear_2
     weights = [weight.float() for weight in (first.weight, first.bias, last.weight)]
@@ -71,7 +71,9 @@ def rescale_projector(projector: nn.Module, codes: torch.Tensor, mean: torch.Ten
     size = (len(codes), max(last.weight.shape))
     center, variance = compute_moments(project(codes[rows]) for rows in blocks(size))
     current = variance.mean().sqrt().item()
-    if not current > 0:
+    if not math.isfinite(current):
+        raise ValueError(f"Not all of {len(codes)} codes leave the projector as finite numbers; check the codebook.")
+    if current == 0:
         raise ValueError(f"All {len(codes)} codes leave the projector the same; it cannot be brought to a scale.")
     factor = spread / current
     last.weight.mul_(factor)

@@ -84,6 +84,9 @@ def draw_codebook(vision: str, codebook_size: int):
 
     Returns:
         `UniCode2Codebook`.
+
+    Raises:
+        `ValueError`: as `load_encoder` does, and when the features are not finite.
     """
     from ..codebook.features import Encoder
     from ..codebook.storage import codebook_from_arrays
@@ -93,6 +96,8 @@ def draw_codebook(vision: str, codebook_size: int):
     coarse = torch.randn(NUM_IMAGES, 3, 8, 8, generator=generator)
     pixels = nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
     features = torch.from_numpy(encoder(list(pixels))[0]).flatten(0, 1)  # (NUM_IMAGES * num_patches, dim)
+    if not features.isfinite().all():
+        raise ValueError(f"{vision} gives features that are not finite; copy the encoder again.")
     noise = torch.randn(codebook_size, encoder.dim, generator=generator)
     codes = (features.mean(0) + features.std(0) * noise).bfloat16().float()
     centroids = codes[: count_cells(codebook_size)]

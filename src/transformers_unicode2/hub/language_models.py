@@ -26,6 +26,8 @@ OTHER_HEADS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_so
 # Settings that count the experts of a mixture.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHAT_TEMPLATES = ("own", "chatml")
+# What the settings of a tokenizer say of the lengths of texts.
+LENGTHS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Numbers that old files hold, and that Transformers computes from the configuration.
 COMPUTED = "rotary_emb.inv_freq"
@@ -42,11 +44,12 @@ def load_text_config(llm: str):
     from transformers.utils import find_adapter_config_file
 
     try:
-        if find_adapter_config_file(llm) is not None:
-            raise ValueError("it is an adapter; merge it into its language model with PEFT, and give what comes of it")
-        config = AutoConfig.from_pretrained(llm)
+        is_adapter = find_adapter_config_file(llm) is not None
+        config = None if is_adapter else AutoConfig.from_pretrained(llm)
     except (OSError, ValueError) as error:
         raise ValueError(f"--llm {llm} has no configuration that can be read: {first_line(error)}") from error
+    if is_adapter:
+        raise ValueError(f"--llm {llm} is an adapter; merge it into its language model with PEFT, and give that.")
     what, models = f"{llm} is a {config.model_type} model", AutoModelForCausalLM._model_mapping
     if type(config) not in models:
         raise ValueError(f"{what}; --llm must be a causal language model.")
@@ -96,7 +99,7 @@ def settle_config(llm: str, config) -> None:
     counts. Reads names, and of the weights no more than an embedding and a head beside it.
 
     Raises:
-        `ValueError`: when the files lack the embedding, or a head that is not tied.
+        `ValueError`: when the files lack the embedding, or a head that is not tied, or rows are not finite.
     """
     files = {}
     for file in find_safetensors(llm):
@@ -113,6 +116,13 @@ def settle_config(llm: str, config) -> None:
     for name in (name for name in (EMBEDDING, HEAD) if name in files):
         with safe_open(files[name], framework="pt") as tensors:
             found[name] = tensors.get_tensor(name)
+    for name, weight in found.items():
+        bad = (~weight.isfinite().all(-1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise ValueError(
+                f"{len(bad)} of {len(weight)} rows of {name} of {llm} are not finite, the first is number {bad[0]}; "
+                "copy the model again."
+            )
     if HEAD in found and not torch.equal(found[EMBEDDING], found[HEAD]):
         config.tie_word_embeddings = False
     config.dtype = config.dtype or found[EMBEDDING].dtype
@@ -195,9 +205,11 @@ def load_tokenizer(llm: str):
         raise ValueError(f"The tokenizer of {llm} is a slow one, which cannot mark answers; it needs a tokenizer.json.")
     if tokenizer.eos_token is None:
         raise ValueError(f"The tokenizer of {llm} has no `eos_token`, which ends a text; set one.")
-    # Settings of a tokenizer.json that would cut and fill up all texts.
+    # A processor would cut and fill up all texts by these settings.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    for name in LENGTHS:
+        tokenizer.init_kwargs.pop(name, None)
     if tokenizer.pad_token is None:
         # Padding is masked, so it may be any token.
         tokenizer.pad_token = tokenizer.eos_token
