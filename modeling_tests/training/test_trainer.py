@@ -11,12 +11,10 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from transformers_unicode2.training.checkpointing import ResumedProgress
+from transformers_unicode2.training.parameters import freeze_all_but
 from transformers_unicode2.training.prompt_images import swap_images, thin_images
-from transformers_unicode2.training.sft import (
-    UniCode2SFTTrainer,
-    freeze_all_but,
-)
 from transformers_unicode2.training.stage import find_last_checkpoint
+from transformers_unicode2.training.trainer import UniCode2SFTTrainer
 
 
 @pytest.fixture
@@ -48,6 +46,27 @@ def make(model, processor, rows, tmp_path):
         return UniCode2SFTTrainer(model, arguments, train_dataset=train_dataset, processing_class=tokenizer, **others)
 
     return make_trainer
+
+
+def score_row(model, ids: list[int], labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihoods of the targets of a row within their own head, and whether each is the best of it."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    chances, hits = [], []
+    for place, label in enumerate(labels):
+        if label != -100:
+            head = logits[place - 1, :768] if label < 768 else logits[place - 1, 768:]
+            chances.append(head.log_softmax(-1)[label - 768 * (label >= 768)].item())
+            hits.append(head.argmax().item() == label - 768 * (label >= 768))
+    return np.array(chances), np.array(hits)
+
+
+def compute_loss(model, rows: Dataset) -> float:
+    """The loss of rows, each by itself, without a trainer."""
+    model.eval()
+    chances = [score_row(model, row["input_ids"], row["labels"])[0] for row in rows]
+    model.train()
+    return -np.concatenate(chances).mean()
 
 
 def first_loss(trainer) -> float:
@@ -121,14 +140,14 @@ def test_activations_are_not_moved_where_there_is_no_accelerator(make):
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     ],
 )
-def test_how_examples_are_batched_does_not_change_the_loss(make, options):
-    assert first_loss(make(**options)) == pytest.approx(first_loss(make()), rel=1e-5)
+def test_how_examples_are_batched_does_not_change_the_loss(make, model, rows, options):
+    assert first_loss(make(**options)) == pytest.approx(compute_loss(model, rows), rel=1e-5)
 
 
-def test_examples_are_cut_at_max_length(make, rows):
-    short = rows.map(lambda row: {name: row[name][:16] for name in row})
-    assert first_loss(make(max_length=16)) == pytest.approx(first_loss(make(short)), rel=1e-6)
-    assert abs(first_loss(make(max_length=16)) - first_loss(make())) > 1e-4
+def test_examples_are_cut_at_max_length(make, model, rows):
+    short, whole = rows.map(lambda row: {name: row[name][:16] for name in row}), compute_loss(model, rows)
+    cut = first_loss(make(max_length=16))
+    assert cut == pytest.approx(compute_loss(model, short), rel=1e-5) and abs(cut - whole) > 1e-4
 
 
 def accuracy(prediction) -> dict[str, float]:
@@ -220,19 +239,6 @@ def questions(config):
     return Dataset.from_list(examples)
 
 
-def score_row(model, ids: list[int], labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-likelihoods of the targets of a row within their own head, and whether each is the best of it."""
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0]
-    chances, hits = [], []
-    for place, label in enumerate(labels):
-        if label != -100:
-            head = logits[place - 1, :768] if label < 768 else logits[place - 1, 768:]
-            chances.append(head.log_softmax(-1)[label - 768 * (label >= 768)].item())
-            hits.append(head.argmax().item() == label - 768 * (label >= 768))
-    return np.array(chances), np.array(hits)
-
-
 def test_evaluation_gives_losses_accuracies_and_the_image_gap_of_its_rows(make, model, questions, capsys):
     model.eval()
     metrics = make(eval_dataset=questions, per_device_eval_batch_size=3).evaluate()
@@ -302,45 +308,6 @@ def test_learning_rates_of_parts_are_followed_and_logged(make, model, questions)
         trainer.train()
 
 
-def test_an_image_in_an_answer_is_learnt_as_the_codes_of_its_pixels(tiny_run, photo, tmp_path):
-    """Chats with pixels and the same chats with codes give the same losses, of which one is the visual head's."""
-    from transformers import AutoProcessor
-
-    from transformers_unicode2 import UniCode2ForConditionalGeneration
-
-    model = UniCode2ForConditionalGeneration.from_pretrained(tiny_run / "model")
-    processor = AutoProcessor.from_pretrained(tiny_run / "model")
-    image, text = {"type": "image"}, {"type": "text", "text": "a red circle"}
-    drawing = [{"role": "user", "content": [text]}, {"role": "assistant", "content": [image]}]
-    reading = [{"role": "user", "content": [image]}, {"role": "assistant", "content": [text]}]
-    chats = Dataset.from_list([{"messages": chat, "images": [photo]} for chat in (drawing, reading)])
-    with torch.no_grad():
-        ids = model.get_image_tokens(processor(images=photo, return_tensors="pt")["pixel_values"])[0].tolist()
-    coded = [processor.encode_chat(chat, [ids]) for chat in (drawing, reading)]
-    coded = [{"input_ids": i, "labels": [a if m else -100 for a, m in zip(i, mask)]} for i, mask in coded]
-    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "logging_steps": 1}
-    settings |= {"max_length": None, "per_device_train_batch_size": 2, "learning_rate": 0.1, "disable_tqdm": True}
-    settings |= {"save_strategy": "no", "gradient_checkpointing": False}
-    logs, head = [], model.visual_head.linear.weight.detach().clone()
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    for data, options in ((chats, {"assistant_only_loss": True}), (Dataset.from_list(coded), {})):
-        model.load_state_dict(start)
-        freeze_all_but(model, ["projector", "visual_embeddings", "language_model", "lm_head", "visual_head"])
-        arguments = SFTConfig(str(tmp_path), **settings, **options)
-        given = processor if "images" in data.column_names else processor.tokenizer
-        trainer = UniCode2SFTTrainer(model, arguments, train_dataset=data, processing_class=given)
-        if given is processor:
-            trainer.codes_per_image = 4
-            with pytest.raises(ValueError, match="`codes_per_image` is for tokenized rows"):
-                trainer.train()
-            trainer.codes_per_image = None
-        trainer.train()
-        logs.append(trainer.state.log_history[0])
-        assert not torch.equal(model.visual_head.linear.weight, head)
-    for name in ("loss", "text_loss", "visual_loss"):
-        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4) and logs[0][name] > 0
-
-
 def test_the_bar_of_a_resumed_run_counts_its_own_steps(make, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 2, "disable_tqdm": False}
     make(**options, max_steps=2).train()
@@ -356,34 +323,6 @@ def test_the_bar_of_a_resumed_run_counts_its_own_steps(make, monkeypatch):
     trainer.train(resume_from_checkpoint=True)
     # the bar is moved after this callback or before it, by one step
     assert len(bars) == 2 and bars[-1][0] in (3, 4) and bars[0][1:] == (2, 4)
-
-
-@pytest.mark.parametrize("adapted", [False, True])
-def test_a_stock_trainer_stops_at_images_in_answers_and_trains_texts(tiny_run, photo, tmp_path, adapted):
-    from peft import LoraConfig
-    from transformers import AutoProcessor
-    from trl import SFTTrainer
-
-    from transformers_unicode2 import UniCode2ForConditionalGeneration
-
-    processor = AutoProcessor.from_pretrained(tiny_run / "model")
-    image, text = {"type": "image"}, {"type": "text", "text": "a red circle"}
-    drawing = [{"role": "user", "content": [text]}, {"role": "assistant", "content": [image]}]
-    reading = [{"role": "user", "content": [image]}, {"role": "assistant", "content": [text]}]
-    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "disable_tqdm": True}
-    settings |= {"max_length": None, "save_strategy": "no", "gradient_checkpointing": False}
-
-    def train(chat: list[dict], **options) -> None:
-        model = UniCode2ForConditionalGeneration.from_pretrained(tiny_run / "model")
-        data = Dataset.from_list([{"messages": chat, "images": [photo]}] * 2)
-        lora = LoraConfig(target_modules=["q_proj"]) if adapted else None
-        arguments = SFTConfig(str(tmp_path), **settings, **options)
-        SFTTrainer(model, arguments, train_dataset=data, processing_class=processor, peft_config=lora).train()
-
-    for chat, options in ((drawing, {"assistant_only_loss": True}), (reading, {})):
-        with pytest.raises(ValueError, match="targets of this batch are of images, and the trainers of TRL learn text"):
-            train(chat, **options)
-    train(reading, assistant_only_loss=True)
 
 
 @pytest.mark.parametrize("options", [{"train_sampling_strategy": "group_by_length"}, {"dataloader_drop_last": True}])
