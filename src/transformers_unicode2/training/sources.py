@@ -10,6 +10,8 @@ image parts. An image in a user's turn is read, one in the assistant's is drawn.
 | `journeydb` | `img_path`, `prompt`, `Task2`, whose `Caption` is used, or else the prompt |
 | `questions` | an image, `questions` and `answers`, lists |
 | `captions` | an image and a text about it, which `--task` makes a chat of |
+
+A column `system` beside a chat is its first turn.
 """
 
 import hashlib

@@ -5,8 +5,9 @@
     accelerate launch -m transformers_unicode2.training.tokenize --data captions.csv --model checkpoint --output tokens
 
 What data may be, `sources.py` says; `--task` says what becomes of captions. Several tasks write a folder each. Rows
-that make no chat and images that cannot be read are listed in `refused-{split}.log`. A run that was killed resumes, and
-the output is the same for any number of processes and workers.
+that make no chat, that the model's chat template cannot write, or whose images cannot be read are listed in
+`refused-{split}.log`. A run that was killed resumes, and the output is the same for any number of processes and
+workers. An output does not go on with other pictures than it was begun with.
 """
 
 import argparse
