@@ -207,6 +207,8 @@ def test_files_of_an_adapter_that_are_damaged_are_named(adapter, tmp_path):
         refuse("names no `base_model_name_or_path`; say with `--base` which checkpoint it is for")
     file.write_text("{")
     refuse("adapter_config.json is damaged")
+    file.write_text(json.dumps({**settings, "peft_type": "NOPE"}))
+    refuse("PEFT cannot read the adapter_config.json of .*NOPE")
     file.write_text(json.dumps(settings))
     (adapter / "adapter_model.safetensors").write_bytes(b"123")
     refuse("adapter_model.safetensors is damaged")

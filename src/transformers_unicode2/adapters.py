@@ -119,7 +119,11 @@ def check_mergeable(adapter: str, is_tied: bool) -> None:
     """
     from peft import PeftConfig, PeftType
 
-    config = PeftConfig.from_pretrained(adapter)
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"PEFT cannot read the adapter_config.json of {adapter} ({reason}); update PEFT.") from error
     if config.is_prompt_learning:
         raise ValueError(
             f"{adapter} learnt prompts ({config.peft_type.value}), which are no part of the weights; load it with PEFT."
