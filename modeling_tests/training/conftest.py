@@ -1,12 +1,17 @@
 """A checkpoint with few weights, a small tokenized data set, and what runs stages on them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
+from tokenizing import content, picture
+from transformers import SiglipImageProcessor
 
 from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration
 from transformers_unicode2.tokens import hash_image_processor, hash_quantizer
@@ -82,3 +87,36 @@ def run_stage(tiny_run):
         return run
 
     return run
+
+
+@pytest.fixture(scope="session")
+def quantizer_folder(make_config, tmp_path_factory):
+    """Folder of a quantizer that is alone: a few thousand weights, 96 codes, images of 32 pixels and 16 tokens."""
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("quantizer"), UniCode2ForConditionalGeneration(make_config())
+    codes = model.get_quantizer().codebook.codes
+    codes.copy_(torch.randn_like(codes))
+    model.get_quantizer().save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llava_data(tmp_path_factory):
+    """A LLaVA file of 7 images by path, named up to 3 times, and a table of 5 images by content, of which 3 differ."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    for number in range(7):
+        picture(number).save(folder / "images" / f"{number}.png")
+    rows = []
+    for number, images in enumerate(([0], [1], [0, 2], [], [3, 3], [4], [5], [6], [0])):
+        turns = [{"from": "human", "value": "<image>" * len(images) + f"what is {number}?"}]
+        turns += [{"from": "gpt", "value": f"it is {number}"}]
+        row = {"id": number, "conversations": turns, "image": [f"images/{image}.png" for image in images]}
+        rows.append(row if images else {"id": "text", "conversations": turns})
+    (folder / "llava.json").write_text(json.dumps(rows))
+    (folder / "table").mkdir()
+    captions = [f"number {number}" for number in range(5)]
+    table = pa.table({"image": [content(10 + number % 3) for number in range(5)], "caption": captions})
+    parquet.write_table(table, folder / "table/train-0.parquet")
+    return folder

@@ -1,6 +1,5 @@
 """What `unicode2 tokenize` writes: the codes of the model, once an image, the same bytes however it is run."""
 
-import io
 import json
 import os
 import shutil
@@ -8,92 +7,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from datasets import load_dataset
-from PIL import Image
 from pyarrow import parquet
-from transformers import SiglipImageProcessor
+from tokenizing import content, picture, read, run, stop_at
 
 from transformers_unicode2 import UniCode2ForConditionalGeneration
 from transformers_unicode2.training import image_codes, row_index, shards, tokenize
 from transformers_unicode2.training.sources import open_source
 
 
-def picture(number: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((64, 64))
-
-
-def content(number: int) -> bytes:
-    file = io.BytesIO()
-    picture(number).save(file, "PNG")
-    return file.getvalue()
-
-
-def run(data, model, output: Path, *more) -> Path:
-    words = ["--data", *(data if isinstance(data, list) else [data]), "--model", model, "--output", output, *more]
-    tokenize.main(tokenize.make_parser().parse_args(list(map(str, words))))
-    return output
-
-
-def read(output: Path) -> dict[str, bytes]:
-    """The files of an output, without the times of change of its pictures."""
-    files = [file for file in output.rglob("*") if file.is_file() and file.name != "images-train.npy"]
-    return {str(file.relative_to(output)): file.read_bytes() for file in files}
-
-
 @pytest.fixture(scope="module")
-def quantizer(make_config, tmp_path_factory):
-    """Folder of a quantizer that is alone: a few thousand weights, 96 codes, images of 32 pixels and 16 tokens."""
-    torch.manual_seed(0)
-    folder, model = tmp_path_factory.mktemp("quantizer"), UniCode2ForConditionalGeneration(make_config())
-    codes = model.get_quantizer().codebook.codes
-    codes.copy_(torch.randn_like(codes))
-    model.get_quantizer().save_pretrained(folder)
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A LLaVA file of 7 images by path, named up to 3 times, and a table of 5 images by content, of which 3 differ."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "images").mkdir()
-    for number in range(7):
-        picture(number).save(folder / "images" / f"{number}.png")
-    rows = []
-    for number, images in enumerate(([0], [1], [0, 2], [], [3, 3], [4], [5], [6], [0])):
-        turns = [{"from": "human", "value": "<image>" * len(images) + f"what is {number}?"}]
-        turns += [{"from": "gpt", "value": f"it is {number}"}]
-        row = {"id": number, "conversations": turns, "image": [f"images/{image}.png" for image in images]}
-        rows.append(row if images else {"id": "text", "conversations": turns})
-    (folder / "llava.json").write_text(json.dumps(rows))
-    (folder / "table").mkdir()
-    captions = [f"number {number}" for number in range(5)]
-    table = pa.table({"image": [content(10 + number % 3) for number in range(5)], "caption": captions})
-    parquet.write_table(table, folder / "table/train-0.parquet")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(data, quantizer, tmp_path_factory):
+def whole(llava_data, quantizer_folder, tmp_path_factory):
     """Both, of several shards, with few images in a shard of codes; what a run that is not disturbed writes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_codes, "IMAGES_PER_SHARD", 3)
-        return read(run_both(data, quantizer, tmp_path_factory.mktemp("whole") / "out"))
+        return read(run_both(llava_data, quantizer_folder, tmp_path_factory.mktemp("whole") / "out"))
 
 
-def run_both(data: Path, model, output: Path, *more) -> Path:
+def run_both(folder: Path, model, output: Path, *more) -> Path:
     options = ["--rows-per-shard", 4, "--batch-size", 2, "--task", "both", *more]
-    return run([data / "llava.json", data / "table"], model, output, *options)
+    return run([folder / "llava.json", folder / "table"], model, output, *options)
 
 
 def test_codes_are_those_of_the_model_and_chats_those_of_the_data(
-    data, tiny_model, processor, tiny_checkpoint, tmp_path
+    llava_data, tiny_model, processor, tiny_checkpoint, tmp_path
 ):
-    output = run(data / "llava.json", tiny_checkpoint, tmp_path / "out", "--rows-per-shard", 4)
+    output = run(llava_data / "llava.json", tiny_checkpoint, tmp_path / "out", "--rows-per-shard", 4)
     names = ["train-00000.parquet", "train-00001.parquet", "train-00002.parquet"]
     assert sorted(read(output)) == [".unicode2/train.json", *names]
     rows = load_dataset(str(output), split="train")
@@ -103,13 +44,13 @@ def test_codes_are_those_of_the_model_and_chats_those_of_the_data(
     codes = tiny_model.get_quantizer().encode_images(pixels).tolist()
     named = [[0], [1], [0, 2], [], [3, 3], [4], [5], [6], [0]]
     assert rows["codes"][:] == [[codes[image] for image in images] for images in named]
-    source = open_source(str(data / "llava.json"))
+    source = open_source(str(llava_data / "llava.json"))
     assert [shards.complete(turn, []) for row in source.rows() for turn in row.messages] == [
         turn for turns in rows["messages"] for turn in turns
     ]
 
 
-def test_each_image_is_encoded_once(data, quantizer, tmp_path, monkeypatch):
+def test_each_image_is_encoded_once(llava_data, quantizer_folder, tmp_path, monkeypatch):
     """However often a file is named or a content stands in a table, in how many tasks, and whatever a run had done."""
     encoded = []
     preprocess = image_codes.Preprocessing.__getitem__
@@ -122,23 +63,10 @@ def test_each_image_is_encoded_once(data, quantizer, tmp_path, monkeypatch):
     monkeypatch.setattr(image_codes, "IMAGES_PER_SHARD", 3)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tokenize, "write_shards", stop_at(tokenize.write_shards, 1))
-        run_both(data, quantizer, tmp_path / "out", "--num-workers", 0)
+        run_both(llava_data, quantizer_folder, tmp_path / "out", "--num-workers", 0)
     assert encoded == list(range(10))
-    run_both(data, quantizer, tmp_path / "out", "--num-workers", 0)
+    run_both(llava_data, quantizer_folder, tmp_path / "out", "--num-workers", 0)
     assert encoded == list(range(10))
-
-
-def stop_at(function, number: int):
-    """A function that is interrupted at its call of this number, from 1."""
-    calls = []
-
-    def stopped(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == number:
-            raise KeyboardInterrupt
-        return function(*args, **kwargs)
-
-    return stopped
 
 
 @pytest.mark.parametrize(
@@ -147,36 +75,38 @@ def stop_at(function, number: int):
     + [(tokenize, "write_shard", number) for number in (1, 4)],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    module, name, number, data, whole, quantizer, tmp_path, monkeypatch
+    module, name, number, llava_data, whole, quantizer_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(image_codes, "IMAGES_PER_SHARD", 3)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, name, stop_at(getattr(module, name), number))
-        run_both(data, quantizer, tmp_path / "out")
+        run_both(llava_data, quantizer_folder, tmp_path / "out")
     assert (tmp_path / "out/work-train").is_dir()
     with pytest.raises(ValueError, match="was begun with something else .rows_per_shard was 4 and is 5."):
-        run_both(data, quantizer, tmp_path / "out", "--rows-per-shard", 5)
-    assert read(run_both(data, quantizer, tmp_path / "out")) == whole
+        run_both(llava_data, quantizer_folder, tmp_path / "out", "--rows-per-shard", 5)
+    assert read(run_both(llava_data, quantizer_folder, tmp_path / "out")) == whole
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_and_place_of_data_do_not_matter(workers, data, whole, quantizer, tmp_path, monkeypatch):
+def test_workers_and_place_of_data_do_not_matter(workers, llava_data, whole, quantizer_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(image_codes, "IMAGES_PER_SHARD", 3)
-    shutil.copytree(data, tmp_path / "moved")
-    assert read(run_both(tmp_path / "moved", quantizer, tmp_path / "out", "--num-workers", workers)) == whole
+    shutil.copytree(llava_data, tmp_path / "moved")
+    assert read(run_both(tmp_path / "moved", quantizer_folder, tmp_path / "out", "--num-workers", workers)) == whole
 
 
-def test_a_quantizer_that_is_alone_makes_the_codes_of_its_model(data, tiny_checkpoint, tiny_model, processor, tmp_path):
+def test_a_quantizer_that_is_alone_makes_the_codes_of_its_model(
+    llava_data, tiny_checkpoint, tiny_model, processor, tmp_path
+):
     tiny_model.get_quantizer().save_pretrained(tmp_path / "quantizer")
     processor.image_processor.save_pretrained(tmp_path / "quantizer")
     rows = [
-        parquet.read_table(run(data / "table", model, tmp_path / name, "--task", "draw") / "train-00000.parquet")
+        parquet.read_table(run(llava_data / "table", model, tmp_path / name, "--task", "draw") / "train-00000.parquet")
         for name, model in (("a", tiny_checkpoint), ("b", tmp_path / "quantizer"))
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 5
 
 
-def test_each_task_has_a_folder_and_chats_have_one_of_their_own(whole, data, quantizer, tmp_path):
+def test_each_task_has_a_folder_and_chats_have_one_of_their_own(whole, llava_data, quantizer_folder, tmp_path):
     names = {name for name in whole if name.endswith(".parquet")}
     assert names == {f"chats/train-0000{n}.parquet" for n in range(3)} | {
         f"{task}/train-0000{n}.parquet" for task in ("read", "draw") for n in range(2)
@@ -189,65 +119,65 @@ def test_each_task_has_a_folder_and_chats_have_one_of_their_own(whole, data, qua
     assert [part["type"] for part in drawn[0]["messages"][1]["content"]] == ["image"]
     assert {row["source"] for row in drawn} == {2}
     # One task writes no folder
-    run(data / "table", quantizer, tmp_path / "out", "--task", "draw")
+    run(llava_data / "table", quantizer_folder, tmp_path / "out", "--task", "draw")
     assert sorted(read(tmp_path / "out")) == [".unicode2/train.json", "train-00000.parquet"]
 
 
-def test_chats_of_other_tasks_do_not_mix(data, quantizer, tmp_path):
-    before = read(run(data / "table", quantizer, tmp_path, "--task", "both"))
+def test_chats_of_other_tasks_do_not_mix(llava_data, quantizer_folder, tmp_path):
+    before = read(run(llava_data / "table", quantizer_folder, tmp_path, "--task", "both"))
     with pytest.raises(ValueError, match="begun with something else .chats 1 was nothing and is .*; chats read 1 was"):
-        run(data / "table", quantizer, tmp_path, "--task", "draw")
+        run(llava_data / "table", quantizer_folder, tmp_path, "--task", "draw")
     assert read(tmp_path) == before
 
 
-def test_rows_that_cannot_be_used_are_listed_and_left_out(data, quantizer, tmp_path):
+def test_rows_that_cannot_be_used_are_listed_and_left_out(llava_data, quantizer_folder, tmp_path):
     """Broken images, markers that do not match, missing files: refused above a share, and named."""
     (tmp_path / "x").mkdir()
-    rows = json.loads((data / "llava.json").read_text())
-    shutil.copytree(data / "images", tmp_path / "x/images")
+    rows = json.loads((llava_data / "llava.json").read_text())
+    shutil.copytree(llava_data / "images", tmp_path / "x/images")
     (tmp_path / "x/images/5.png").write_bytes(b"no image")
     rows[1]["image"] = ["images/1.png", "images/1.png"]
     rows[4]["image"] = ["images/nowhere.png"] * 2
     (tmp_path / "x/llava.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="2 of 9 rows cannot be used, and --max-bad-share allows") as error:
-        run(tmp_path / "x/llava.json", quantizer, tmp_path / "out")
+        run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out")
     assert "a share of 0.01; the first is " in str(error.value) and "json row 1: it has " in str(error.value)
     assert str(error.value).endswith("1 of them name image files that are not there, see --image-root.")
     with pytest.raises(ValueError, match=r"3 of 9 rows cannot be used, .* share of 0.23; the first is .* row 1: "):
-        run(tmp_path / "x/llava.json", quantizer, tmp_path / "out", "--max-bad-share", 0.23)
+        run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out", "--max-bad-share", 0.23)
     assert not list((tmp_path / "out").glob("*.parquet"))
-    output = run(tmp_path / "x/llava.json", quantizer, tmp_path / "out", "--max-bad-share", 0.4)
+    output = run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out", "--max-bad-share", 0.4)
     assert load_dataset(str(output), split="train")["row"][:] == [0, 2, 3, 5, 7, 8]
     lines = (output / "refused-train.log").read_text().splitlines()
     assert [line.split(": ")[0].rpartition(" ")[2] for line in lines] == ["1", "4", "6"]
     assert "there is no image file images/nowhere.png" in lines[1] and "cannot be read as an image" in lines[2]
 
 
-def test_repaired_files_are_read_again_and_codes_are_kept(data, quantizer, tmp_path, monkeypatch):
+def test_repaired_files_are_read_again_and_codes_are_kept(llava_data, quantizer_folder, tmp_path, monkeypatch):
     """Another `--image-root`, an image in the place of a broken one: the same command goes on."""
     monkeypatch.setattr(image_codes, "IMAGES_PER_SHARD", 3)
-    shutil.copytree(data, tmp_path / "x")
+    shutil.copytree(llava_data, tmp_path / "x")
     with pytest.raises(ValueError, match="8 of 9 rows cannot be used"):
-        run(tmp_path / "x/llava.json", quantizer, tmp_path / "out", "--image-root", tmp_path)
+        run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out", "--image-root", tmp_path)
     (tmp_path / "x/images/5.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="1 of 9 rows cannot be used"):
-        run(tmp_path / "x/llava.json", quantizer, tmp_path / "out")
+        run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out")
     kept = {file.name for file in (tmp_path / "out/work-train").glob("*.npy")}
     assert kept == {"codes-000000.npy", "codes-000002.npy"}
-    shutil.copy(data / "images/5.png", tmp_path / "x/images/5.png")
-    output = run(tmp_path / "x/llava.json", quantizer, tmp_path / "out")
-    assert read(output) == read(run(data / "llava.json", quantizer, tmp_path / "other"))
+    shutil.copy(llava_data / "images/5.png", tmp_path / "x/images/5.png")
+    output = run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out")
+    assert read(output) == read(run(llava_data / "llava.json", quantizer_folder, tmp_path / "other"))
 
 
-def test_data_without_a_row_that_can_be_used_are_refused(quantizer, tmp_path):
+def test_data_without_a_row_that_can_be_used_are_refused(quantizer_folder, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"conversations": [{"from": "human", "value": "hello"}]}\n')
     with pytest.raises(ValueError, match="1 of 1 rows cannot be used"):
-        run(tmp_path / "x.jsonl", quantizer, tmp_path / "out", "--max-bad-share", 1)
+        run(tmp_path / "x.jsonl", quantizer_folder, tmp_path / "out", "--max-bad-share", 1)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.parquet"))
 
 
-def test_a_table_that_changes_while_it_is_read_is_noticed(data, quantizer, tmp_path, monkeypatch):
-    shutil.copytree(data / "table", tmp_path / "table")
+def test_a_table_that_changes_while_it_is_read_is_noticed(llava_data, quantizer_folder, tmp_path, monkeypatch):
+    shutil.copytree(llava_data / "table", tmp_path / "table")
     index = tokenize.load_quantizer
 
     def change(*args):
@@ -257,26 +187,26 @@ def test_a_table_that_changes_while_it_is_read_is_noticed(data, quantizer, tmp_p
 
     monkeypatch.setattr(tokenize, "load_quantizer", change)
     with pytest.raises(ValueError, match="Row 0 of .*table changed while it was read"):
-        run(tmp_path / "table", quantizer, tmp_path / "out", "--num-workers", 0)
+        run(tmp_path / "table", quantizer_folder, tmp_path / "out", "--num-workers", 0)
 
 
-def test_two_splits_share_a_folder(data, quantizer, tmp_path):
+def test_two_splits_share_a_folder(llava_data, quantizer_folder, tmp_path):
     for split in ("train", "test"):
-        run(data / "llava.json", quantizer, tmp_path, "--split", split)
+        run(llava_data / "llava.json", quantizer_folder, tmp_path, "--split", split)
     opened = load_dataset(str(tmp_path))
     assert {name: len(rows) for name, rows in opened.items()} == {"train": 9, "test": 9}
 
 
-def test_codes_of_two_codebooks_do_not_mix(data, tiny_checkpoint, tmp_path):
+def test_codes_of_two_codebooks_do_not_mix(llava_data, tiny_checkpoint, tmp_path):
     """The same model may write to a folder of codes again; one with another codebook is refused and changes nothing."""
     for _ in range(2):
-        before = read(run(data / "table", tiny_checkpoint, tmp_path / "tokens"))
+        before = read(run(llava_data / "table", tiny_checkpoint, tmp_path / "tokens"))
     model = UniCode2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
     model.get_quantizer().codebook.codes[0] += 1
     model.save_pretrained(tmp_path / "other")
     shutil.copy(Path(tiny_checkpoint) / "processor_config.json", tmp_path / "other")
     with pytest.raises(ValueError, match="was begun with something else .quantizer was .* and is "):
-        run(data / "table", tmp_path / "other", tmp_path / "tokens")
+        run(llava_data / "table", tmp_path / "other", tmp_path / "tokens")
     assert read(tmp_path / "tokens") == before
 
 
@@ -300,7 +230,7 @@ def test_an_encoder_that_computes_something_else_is_another_quantizer(tiny_check
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
-def test_two_processes_write_what_one_writes(launcher, data, quantizer, tmp_path):
+def test_two_processes_write_what_one_writes(launcher, llava_data, quantizer_folder, tmp_path):
     """Also with the shards of codes that a run would have with few images."""
     start = [
         "--num_processes",
@@ -320,7 +250,7 @@ def test_two_processes_write_what_one_writes(launcher, data, quantizer, tmp_path
         "import sys\nfrom transformers_unicode2.training import image_codes, tokenize\n"
         "image_codes.IMAGES_PER_SHARD = 3\ntokenize.main(tokenize.make_parser().parse_args(sys.argv[1:]))\n"
     )
-    words = ["--data", data / "llava.json", data / "table", "--model", quantizer, "--task", "both"]
+    words = ["--data", llava_data / "llava.json", llava_data / "table", "--model", quantizer_folder, "--task", "both"]
     words += ["--rows-per-shard", 4, "--batch-size", 2, "--output"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for prefix, output in (([], "one"), (["-m", launcher, *start], "two")):
@@ -330,12 +260,12 @@ def test_two_processes_write_what_one_writes(launcher, data, quantizer, tmp_path
     assert read(tmp_path / "one") == read(tmp_path / "two")
 
 
-def test_rows_that_the_model_cannot_learn_are_listed(data, tiny_checkpoint, quantizer, tmp_path):
+def test_rows_that_the_model_cannot_learn_are_listed(llava_data, tiny_checkpoint, quantizer_folder, tmp_path):
     """They would stop a stage. A quantizer that is alone knows no chats, so it takes them."""
-    rows = json.loads((data / "llava.json").read_text())
+    rows = json.loads((llava_data / "llava.json").read_text())
     rows[3]["conversations"][1]["value"] = "a turn ends by <|im_end|>"
     rows[5]["conversations"][0]["value"] += "<|image_pad|>"
-    shutil.copytree(data / "images", tmp_path / "images")
+    shutil.copytree(llava_data / "images", tmp_path / "images")
     (tmp_path / "llava.json").write_text(json.dumps(rows))
     output = run(tmp_path / "llava.json", tiny_checkpoint, tmp_path / "out", "--max-bad-share", 0.3)
     lines = (output / "refused-train.log").read_text().splitlines()
@@ -344,4 +274,4 @@ def test_rows_that_the_model_cannot_learn_are_listed(data, tiny_checkpoint, quan
         "row 5: turn 1 has <|image_pad|> in i",
     ]
     assert len(load_dataset(str(output), split="train")) == 7
-    run(tmp_path / "llava.json", quantizer, tmp_path / "alone")
+    run(tmp_path / "llava.json", quantizer_folder, tmp_path / "alone")
