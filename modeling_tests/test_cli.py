@@ -102,7 +102,7 @@ def test_missing_checkpoint_is_one_sentence(monkeypatch, capsys, tmp_path):
         ("evaluate scenes --model m --clip {}", "give --emoji-dir, too"),
         ("scenes --output {}/out --num-scenes -5", "argument --num-scenes: -5 is not"),
         ("scenes --output {}/out --num-emoji 1 --emoji-dir {}", "has no captions.tsv"),
-        ("tokenize --data {} --model m --output {}/out", "There is no folder m; give the folder of a checkpoint"),
+        ("tokenize --data {} --model m --output o", "There is no folder m; give the folder of a checkpoint"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(monkeypatch, capsys, tmp_path, words, sentence):
