@@ -143,22 +143,23 @@ def test_a_sparse_member_and_a_link_to_nothing_are_refused(tmp_path):
         ImageSource(str(tmp_path / "b.tar"))
 
 
-def test_several_images_of_a_key_are_images(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for number, name in enumerate(("0.png", "0.depth.png", "0.JPG", "1.png")):
+def write_pictures(file, *names: str) -> None:
+    """A tar of pictures in the order of their numbers."""
+    with tarfile.open(file, "w") as tar:
+        for number, name in enumerate(names):
             member = tarfile.TarInfo(name)
             member.size = len(picture(number))
             tar.addfile(member, io.BytesIO(picture(number)))
+
+
+def test_several_images_of_a_key_are_images(tmp_path):
+    write_pictures(tmp_path / "a.tar", "0.png", "0.depth.png", "0.JPG", "1.png")
     assert numbers(ImageSource(str(tmp_path / "a.tar"))) == [0, 1, 2, 3]
 
 
 def test_a_stream_with_several_images_in_a_row_is_refused(tmp_path):
     """`datasets` makes a column of each suffix."""
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for number, name in enumerate(("0.png", "0.depth.png", "1.png", "1.depth.png")):
-            member = tarfile.TarInfo(name)
-            member.size = len(picture(number))
-            tar.addfile(member, io.BytesIO(picture(number)))
+    write_pictures(tmp_path / "0.tar", "0.png", "0.depth.png", "1.png", "1.depth.png")
     with pytest.raises(ValueError, match="has several images in row 0, png and depth.png; without --streaming each is"):
         list(ImageSource(str(tmp_path), limit=2, streaming=True).read(0, 2))
     assert numbers(ImageSource(str(tmp_path))) == [0, 1, 2, 3]
