@@ -4,7 +4,8 @@
     unicode2 tokenize --data captions.csv pictures/ --task both --model checkpoint --output tokens
     accelerate launch -m transformers_unicode2.training.tokenize --data captions.csv --model checkpoint --output tokens
 
-What data may be, `sources.py` says; `--task` says what becomes of captions. Several tasks write a folder each. Rows
+Data may be LLaVA's JSON, JourneyDB's, chats, captions or questions: in JSON, CSV, parquet, WebDataset tars, folders of
+images or data sets of the Hub. `--task` says what becomes of captions. Several tasks write a folder each. Rows
 that make no chat, that the model's chat template cannot write, or whose images cannot be read are listed in
 `refused-{split}.log`. A run that was killed resumes, and the output is the same for any number of processes and
 workers. An output does not go on with other pictures than it was begun with.
@@ -53,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--task",
         help=f"what becomes of rows that are no chats: {', '.join(USUAL)}, both (read and draw), or a YAML file with\n"
-        "templates, see `templates.py` (default: the questions that rows have, or read)",
+        "templates, see training_recipes/README.md (default: the questions that rows have, or read)",
     )
     add("--split", default="train", help="of the data and of the output (default: %(default)s)")
     add("--streaming", action="store_true", help="read data sets of the Hub without a copy on disk, twice")
