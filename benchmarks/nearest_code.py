@@ -130,6 +130,27 @@ def measure_rate(dtype: torch.dtype, device: str, size: int) -> float:
     return 2 * size**3 / measure(lambda: a @ b, 5)
 
 
+def check_peer(rate: float, size: int) -> None:
+    """Stops where FAISS's products are far slower than torch's: its OpenBLAS does not know some processors."""
+    points = np.random.default_rng(0).standard_normal((size, 512), np.float32)
+    index = faiss_index(points)
+    flat = 2 * size**2 * 512 / measure(lambda: index.search(points, 1), 3)
+    if flat < rate / 4:
+        raise SystemExit(
+            f"FAISS makes {flat / 1e9:.0f} GFLOP/s of products and torch {rate / 1e9:.0f}, no fair comparison; "
+            "set OPENBLAS_CORETYPE to a processor that OpenBLAS knows, such as SkylakeX or Haswell."
+        )
+
+
+def faiss_index(points: np.ndarray):
+    """A flat index of points `(num_points, dim)`."""
+    import faiss
+
+    index = faiss.IndexFlatL2(points.shape[1])
+    index.add(points)
+    return index
+
+
 def share_equal(queries: torch.Tensor, codes: torch.Tensor, found: torch.Tensor) -> float:
     """Share of queries whose code is as near as the nearest one, found by brute force in float64."""
     queries, found = queries[:NUM_CHECKED].double(), found[:NUM_CHECKED]
@@ -324,6 +345,7 @@ def main() -> None:
     kept = Rows(results, {"threads": args.threads, "quick": args.quick, "batches": args.batches})
     side = 512 if args.quick else 2048
     rate = kept.measure("rate", lambda: {"rate": measure_rate(torch.float32, "cpu", side)})["rate"]
+    check_peer(rate, 4 * side)
     print(describe_run(args.threads, "faiss-cpu") + f"\nfloat32 products {rate / 1e9:.0f} GFLOP/s\n", flush=True)
 
     def draw(name: str, size: int, images: int = 16) -> tuple[str, UniCode2Codebook, np.ndarray]:

@@ -121,22 +121,36 @@ def read_image(source, index: int, encoder, mirrored: bool, files: Files) -> lis
         return []
 
 
+class SyntheticFeatures:
+    """Random features in nested clusters whose variances follow a power law, like those of encoders.
+
+    Each block of `BLOCK` features depends on its number alone.
+    """
+
+    def __init__(self, dim: int):
+        rng = np.random.default_rng(0)
+        self.scales = np.float32(8) * np.arange(1, dim + 1, dtype=np.float32) ** -0.5
+        coarse = rng.normal(size=(64, dim)).astype(np.float32) * self.scales
+        self.centers = coarse[rng.integers(64, size=4096)]
+        self.centers = self.centers + rng.normal(size=(4096, dim)).astype(np.float32) * self.scales * 0.7
+        self.shares = rng.dirichlet(np.ones(4096))
+
+    def draw(self, block: int) -> np.ndarray:
+        """Float32 `(BLOCK, dim)`."""
+        rng = np.random.default_rng([1, block])
+        points = rng.standard_normal((BLOCK, len(self.scales)), np.float32)
+        points *= self.scales * 0.5
+        points += self.centers[rng.choice(4096, BLOCK, p=self.shares)]
+        return points
+
+
 def write_synthetic(folder: Path, num_patches: int, dim: int) -> None:
-    """Writes random features in nested clusters whose variances follow a power law, like those of encoders."""
+    """Writes the features of `SyntheticFeatures`, those of block 0 as held-out ones."""
     from tqdm import tqdm
 
-    rng = np.random.default_rng(0)
-    scales = np.float32(8) * np.arange(1, dim + 1, dtype=np.float32) ** -0.5
-    coarse = rng.normal(size=(64, dim)).astype(np.float32) * scales
-    centers = coarse[rng.integers(64, size=4096)] + rng.normal(size=(4096, dim)).astype(np.float32) * scales * 0.7
-    shares = rng.dirichlet(np.ones(4096))
-    files = Files(folder, {"dim": dim, "images": 0, "made from": "synthetic"})
+    source, files = SyntheticFeatures(dim), Files(folder, {"dim": dim, "images": 0, "made from": "synthetic"})
     for block in tqdm(range(files.state["done"], -(-num_patches // BLOCK) + 1), unit="block", desc="features"):
-        rng = np.random.default_rng([1, block])
-        points = rng.standard_normal((BLOCK, dim), np.float32)
-        points *= scales * 0.5
-        points += centers[rng.choice(4096, BLOCK, p=shares)]
-        files.add("fit.float16" if block else "held_out.float16", points)
+        files.add("fit.float16" if block else "held_out.float16", source.draw(block))
         files.finish_batch(block + 1)
 
 

@@ -40,12 +40,12 @@ ALLOWED = {
     "hub": {"codebook", "diffusion"},
     "scenes": set(),
     "search": set(),
-    "training": {"diffusion", "scenes"},
+    "training": {"diffusion", "scenes", "search"},
 }
 # Root files that are no part of the library: commands, and what puts the fast search in its place.
 ENTRANCES = {"__init__.py", "ask.py", "cli.py", "demo.py"}
 # What a file that travels may import beside its siblings and the standard library.
-LIBRARIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "peft", "safetensors", "torch", "transformers"}
+LIBRARIES = {"PIL", "diffusers", "huggingface_hub", "jinja2", "numpy", "peft", "safetensors", "torch", "transformers"}
 # Modules and functions that start processes, run what they compiled, or run code that an import does not name.
 STARTERS = ("ctypes", "multiprocessing", "pty", "runpy", "subprocess", "torch.multiprocessing")
 STARTERS += ("asyncio.create_subprocess_exec", "asyncio.create_subprocess_shell", "asyncio.subprocess")

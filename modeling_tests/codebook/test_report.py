@@ -9,11 +9,11 @@ from browser import open_page
 from PIL import Image
 from transformers import SiglipImageProcessor, SiglipVisionModel
 
-from transformers_unicode2.codebook.clustering import make_backend
 from transformers_unicode2.codebook.features import Encoder, encode_all
 from transformers_unicode2.codebook.images import ImageSource
-from transformers_unicode2.codebook.report import compute_report, encode_thumbnail, find_neighbours, make_page
+from transformers_unicode2.codebook.report import NUM_NEIGHBOURS, compute_report, encode_thumbnail, make_page
 from transformers_unicode2.codebook.storage import codebook_from_arrays, load_codebook, save_codebook
+from transformers_unicode2.search.neighbours import find_neighbours
 
 
 def test_report_is_one_page_that_asks_nothing_of_the_network(drawn, run, tmp_path):
@@ -74,10 +74,11 @@ def test_page_of_500_000_codes_is_usable(tmp_path):
     arrays = rng.normal(size=(size, 2)).astype(np.float32), rng.normal(size=(cells, 2)).astype(np.float32)
     codebook = codebook_from_arrays(*arrays, offsets, previews)
     codes, images = rng.integers(0, size, 200 * 729), np.repeat(np.arange(200), 729)
-    report = compute_report(codebook, codes, images, 1.0, arrays[0][:2000], make_backend("torch"), 1.0, 0)
+    report = compute_report(codebook, codes, images, 1.0, arrays[0][:2000], 1.0, 0)
     encoder = SimpleNamespace(num_patches=729)
     gallery = [encode_thumbnail(torch.rand(3, 1, 1).expand(3, 64, 64)) for _ in range(200)]
-    page = make_page(report, {}, codebook, codes, images, gallery, encoder, find_neighbours(codebook))
+    neighbours = find_neighbours(codebook.codes, codebook.cell_offsets, NUM_NEIGHBOURS).numpy()
+    page = make_page(report, {}, codebook, codes, images, gallery, encoder, neighbours)
     assert len(page) < 80e6
     (tmp_path / "report.html").write_text(page)
     with open_page(tmp_path / "report.html") as (page, errors, _):

@@ -62,14 +62,16 @@ def test_near_codes_take_the_places_of_a_share_of_codes():
     torch.manual_seed(0)
     # The nearest rows are the next numbers
     line = torch.arange(3000.0)[:, None] * torch.tensor([[1.0, 0.0]])
-    near_codes = NearCodes(line, num_nearest=4)
+    near_codes = NearCodes(line, torch.arange(0, 3001, 100), num_nearest=4)
     codes = torch.randint(10, 2990, (400, 64))
     moved = (near_codes(codes, 0.6) - codes).abs()
     assert moved.max() == 2 and torch.equal(near_codes(codes, 0.0), codes)
     shares = (moved > 0).float().mean(1)
     assert shares.mean().item() == pytest.approx(0.3, abs=0.03) and shares.min() < 0.03 and 0.5 < shares.max() < 0.85
     assert ((near_codes(codes, 1.0) - codes).abs() == 1).float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert NearCodes(line[:3]).nearest.shape == (3, 2)
+    few = NearCodes(line[:3], torch.tensor([0, 3]))
+    assert set(few(torch.zeros(1, 200, dtype=torch.long), 1.0).flatten().tolist()) <= {0, 1, 2}
+    assert few.counts.tolist() == [2, 2, 2] and NearCodes(line[:1], torch.tensor([0, 1])).nearest.tolist() == [[0] * 16]
 
 
 def test_regression_is_the_relative_distance_to_the_image_prompts():

@@ -249,8 +249,11 @@ class UniCode2Processor(ProcessorMixin):
 
         Raises:
             `ValueError`: when images and their places differ in number, or an image has another number of ids. Also on
-                a part that is neither text nor image, and on a chat template that does not mark each answer.
+                a part that is neither text nor image, and on a chat template that does not mark each answer or that
+                refuses the chat.
         """
+        from jinja2 import TemplateError
+
         given, size = visual_token_ids or [], self.num_image_tokens
         # Tables have `None` for what a turn lacks, and templates print it.
         turns = drop_none(messages)
@@ -265,9 +268,12 @@ class UniCode2Processor(ProcessorMixin):
             )
         block = self.replace_image_token({}, 0)
         turns = [{**turn, "content": turn["content"].replace(self.image_token, block)} for turn in turns]
-        encoded = self.tokenizer.apply_chat_template(
-            turns, chat_template=self.chat_template, return_dict=True, return_assistant_tokens_mask=True
-        )
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                turns, chat_template=self.chat_template, return_dict=True, return_assistant_tokens_mask=True
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template of the model refuses the chat: {error}") from error
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         num_answers = sum(turn["role"] == "assistant" for turn in turns)
         num_marked = sum(flag and not before for before, flag in zip([0, *mask], mask))

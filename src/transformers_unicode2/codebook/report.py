@@ -15,7 +15,8 @@ import numpy as np
 from ..cli import SEED, at_least
 from ..files import whole_folder
 from ..record import held
-from .clustering import find_codes, make_backend, move_codebook
+from ..search.neighbours import find_neighbours
+from .clustering import find_codes, move_codebook
 from .features import Encoder, encode_all
 from .images import ImageSource
 from .statistics import (
@@ -25,7 +26,7 @@ from .statistics import (
     compute_utilization_curve,
     fit_rate_distortion,
 )
-from .storage import load_codebook, load_encoder
+from .storage import codebook_from_arrays, load_codebook, load_encoder
 
 # Side of an embedded image in pixels.
 THUMBNAIL = 112
@@ -74,13 +75,13 @@ def main(args: argparse.Namespace) -> dict:
 
 def write_report(args: argparse.Namespace, codebook, encoder: Encoder, output: Path) -> dict:
     """Writes the page, its curves and `report.json`; returns the content of the latter."""
-    backend = make_backend("torch", str(encoder.model.device))
     source = ImageSource(args.images, args.num_images)
     codes, images, error, sample, gallery = read_images(source, encoder, codebook, args.gallery_images, args.seed)
-    report = compute_report(codebook, codes, images, error, sample, backend, args.beta, args.seed)
+    report = compute_report(codebook, codes, images, error, sample, args.beta, args.seed)
     report["codebook"], report["images"] = str(args.codebook), args.images
     figures = draw_curves(report)
-    page = make_page(report, figures, codebook, codes, images, gallery, encoder, find_neighbours(codebook))
+    neighbours = find_neighbours(codebook.codes, codebook.cell_offsets, NUM_NEIGHBOURS).numpy()
+    page = make_page(report, figures, codebook, codes, images, gallery, encoder, neighbours)
     with whole_folder(output, last=("report.html",)) as target:
         for name, figure in figures.items():
             (target / f"{name}.png").write_bytes(figure)
@@ -126,7 +127,7 @@ def encode_thumbnail(pixels) -> bytes:
     return buffer.getvalue()
 
 
-def compute_report(codebook, codes, images, error: float, sample, backend, beta: float, seed: int) -> dict:
+def compute_report(codebook, codes, images, error: float, sample, beta: float, seed: int) -> dict:
     """The numbers of the page, as JSON has them; the arguments are as `read_images` returns them."""
     counts, table = np.bincount(codes, minlength=len(codebook.codes)), codebook.codes.numpy()
     statistics = compute_statistics(counts, error)
@@ -138,19 +139,22 @@ def compute_report(codebook, codes, images, error: float, sample, backend, beta:
         "objective": compute_objective(table, error, statistics["entropy"], len(codes), beta),
         "beta": beta,
         "utilization": compute_utilization_curve(codes, images, len(counts), seed=seed),
-        "rate_distortion": compute_rate_distortion(table, sample, backend, seed),
+        "rate_distortion": compute_rate_distortion(codebook, sample, seed),
         "cells": describe_cells(counts, codebook.cell_offsets.numpy()),
         "usage": np.sort(counts)[::-1][ranks - 1].tolist(),
         "usage_ranks": ranks.tolist(),
     }
 
 
-def compute_rate_distortion(table: np.ndarray, sample: np.ndarray, backend, seed: int) -> dict:
-    """Distortion of nested random parts of the codes `table` on a sample of features, and the fit of Eq. 17."""
+def compute_rate_distortion(codebook, sample: np.ndarray, seed: int) -> dict:
+    """Distortion of nested random parts of a codebook on a sample of features, and the fit of Eq. 17."""
+    table, offsets = codebook.codes.numpy(), codebook.cell_offsets.numpy()
     sizes = np.unique(np.geomspace(max(2, len(table) // 256), len(table), 7).round().astype(int))
-    order = np.random.default_rng(seed).permutation(len(table))
-    points = backend.put(sample)
-    distortions = [float(backend.assign(points, table[np.sort(order[:n])])[1].mean()) for n in sizes]
+    order, distortions = np.random.default_rng(seed).permutation(len(table)), []
+    for size in sizes:
+        chosen = np.sort(order[:size])
+        part = codebook_from_arrays(table[chosen], codebook.cell_centroids, np.searchsorted(chosen, offsets))
+        distortions.append(float(find_codes(part, sample)[1].mean(dtype=np.float64)))
     fit = fit_rate_distortion(sizes, np.array(distortions))
     return {"sizes": sizes.tolist(), "distortions": distortions, **fit}
 
@@ -164,29 +168,6 @@ def describe_cells(counts: np.ndarray, offsets: np.ndarray) -> dict:
         "gini": compute_gini(cells),
         "largest_share": float(cells.max() / cells.sum()),
     }
-
-
-def find_neighbours(codebook, num_cells: int = 4) -> np.ndarray:
-    """Nearest other codes of each code, int32 `(codebook_size, NUM_NEIGHBOURS)`, -1 where there are fewer.
-
-    Looks at the codes of the `num_cells` cells with the centroids nearest to the code's cell, itself included.
-    """
-    import torch
-
-    codes, offsets, centroids = codebook.codes, codebook.cell_offsets.tolist(), codebook.cell_centroids
-    found = torch.full((len(codes), NUM_NEIGHBOURS), -1, dtype=torch.int32)
-    near = torch.cdist(centroids, centroids).topk(min(num_cells, len(centroids)), largest=False).indices.tolist()
-    for cell, cells in enumerate(near):
-        first, last = offsets[cell], offsets[cell + 1]
-        if first == last:
-            continue
-        others = torch.cat([torch.arange(offsets[c], offsets[c + 1]) for c in sorted({cell, *cells})])
-        count = min(NUM_NEIGHBOURS, len(others) - 1)
-        for rows in torch.arange(first, last).split(1024):
-            distances = torch.cdist(codes[rows], codes[others])
-            distances[rows[:, None] == others] = torch.inf
-            found[rows, :count] = others[distances.topk(count, largest=False).indices].int()
-    return found.numpy()
 
 
 def draw_curves(report: dict) -> dict[str, bytes]:

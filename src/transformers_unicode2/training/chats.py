@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
-from jinja2 import TemplateError
 
 from ..processing_unicode2 import drop_none
 
@@ -28,11 +27,9 @@ def encode_chat(processor, messages: list[dict], visual_token_ids: list[list[int
             raise ValueError(
                 f"turn {number} has {found.group()} in its text, which is a control token of the model; take it out"
             )
-    try:
-        check_tools(processor, messages)
-        return processor.encode_chat(messages, visual_token_ids)
-    except TemplateError as error:
-        raise ValueError(f"the chat template of the model refuses the chat: {error}") from error
+    encoded = processor.encode_chat(messages, visual_token_ids)
+    check_tools(processor, messages)
+    return encoded
 
 
 def list_parts(turn: dict) -> list[dict]:

@@ -13,12 +13,14 @@ learns.
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..search.neighbours import find_neighbours
 from .decoders import encode_latents, flow_matching_loss
 
 
@@ -67,6 +69,10 @@ class MapperArguments:
     )
 
 
+# Cells of the codebook in which the nearest codes of a code are sought.
+NUM_PROBES = 8
+
+
 def contrastive_loss(mapped: torch.Tensor, text: torch.Tensor, temperature: float) -> torch.Tensor:
     """Eq. 10: cosine similarity over `temperature`, with the other rows as negatives, but for those of equal texts.
 
@@ -84,28 +90,27 @@ def contrastive_loss(mapped: torch.Tensor, text: torch.Tensor, temperature: floa
 class NearCodes:
     """Replaces codes by one of their nearest, as a language model errs that writes an image.
 
-    Finding the nearest takes `2 codebook_size^2 visual_dim` operations, once a run. That is seconds for a few thousand
-    codes, and a minute on a GPU for 500,000.
+    They are found once a run, among those of the nearest cells, see `find_neighbours`.
 
     Args:
         visual_embeddings: C2, `(codebook_size, visual_dim)`.
-        num_nearest: how many of the nearest codes it chooses from.
+        cell_offsets: first code of each cell of the codebook, `(num_cells + 1,)`.
+        num_nearest: how many of the nearest codes it chooses from; fewer where there are fewer.
     """
 
-    def __init__(self, visual_embeddings: torch.Tensor, num_nearest: int = 16):
+    def __init__(self, visual_embeddings: torch.Tensor, cell_offsets: torch.Tensor, num_nearest: int = 16):
         from tqdm import tqdm
 
-        rows, nearest = visual_embeddings.float(), []
-        for start in tqdm(range(0, len(rows), 1024), desc="nearest codes"):
-            distances = torch.cdist(rows[start : start + 1024], rows)
-            # Not the code itself
-            distances[:, start : start + 1024].fill_diagonal_(torch.inf)
-            nearest.append(distances.topk(min(num_nearest, len(rows) - 1), largest=False).indices.int())
-        self.nearest = torch.cat(nearest)  # (codebook_size, num_nearest)
+        progress = partial(tqdm, unit="cell", desc="nearest codes")
+        nearest = find_neighbours(visual_embeddings, cell_offsets, num_nearest, NUM_PROBES, progress)
+        self.counts = (nearest >= 0).sum(1).clamp(min=1)
+        # A code that is alone is replaced by itself
+        own = torch.arange(len(nearest), dtype=torch.int32, device=nearest.device)[:, None]
+        self.nearest = torch.where(nearest >= 0, nearest, own)  # (codebook_size, num_nearest)
 
     def __call__(self, codes: torch.Tensor, share: float) -> torch.Tensor:
         """Codes `(num_images, num_visual_tokens)`, int64, with a share that is uniform in [0, `share`] replaced."""
-        choice = torch.randint(self.nearest.shape[1], codes.shape, device=codes.device)
+        choice = (torch.rand(codes.shape, device=codes.device) * self.counts[codes]).long()
         limits = share * torch.rand(len(codes), 1, device=codes.device)
         replaced = torch.rand(codes.shape, device=codes.device) < limits
         return torch.where(replaced, self.nearest[codes, choice].long(), codes)
@@ -114,10 +119,16 @@ class NearCodes:
 class MapperWithLosses(torch.nn.Module):
     """The mapper, the only part that learns, and what its losses need, frozen and out of its state dict."""
 
-    def __init__(self, mapper, decoder, visual_embeddings: torch.Tensor, args: MapperArguments):
+    def __init__(
+        self,
+        mapper,
+        decoder,
+        visual_embeddings: torch.Tensor,
+        args: MapperArguments,
+        near_codes: NearCodes | None = None,
+    ):
         super().__init__()
         self.mapper, self.args = mapper, args
-        near_codes = NearCodes(visual_embeddings) if args.code_noise else None
         # In a list, so that nothing of it is registered
         self.frozen = [decoder, visual_embeddings.detach(), near_codes]
 
@@ -260,7 +271,9 @@ def train(args: MapperArguments, training_args, tokens: list[Path], held) -> Non
     scales = measure_scales(decoder, rows[args.caption_column][:64]) if decoder else {}
     mapper = make_mapper(args, scales, collate.teacher)
     visual_embeddings = source.model.visual_embeddings.weight.detach().to(training_args.device)
-    model = MapperWithLosses(mapper, decoder, visual_embeddings, args)
+    offsets = source.get_quantizer().codebook.cell_offsets
+    near_codes = NearCodes(visual_embeddings, offsets) if args.code_noise else None
+    model = MapperWithLosses(mapper, decoder, visual_embeddings, args, near_codes)
     optimizer = MuonWithAdamW.for_trainer(model, training_args, ("down", "pool")) if args.muon else None
     optimizers = (optimizer, None)
     trainer = StageTrainer(model, training_args, train_dataset=rows, data_collator=collate, optimizers=optimizers)

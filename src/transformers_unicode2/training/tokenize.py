@@ -186,6 +186,11 @@ def enter(args: argparse.Namespace, jobs: list, work: Path, made_of: dict, stack
     record = Record(output, made_of, owns, args.split, passing=(work.name,))
     finished = stack.enter_context(record.making())
     if finished:
+        if not notes_file(args).is_file():
+            raise ValueError(
+                f"{notes_file(args)} is missing, so that pictures that changed would not be noticed; delete {output} "
+                "and run the same command again."
+            )
         check_image_files(jobs, np.load(notes_file(args)), (len(jobs), None))
         remove(work)
         print(f"{output} is finished; nothing to do")
