@@ -1,0 +1,267 @@
+"""The steps of `half_a_million.py` that compose, load, run and train a model around the codebook."""
+
+import argparse
+import gc
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from half_a_million_codebook import GIB, Sizes, link_images, measure_disk, read_rates, run_command
+
+HEADS = ("flat", "two_level")
+NUM_STEPS = 20
+# Rows of a step.
+BATCH = 4
+# The codebook, C2 and the visual head by the names of their weights in a checkpoint.
+PARTS = {"codebook": "quantizer.codebook", "encoder": "vision_model", "C2": "visual_embeddings", "head": "visual_head"}
+
+
+def compose(args: argparse.Namespace) -> list[dict]:
+    """A checkpoint with each visual head, and the quantizer alone."""
+    from safetensors import safe_open
+
+    from transformers_unicode2 import UniCode2ImageProcessor, UniCode2Quantizer
+
+    sizes, rows = Sizes(args), []
+    for head in HEADS:
+        folder = sizes.folder / f"model-{head}"
+        words = ["--llm", args.llm, "--vision", args.encoder, "--codebook", sizes.folder / "real", "--output", folder]
+        seconds = run_command("init", *words, "--visual-head", head)
+        parts = dict.fromkeys([*PARTS, "others"], 0)
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():
+                    part = next((part for part, key in PARTS.items() if key in name), "others")
+                    parts[part] += stored.get_tensor(name).nbytes
+        found = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items()) + " GiB"
+        disk = measure_disk(folder)
+        limit = disk * GIB * (1 / read_rates(args).read + 1 / read_rates(args).write)
+        row = {"what": f"init, {head} head", "s": seconds, "limit, s": limit, "limit of": "disk", "disk GiB": disk}
+        rows.append(row | {"found": found})
+    quantizer = UniCode2Quantizer.from_pretrained(sizes.folder / "model-flat")
+    quantizer.save_pretrained(sizes.folder / "quantizer")
+    UniCode2ImageProcessor.from_pretrained(sizes.folder / "model-flat").save_pretrained(sizes.folder / "quantizer")
+    return rows
+
+
+def resident() -> float:
+    """Resident memory of this process in GiB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / GIB
+
+
+def load_quantizer(args: argparse.Namespace) -> list[dict]:
+    """The quantizer alone: what loading takes beyond reading its files, its memory, and its codes by each search."""
+    import torch
+    from PIL import Image
+
+    from transformers_unicode2 import UniCode2ImageProcessor, UniCode2Quantizer
+    from transformers_unicode2.search.faiss_index import FaissSearch
+
+    sizes, (_, held, _) = Sizes(args), link_images(args)
+    folder, files = sizes.folder / "quantizer", sorted(held.iterdir())
+    start = time.perf_counter()
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as opened:
+            while opened.read(2**24):
+                pass
+    read = time.perf_counter() - start
+    before, start = resident(), time.perf_counter()
+    quantizer = UniCode2Quantizer.from_pretrained(folder)
+    seconds = time.perf_counter() - start
+    gc.collect()
+    held_codes = quantizer.codebook.codes.nbytes / GIB
+    encoder = sum(weight.nbytes for weight in quantizer.vision_model.parameters()) / GIB
+    others = sum(b.nbytes for name, b in quantizer.codebook.named_buffers() if name != "codes") / GIB
+    rows = [{"what": "quantizer: load", "s": seconds, "limit, s": read, "limit of": "reading the files"}]
+    processor = UniCode2ImageProcessor.from_pretrained(folder)
+    images, place = [], iter(files)
+    while len(images) < 16:
+        try:
+            images.append(Image.open(next(place)).convert("RGB"))
+        except (OSError, Image.DecompressionBombError):
+            continue
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    start = time.perf_counter()
+    quantizer.encode_images(pixels[:1])
+    rows.append({"what": "quantizer: first picture, tables made", "s": time.perf_counter() - start, "peak GiB": None})
+    grown = resident() - before
+    allowed = 1.1 * held_codes + encoder + others
+    found = (
+        f"resident {grown:.2f} GiB; codes {held_codes:.2f}, encoder {encoder:.2f}, thumbnails and cells {others:.2f}"
+    )
+    rows[0] |= {"found": f"{found}; codes + 10 % + the rest {allowed:.2f}"}
+    features = quantizer.get_image_features(pixels).last_hidden_state
+    expected = quantizer.encode_features(features)
+    for name, batch in (("one picture", pixels[:1]), ("16 pictures", pixels)):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            quantizer.encode_images(batch)
+            times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        quantizer.encode_features(features[: len(batch)])
+        search = time.perf_counter() - start
+        rows.append(
+            {"what": f"quantizer: {name}", "s": min(times), "peak GiB": None, "found": f"search {search:.3g} s"}
+        )
+    for kind in ("flat", "ivf"):
+        start = time.perf_counter()
+        quantizer.codebook.search = FaissSearch(quantizer.codebook, kind)
+        made = time.perf_counter() - start
+        start = time.perf_counter()
+        codes = quantizer.encode_features(features[:1])
+        seconds = time.perf_counter() - start
+        assert torch.equal(codes, expected[:1])
+        found = f"made in {made:.2f} s; ids equal"
+        rows.append({"what": f"FAISS {kind}: one picture", "s": seconds, "peak GiB": None, "found": found})
+        del quantizer.codebook.search
+    return rows
+
+
+def generate(args: argparse.Namespace) -> list[dict]:
+    """Time of a visual token beside a text token of the same model, with both heads, with and without guidance."""
+    import torch
+    from decode_step import time_tokens
+
+    from transformers_unicode2 import UniCode2ForConditionalGeneration
+
+    sizes, rows = Sizes(args), []
+    for head in HEADS:
+        start = time.perf_counter()
+        model = UniCode2ForConditionalGeneration.from_pretrained(sizes.folder / f"model-{head}", dtype=torch.bfloat16)
+        rows.append({"what": f"model, {head}: load", "s": time.perf_counter() - start, "peak GiB": None})
+        prompt = torch.randint(1000, 2000, (1, 24), generator=torch.Generator().manual_seed(0))
+        options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "pad_token_id": 0}
+        length = model.config.num_image_tokens
+
+        def text(length, model=model, prompt=prompt, options=options, **clock):
+            ids = {"min_new_tokens": length, "max_new_tokens": length}
+            model.generate(prompt, generation_mode="text", **ids, **options, **clock)
+
+        def visual(length, guidance=None, model=model, prompt=prompt, options=options, **clock):
+            model.generate(prompt, generation_mode="image", guidance_scale=guidance, **options, **clock)
+
+        def guided(length, run=visual, **clock):
+            run(length, 3.0, **clock)
+
+        weights = sum(weight.nbytes for weight in model.model.language_model.layers.parameters())
+        c2, lm_head = model.model.visual_embeddings.weight.nbytes, model.lm_head.weight.nbytes
+        read = c2 if head == "flat" else c2 / model.config.codebook_config.num_cells
+        baseline = None
+        for name, run, scored in (
+            ("text", text, lm_head),
+            ("visual", visual, read),
+            ("visual, guidance", guided, read),
+        ):
+            seconds = time_tokens(run, length, "cpu")
+            baseline = baseline or seconds
+            limit = (weights + scored) / (read_rates(args).memory / 2)
+            row = {
+                "what": f"model, {head}: {name} token",
+                "s": seconds,
+                "limit, s": limit,
+                "limit of": "reading weights",
+            }
+            rows.append(row | {"peak GiB": None, "found": f"{seconds / baseline:.2f} of a text token"})
+        del model
+        gc.collect()
+    return rows
+
+
+def write_pairs(args: argparse.Namespace) -> Path:
+    """Captioned images: links to held-out ones, whose captions are the ends of their names."""
+    _, held, _ = link_images(args)
+    folder, lines = Sizes(args).folder / "pairs", []
+    folder.mkdir(exist_ok=True)
+    for file in sorted(held.iterdir())[:120]:
+        link = folder / file.name
+        if not link.is_symlink():
+            link.symlink_to(file.resolve())
+        lines.append(f"{file.name}\t{file.resolve().stem.replace('_', ' ').replace('-', ' ')}")
+    (folder / "captions.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run_stage(args: argparse.Namespace, name: str, changes: dict, kill: bool = False) -> dict:
+    """Trains in a process of its own. With `kill`, that is killed behind its first checkpoint, and a second resumes.
+
+    Returns the losses of the steps, the median seconds of one, seconds in all, peak GiB and the SHA-256 of the weights.
+    """
+    import yaml
+
+    folder = Sizes(args).folder
+    config = {
+        "datasets": [{"path": str(folder / "tokens" / task)} for task in ("read", "draw")],
+        "output_dir": str(folder / name),
+        "train_modules": ["visual_embeddings", "projector", "visual_head"],
+        "learning_rate": 1e-4,
+        "max_steps": NUM_STEPS,
+        "per_device_train_batch_size": BATCH,
+        "max_length": None,
+        "remove_unused_columns": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "save_strategy": "steps" if kill else "no",
+        "save_steps": NUM_STEPS // 2,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "seed": 0,
+        **changes,
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    words = ["-m", "transformers_unicode2.training.sft", "--config", str(file), "--use_cpu", "true"]
+    moments, losses, peak, start = [], {}, 0.0, time.perf_counter()
+    for killed in [True, False] if kill else [False]:
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True, env=environment)
+        first = len(losses) if not killed else 0
+        for line in process.stdout:
+            if line.startswith("{'loss'"):
+                moments.append(time.perf_counter())
+                losses[first + len(moments)] = float(line.split("'loss':")[1].split(",")[0].strip(" '\""))
+            if killed and (folder / name / f"checkpoint-{NUM_STEPS // 2}").exists():
+                process.send_signal(signal.SIGKILL)
+        status, usage = os.wait4(process.pid, 0)[1:]
+        peak = max(peak, usage.ru_maxrss / 2**20)
+        if status and not killed:
+            raise SystemExit(f"{name} ended with status {status}.")
+    digest = hashlib.sha256()
+    for weights in sorted((folder / name).glob("*.safetensors")):
+        digest.update(weights.read_bytes())
+    seconds = {"step": float(np.median(np.diff(moments))), "seconds": time.perf_counter() - start}
+    return {**seconds, "loss": list(losses.values())[-1], "peak": peak, "digest": digest.hexdigest()}
+
+
+def train(args: argparse.Namespace) -> list[dict]:
+    """20 steps of reading and drawing, with dense and with factored moments of C2, and once more with a kill."""
+    sizes, rows = Sizes(args), []
+    run_command(
+        "tokenize", "--data", write_pairs(args), "--task", "both", "--model", sizes.folder / "model-flat", "--output",
+        sizes.folder / "tokens", "--max-bad-share", 0.5,
+    )  # fmt: skip
+    for head in HEADS:
+        changes = {"model": str(sizes.folder / f"model-{head}")}
+        runs = {
+            "AdamW": run_stage(args, f"train-{head}", changes),
+            "Adafactor": run_stage(args, f"train-{head}-adafactor", {**changes, "optim": "adafactor"}),
+            "AdamW, killed": run_stage(args, f"train-{head}-killed", changes, kill=True),
+        }
+        for name, run in runs.items():
+            found = f"loss {run['loss']:.3f}"
+            if name == "AdamW, killed":
+                assert run["digest"] == runs["AdamW"]["digest"], head
+                found += "; weights equal to those of the run without a kill"
+            row = {"what": f"train, {head}, {name}: a step of {BATCH}", "s": run["step"], "peak GiB": run["peak"]}
+            rows.append(row | {"found": found})
+    return rows
+
+
+MODEL_STEPS = {"compose": compose, "quantizer": load_quantizer, "generate": generate, "train": train}
