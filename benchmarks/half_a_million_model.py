@@ -218,15 +218,14 @@ def run_stage(args: argparse.Namespace, name: str, changes: dict, kill: bool = F
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))
     words = ["-m", "transformers_unicode2.training.sft", "--config", str(file), "--use_cpu", "true"]
-    moments, losses, peak, start = [], {}, 0.0, time.perf_counter()
+    moments, losses, peak, start = [], [], 0.0, time.perf_counter()
     for killed in [True, False] if kill else [False]:
         environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True, env=environment)
-        first = len(losses) if not killed else 0
         for line in process.stdout:
             if line.startswith("{'loss'"):
                 moments.append(time.perf_counter())
-                losses[first + len(moments)] = float(line.split("'loss':")[1].split(",")[0].strip(" '\""))
+                losses.append(float(line.split("'loss':")[1].split(",")[0].strip(" '\"")))
             if killed and (folder / name / f"checkpoint-{NUM_STEPS // 2}").exists():
                 process.send_signal(signal.SIGKILL)
         status, usage = os.wait4(process.pid, 0)[1:]
@@ -237,7 +236,7 @@ def run_stage(args: argparse.Namespace, name: str, changes: dict, kill: bool = F
     for weights in sorted((folder / name).glob("*.safetensors")):
         digest.update(weights.read_bytes())
     seconds = {"step": float(np.median(np.diff(moments))), "seconds": time.perf_counter() - start}
-    return {**seconds, "loss": list(losses.values())[-1], "peak": peak, "digest": digest.hexdigest()}
+    return {**seconds, "loss": losses[-1], "peak": peak, "digest": digest.hexdigest()}
 
 
 def train(args: argparse.Namespace) -> list[dict]:

@@ -188,3 +188,12 @@ print(type(AutoModelForImageTextToText.from_config(config, trust_remote_code=Tru
 """
     )
     assert run_python(code, tmp_path / "whole").split()[-1] == "UniCode2ForConditionalGeneration"
+
+
+def test_a_model_whose_class_a_library_changed_is_saved_with_our_code(model, tmp_path):
+    """FSDP gives a model a class of its own, whose file is no code of ours."""
+    model.__class__ = type("FSDPModel", (type(model),), {"__module__": "torch.distributed.fsdp"})
+    model.save_pretrained(tmp_path)
+    assert all("_unicode2" in file.name for file in tmp_path.glob("*.py"))
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForImageTextToText"] == "modeling_unicode2.UniCode2ForConditionalGeneration"

@@ -20,7 +20,7 @@ from .generation_unicode2 import UniCode2GenerationMixin
 from .loading_unicode2 import load_whole
 from .planning_unicode2 import CACHE_NAME, name_cache
 from .processing_unicode2 import UniCode2Processor  # noqa: F401, so that its file travels with this one
-from .quantization_unicode2 import UniCode2Quantizer, equal_cells, init_codebook, note_digests
+from .quantization_unicode2 import UniCode2Quantizer, equal_cells, init_codebook, prepare_to_save
 from .visual_head_unicode2 import (
     VISUAL_HEAD_CLASSES,
     UniCode2MeasuredTargets,
@@ -115,7 +115,7 @@ class UniCode2PreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
         """Saves with the digests of the quantizer's parts."""
-        note_digests(self, state_dict)
+        prepare_to_save(self, state_dict)
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 

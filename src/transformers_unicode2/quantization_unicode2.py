@@ -296,7 +296,7 @@ class UniCode2Quantizer(PreTrainedModel):
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
         """Saves under its own names, wherever the weights came from, with the digests of its parts."""
-        note_digests(self, state_dict)
+        prepare_to_save(self, state_dict)
         super().save_pretrained(
             save_directory, is_main_process, state_dict, **{"save_original_format": False, **kwargs}
         )
@@ -359,9 +359,12 @@ def keep_dtype(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[to
     return apply
 
 
-def note_digests(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> None:
+def prepare_to_save(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> None:
     """Writes the digests of what will be saved, the state dict or the model's own weights, to a model's
-    configuration."""
+    configuration, which also brings the code."""
+    if type(model).__name__.startswith("FSDP"):
+        # A class that FSDP made, whose file is no code of ours. Transformers would save it.
+        type(model)._auto_class = None
     weights = model.get_quantizer().state_dict() if state_dict is None else state_dict
     codebook = model.config.codebook_config
     codebook.vision_config_sha256 = hash_settings(model.config.vision_config, codebook.encoder_dtype)

@@ -1,5 +1,6 @@
 """Checkpoints of a `Trainer` that are whole or absent, and runs that resume from the newest."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -115,8 +116,9 @@ class WholeCheckpoints:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As of `Trainer`; `resume_from_checkpoint=True` takes the newest whole checkpoint.
 
-        Raises `ValueError` when there is none.
+        Raises `ValueError` when there is none, and when DeepSpeed or FSDP was asked for and is not in use.
         """
+        check_sharding(self.accelerator, self.args)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -124,6 +126,25 @@ class WholeCheckpoints:
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ResumedProgress)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def check_sharding(accelerator, args) -> None:
+    """Raises `ValueError` when several processes were to share a model, and Accelerate gives each the whole of it.
+
+    That is what it does on CPUs, without a word.
+    """
+    if accelerator.num_processes == 1:
+        return
+    asked = {"DEEPSPEED": args.deepspeed, "FSDP": args.fsdp}
+    instead = {"DEEPSPEED": "set `use_cpu: false` and `ddp_backend: gloo`", "FSDP": "use DeepSpeed, or leave FSDP out"}
+    for kind, option in asked.items():
+        wanted = option or os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true"
+        if wanted and accelerator.distributed_type.value != kind:
+            name = kind.replace("DEEPSPEED", "DeepSpeed")
+            raise ValueError(
+                f"{name} is asked for, and Accelerate passes it over on {accelerator.device.type.upper()}: each of "
+                f"{accelerator.num_processes} processes would hold the whole model; {instead[kind]}."
+            )
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:

@@ -4,6 +4,7 @@ It resumes from its newest whole checkpoint, and its result is whole or absent.
 """
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -297,8 +298,8 @@ def run(main: Callable, *classes: type) -> None:
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     # Else a wrong option would print all of them
     parser = TrlParser(classes, usage="%(prog)s --config RECIPE.yaml [--OPTION VALUE ...]")
-    if not torch.accelerator.is_available():
-        # Else the training arguments refuse a machine without one
+    if not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        # Else the training arguments refuse a machine without one; with it, Accelerate passes DeepSpeed over
         parser.set_defaults(use_cpu=True)
     with sentences(Path(sys.argv[0]).stem):
         # The training arguments look for peers
