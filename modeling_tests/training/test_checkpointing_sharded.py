@@ -124,7 +124,7 @@ def compare(parts: Path, alone: dict, name: str, extra: dict, script: Path | Non
     assert weights.keys() == alone.keys()
     assert not alone["model.visual_embeddings.weight"].equal(before["model.visual_embeddings.weight"])
     for key in alone:
-        # The first of several sums of float32 that are added in another order.
+        # Two processes add float32 in another order.
         assert (weights[key].float() - alone[key].float()).abs().max() < 2e-5, key
     killed = start(parts, f"{name}-killed", 2, extra, script)
     while killed.poll() is None and not (parts / f"{name}-killed" / "checkpoint-2").exists():
