@@ -41,7 +41,8 @@ def find_digests(tensors: dict[str, torch.Tensor], wanted: Iterable[str] = tuple
     for digest in wanted:
         matches = {name: re.search(rf"(?:^|\.)({DIGESTS[digest]})$", name) for name in tensors}
         found = {match[1]: tensors[name] for name, match in matches.items() if match}
-        if found and not any(tensor.is_meta for tensor in found.values()):
+        # ZeRO-3 leaves weights empty outside of their modules, so that they cannot be hashed.
+        if found and not any(tensor.is_meta or not tensor.numel() for tensor in found.values()):
             digests[digest] = hash_tensors(found)
     return digests
 

@@ -136,7 +136,11 @@ def check_sharding(accelerator, args) -> None:
     if accelerator.num_processes == 1:
         return
     asked = {"DEEPSPEED": args.deepspeed, "FSDP": args.fsdp}
-    instead = {"DEEPSPEED": "set `use_cpu: false` and `ddp_backend: gloo`", "FSDP": "use DeepSpeed, or leave FSDP out"}
+    instead = {
+        "DEEPSPEED": "start by `accelerate launch` with DeepSpeed in its configuration, `use_cpu: false` and "
+        "`ddp_backend: gloo`",
+        "FSDP": "use DeepSpeed, or leave FSDP out",
+    }
     for kind, option in asked.items():
         wanted = option or os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true"
         if wanted and accelerator.distributed_type.value != kind:
