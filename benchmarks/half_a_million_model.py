@@ -1,6 +1,7 @@
 """The steps of `half_a_million.py` that compose, load, run and train a model around the codebook."""
 
 import argparse
+import ast
 import gc
 import hashlib
 import os
@@ -17,6 +18,10 @@ HEADS = ("flat", "two_level")
 NUM_STEPS = 20
 # Rows of a step.
 BATCH = 4
+LEARNING = ["visual_embeddings", "projector", "visual_head"]
+OPTIMIZERS = {"AdamW": {}, "8-bit AdamW": {"optim": "adamw_bnb_8bit"}, "Adafactor": {"optim": "adafactor"}}
+# Bytes of an optimizer's state for a parameter. The 8-bit one keeps a float32 scale for each 256 values of a moment.
+STATE = {"AdamW": 8.0, "8-bit AdamW": 2 + 2 * 4 / 256, "Adafactor": 0.0}
 # The codebook, C2 and the visual head by the names of their weights in a checkpoint.
 PARTS = {"codebook": "quantizer.codebook", "encoder": "vision_model", "C2": "visual_embeddings", "head": "visual_head"}
 
@@ -188,17 +193,14 @@ def write_pairs(args: argparse.Namespace) -> Path:
 
 
 def run_stage(args: argparse.Namespace, name: str, changes: dict, kill: bool = False) -> dict:
-    """Trains in a process of its own. With `kill`, that is killed behind its first checkpoint, and a second resumes.
-
-    Returns the losses of the steps, the median seconds of one, seconds in all, peak GiB and the SHA-256 of the weights.
-    """
+    """Trains in a process of its own. With `kill`, that is killed behind its first checkpoint, and a second resumes."""
     import yaml
 
     folder = Sizes(args).folder
     config = {
         "datasets": [{"path": str(folder / "tokens" / task)} for task in ("read", "draw")],
         "output_dir": str(folder / name),
-        "train_modules": ["visual_embeddings", "projector", "visual_head"],
+        "train_modules": LEARNING,
         "learning_rate": 1e-4,
         "max_steps": NUM_STEPS,
         "per_device_train_batch_size": BATCH,
@@ -217,50 +219,103 @@ def run_stage(args: argparse.Namespace, name: str, changes: dict, kill: bool = F
     }
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))
-    words = ["-m", "transformers_unicode2.training.sft", "--config", str(file), "--use_cpu", "true"]
-    moments, losses, peak, start = [], [], 0.0, time.perf_counter()
-    for killed in [True, False] if kill else [False]:
-        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True, env=environment)
-        for line in process.stdout:
-            if line.startswith("{'loss'"):
-                moments.append(time.perf_counter())
-                losses.append(float(line.split("'loss':")[1].split(",")[0].strip(" '\"")))
-            if killed and (folder / name / f"checkpoint-{NUM_STEPS // 2}").exists():
-                process.send_signal(signal.SIGKILL)
-        status, usage = os.wait4(process.pid, 0)[1:]
-        peak = max(peak, usage.ru_maxrss / 2**20)
-        if status and not killed:
-            raise SystemExit(f"{name} ended with status {status}.")
+    words = ["-m", "transformers_unicode2.training.sft", "--config", file, "--use_cpu", "true"]
+    run = run_training(args, words, folder / name / f"checkpoint-{NUM_STEPS // 2}" if kill else None)
     digest = hashlib.sha256()
     for weights in sorted((folder / name).glob("*.safetensors")):
         digest.update(weights.read_bytes())
-    seconds = {"step": float(np.median(np.diff(moments))), "seconds": time.perf_counter() - start}
-    return {**seconds, "loss": losses[-1], "peak": peak, "digest": digest.hexdigest()}
+    return run | {"digest": digest.hexdigest()}
+
+
+def run_training(args: argparse.Namespace, words: list, killed_behind: Path | None = None) -> dict:
+    """Runs a training. With `killed_behind`, it is killed once that folder is there, and started again.
+
+    Returns the last loss, the number of tokens that a step has on average, its median seconds, and peak GiB.
+    """
+    command = list(map(str, [sys.executable, *words]))
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONUNBUFFERED": "1"}
+    moments, logs, peak = [], [], 0.0
+    for place in [killed_behind, None] if killed_behind else [None]:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for line in process.stdout:
+            if line.startswith("{'loss'"):
+                moments.append(time.perf_counter())
+                logs.append(ast.literal_eval(line))
+            if place and place.exists():
+                process.send_signal(signal.SIGKILL)
+        status, usage = os.wait4(process.pid, 0)[1:]
+        peak = max(peak, usage.ru_maxrss / 2**20)
+        if status and not place:
+            raise SystemExit(f"`{' '.join(command)}` ended with status {status}.")
+    tokens = float(logs[-1].get("num_tokens", 0)) / NUM_STEPS
+    step = float(np.median(np.diff(moments)))
+    return {"loss": float(logs[-1]["loss"]), "tokens": tokens, "step": step, "peak": peak}
+
+
+def train_bare(args: argparse.Namespace) -> None:
+    """The language model alone in the stock `Trainer`: its embeddings learn from rows of text of one length."""
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=torch.float32)
+    model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, model.config.vocab_size, (NUM_STEPS * BATCH, args.length), generator=generator)
+    training_args = TrainingArguments(
+        output_dir=args.output, max_steps=NUM_STEPS, per_device_train_batch_size=BATCH, learning_rate=1e-4,
+        save_strategy="no", logging_steps=1, report_to="none", use_cpu=True,
+    )  # fmt: skip
+    Trainer(model, training_args, train_dataset=[{"input_ids": row, "labels": row} for row in ids]).train()
+
+
+def sum_parts(folder: Path, optimizer: str) -> dict[str, float]:
+    """GiB of float32 weights, of gradients and of the state of an optimizer, by the sizes of a checkpoint's weights."""
+    from safetensors import safe_open
+
+    weights = learning = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="np") as stored:
+            for name in stored.keys():
+                size = int(np.prod(stored.get_slice(name).get_shape()))
+                weights += size
+                learning += size * any(f"{part}." in name for part in LEARNING)
+    state = STATE[optimizer] * learning
+    return {"weights": 4 * weights / GIB, "gradients": 4 * learning / GIB, "optimizer": state / GIB}
 
 
 def train(args: argparse.Namespace) -> list[dict]:
-    """20 steps of reading and drawing, with dense and with factored moments of C2, and once more with a kill."""
+    """20 steps of reading and drawing by three optimizers, once more with a kill, beside the bare language model."""
     sizes, rows = Sizes(args), []
     run_command(
         "tokenize", "--data", write_pairs(args), "--task", "both", "--model", sizes.folder / "model-flat", "--output",
         sizes.folder / "tokens", "--max-bad-share", 0.5,
     )  # fmt: skip
     for head in HEADS:
-        changes = {"model": str(sizes.folder / f"model-{head}")}
-        runs = {
-            "AdamW": run_stage(args, f"train-{head}", changes),
-            "Adafactor": run_stage(args, f"train-{head}-adafactor", {**changes, "optim": "adafactor"}),
-            "AdamW, killed": run_stage(args, f"train-{head}-killed", changes, kill=True),
-        }
-        for name, run in runs.items():
-            found = f"loss {run['loss']:.3f}"
-            if name == "AdamW, killed":
-                assert run["digest"] == runs["AdamW"]["digest"], head
-                found += "; weights equal to those of the run without a kill"
+        changes, runs = {"model": str(sizes.folder / f"model-{head}")}, {}
+        for name, own in OPTIMIZERS.items():
+            run = runs[name] = run_stage(args, f"train-{head}-{name.split()[0].lower()}", {**changes, **own})
+            parts = sum_parts(Path(changes["model"]), name)
+            parts["activations and the rest"] = run["peak"] - sum(parts.values())
+            found = f"loss {run['loss']:.3f}, {run['tokens'] / run['step']:.0f} tokens/s; GiB: "
+            found += ", ".join(f"{part} {size:.2f}" for part, size in parts.items())
             row = {"what": f"train, {head}, {name}: a step of {BATCH}", "s": run["step"], "peak GiB": run["peak"]}
             rows.append(row | {"found": found})
-    return rows
+        again = run_stage(args, f"train-{head}-killed", changes, kill=True)
+        assert again["digest"] == runs["AdamW"]["digest"], head
+        row = {"what": f"train, {head}, AdamW, killed and resumed", "peak GiB": again["peak"]}
+        rows.append(row | {"found": "weights equal to those of the run without a kill"})
+    length = round(run["tokens"] / BATCH)
+    bare = run_training(args, [__file__, "--llm", args.llm, "--output", sizes.folder / "bare", "--length", length])
+    found = f"{length * BATCH / bare['step']:.0f} tokens/s"
+    row = {"what": f"bare language model, AdamW: a step of {BATCH}, {length} tokens each", "s": bare["step"]}
+    return [*rows, row | {"peak GiB": bare["peak"], "found": found}]
 
 
 MODEL_STEPS = {"compose": compose, "quantizer": load_quantizer, "generate": generate, "train": train}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    for name, kind in (("--llm", str), ("--output", str), ("--length", int)):
+        parser.add_argument(name, type=kind)
+    train_bare(parser.parse_args())

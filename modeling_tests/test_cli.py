@@ -7,7 +7,9 @@ import sys
 from importlib import import_module
 
 import diffusers  # noqa: F401 - says on stderr what it lacks when it is first imported, which is no part of a message
+import numpy as np
 import pytest
+import torch
 
 from transformers_unicode2 import cli
 
@@ -47,6 +49,16 @@ def test_demo_refuses_bad_image_files(monkeypatch, capsys, tmp_path, photo, cont
 def test_demo_refuses_an_empty_prompt(monkeypatch, capsys, tmp_path):
     code, printed = run(monkeypatch, capsys, "demo", "--prompt", " ", "--output", tmp_path / "out")
     assert (code, printed.err) == (2, "unicode2 demo: --prompt is empty; write some text.\n")
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_an_array_beyond_memory_is_one_sentence(capsys, allocate):
+    # More than a processor can address
+    with pytest.raises(SystemExit) as stop, cli.sentences("unicode2 init"):
+        allocate(2**48)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.startswith("unicode2 init: there is not enough memory: ")
+    assert printed.count("\n") == 1
 
 
 def test_unknown_command_lists_the_commands(monkeypatch, capsys):

@@ -19,6 +19,7 @@ TESTS = [file.relative_to(HERE) for file in sorted(HERE.rglob("test_*.py")) if f
 # Test files that are not named after a source file, and why.
 OF_SEVERAL = {
     Path("test_ecosystem_unicode2.py"): "the model beside what Transformers, Accelerate and PyTorch offer",
+    Path("test_half_a_million.py"): "benchmarks/half_a_million.py",
     Path("test_hub_configs.py"): "hub_configs/",
     Path("test_hub_unicode2.py"): "saving and loading all that travels, by way of a Hub",
     Path("test_quantized_unicode2.py"): "the model in fewer bits, by several libraries",

@@ -158,7 +158,7 @@ def test_fsdp2_learns_what_one_process_does(parts, alone, tmp_path):
     (tmp_path / "run.py").write_text(RUN_FSDP2)
     settings = {
         "version": 2,
-        "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"],
+        "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "UniCode2VisualEmbeddings"],
         "state_dict_type": "FULL_STATE_DICT",
     }
     extra = {"fsdp": True, "fsdp_config": settings, "use_cpu": True}

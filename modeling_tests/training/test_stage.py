@@ -9,7 +9,7 @@ from commands import execute, train_on
 from transformers import SiglipVisionModel
 
 from transformers_unicode2.training.sft import StageArguments
-from transformers_unicode2.training.stage import check_types
+from transformers_unicode2.training.stage import check_not_alone, check_types
 
 
 def test_codes_and_a_codebook_of_others_are_refused(inputs, tmp_path):
@@ -99,6 +99,16 @@ def test_values_of_other_types_are_refused_in_one_sentence(content, sentence, in
 
 def test_a_whole_number_is_a_number_and_null_is_none():
     check_types(StageArguments("model", [{"path": "x"}], text_weight=2, caption_prompt=None, max_plan_tokens=3))
+
+
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
+    """As Accelerate leaves those of `torchrun` with `deepspeed` in a recipe, on CPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    # A node of a cluster, where that number is of something else
+    check_not_alone()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="2 processes were started.*leave `deepspeed` out of the recipe"):
+        check_not_alone()
 
 
 def test_an_adapter_is_no_checkpoint_to_continue_from(inputs, tmp_path):

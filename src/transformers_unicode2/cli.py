@@ -66,11 +66,20 @@ def sentences(name: str) -> Iterator[None]:
         print(f"{name}: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        # A damaged checkpoint is known by the class of the error only
-        if not is_damage(error):
+        # Known by the class or the text of the error only
+        if lacks_memory(error):
+            what = "there is not enough memory"
+        elif is_damage(error):
+            what = "the checkpoint is damaged or its sizes disagree"
+        else:
             raise
-        print(f"{name}: the checkpoint is damaged or its sizes disagree: {first_line(error)}", file=sys.stderr)
+        print(f"{name}: {what}: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error of Python, NumPy or torch says that an array does not fit in memory."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def at_least(least: float, most: float = math.inf) -> Callable[[str], float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -160,7 +161,20 @@ def load_whole(load: Callable, source, *args, **kwargs):
         check_sizes(info, "the state dict" if source is None else str(source))
     check_loaded(model, info, source, want_info)
     model.get_quantizer().freeze()
+    forget_unused_names(model)
     return (model, info) if want_info else model
+
+
+def forget_unused_names(model) -> None:
+    """Drops changes of weights' names that the checkpoint had no use for, which saving would undo all the same.
+
+    Transformers does so itself, but not under DeepSpeed ZeRO-3.
+    """
+    changes = getattr(model, "_weight_conversions", None)
+    if changes:
+        model._weight_conversions = [
+            change for change in changes if not isinstance(change, WeightRenaming) or change.was_used()
+        ]
 
 
 def read_quantizer(name, options: dict) -> dict[str, torch.Tensor] | None:

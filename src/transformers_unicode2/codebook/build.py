@@ -59,6 +59,7 @@ from .storage import codebook_from_arrays, save_codebook
 NOT_RECORDED = ("output", "keep_work")
 # Features that the recall of the approximate search is measured on.
 NUM_MEASURED = 4096
+BACKEND = "library for k-means; torch where the BLAS of FAISS does not know the processor"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -78,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--preview-size", type=at_least(0), default=8, help="pixels of a code's thumbnail, 0 for none" + default)
     add("--iterations", type=at_least(1), default=20, help="of k-means, in both of its stages" + default)
     add("--polish", type=at_least(0), default=0, help="Lloyd passes across cell borders" + default)
-    add("--backend", choices=("faiss", "torch"), default="faiss", help="library for k-means" + default)
+    add("--backend", choices=("faiss", "torch"), default="faiss", help=BACKEND + default)
     add(
         "--dtype",
         choices=ENCODER_DTYPES,

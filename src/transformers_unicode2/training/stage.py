@@ -306,4 +306,21 @@ def run(main: Callable, *classes: type) -> None:
         with expected_peers():
             parsed = parser.parse_args_and_config()
         check_types(parsed[0])
+        check_not_alone()
         main(*parsed)
+        # Threads of a group that is still there end the process as if it had failed
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
+
+
+def check_not_alone() -> None:
+    """Raises `ValueError` when a launcher started several processes and each of them takes itself for the only one.
+
+    Accelerate does so with `deepspeed` in a recipe on CPUs. They would then write into one folder at once.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and "LOCAL_RANK" in os.environ and PartialState().num_processes == 1:
+        raise ValueError(
+            f"{started} processes were started, and each of them would train alone. With DeepSpeed, leave `deepspeed` "
+            "out of the recipe and start by `accelerate launch` with a configuration that names it."
+        )
