@@ -4,6 +4,8 @@ import accelerate
 import pytest
 import torch
 from diffusers.models import attention_dispatch
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from safetensors.torch import load_file
 from torch import nn
 
 from transformers_unicode2 import UniCode2ConditionMapper
@@ -82,3 +84,67 @@ def test_saved_mapper_computes_the_same_and_odd_sizes_are_refused(mapper, embeds
     assert torch.equal(both(UniCode2ConditionMapper.from_pretrained(tmp_path), embeds), both(mapper, embeds))
     with pytest.raises(ValueError, match="`visual_dim` is 16, which 3 attention heads do not divide"):
         UniCode2ConditionMapper(**SIZES, num_layers=1, num_attention_heads=3)
+
+
+@pytest.fixture
+def redux():
+    torch.manual_seed(0)
+    return ReduxImageEncoder(redux_dim=16, txt_in_features=24)
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "bfloat16"])
+def test_redux_is_computed_exactly(redux, embeds, tmp_path, form):
+    """On the features of patches, before they become codes. What is pooled is zeros, as diffusers has it."""
+    if form == "bfloat16":
+        redux.bfloat16()
+    redux.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    mapper = UniCode2ConditionMapper.from_redux(file if form == "file" else tmp_path, num_visual_tokens=16)
+    prompt_embeds, pooled = mapper(embeds, return_dict=False)
+    assert torch.equal(prompt_embeds, redux.float()(embeds).image_embeds)
+    assert pooled.shape == (2, 768) and not pooled.any()
+    mapper.save_pretrained(tmp_path / "mapper")
+    again = UniCode2ConditionMapper.from_pretrained(tmp_path / "mapper")
+    assert torch.equal(again(embeds).prompt_embeds, prompt_embeds)
+
+
+def test_positions_begin_as_none_in_a_mapper_of_redux(redux, embeds, tmp_path):
+    redux.save_pretrained(tmp_path)
+    mapper = UniCode2ConditionMapper.from_redux(
+        tmp_path, num_visual_tokens=16, position_embedding=True, pooled_dim=None
+    )
+    assert torch.equal(mapper(embeds).prompt_embeds, redux(embeds).image_embeds)
+    assert mapper.row_embedding.requires_grad and mapper(embeds).pooled_prompt_embeds is None
+
+
+def test_redux_is_saved_under_its_own_names(redux, embeds, tmp_path):
+    """Which ComfyUI and diffusers read."""
+    redux.save_pretrained(tmp_path)
+    mapper = UniCode2ConditionMapper.from_redux(tmp_path, num_visual_tokens=16)
+    with torch.no_grad():
+        mapper.down.bias += 1
+    mapper.save_redux(tmp_path / "redux.safetensors")
+    other = ReduxImageEncoder(redux_dim=16, txt_in_features=24)
+    other.load_state_dict(load_file(tmp_path / "redux.safetensors"))
+    torch.testing.assert_close(other(embeds).image_embeds, redux(embeds).image_embeds + 1)
+
+
+def test_what_is_no_redux_is_refused(mapper, tmp_path):
+    mapper.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no Redux: it holds column_embedding.*redux_down.bias"):
+        UniCode2ConditionMapper.from_redux(tmp_path)
+    with pytest.raises(ValueError, match="is no Redux: it holds no weights"):
+        UniCode2ConditionMapper.from_redux(tmp_path / "nothing")
+    said = "two linear layers, and this mapper also has `num_layers` 2, `output_norm` True, `position_embedding` True"
+    with pytest.raises(ValueError, match=said):
+        mapper.save_redux(tmp_path / "redux.safetensors")
+
+
+@pytest.mark.parametrize("changes", [{"pooled_dim": None}, {"position_embedding": False}, {"output_norm": False}])
+def test_parts_that_are_left_out_have_no_weights(mapper, embeds, changes, tmp_path):
+    smaller = UniCode2ConditionMapper(**{**SIZES, **changes})
+    assert len(smaller.state_dict()) < len(UniCode2ConditionMapper(**SIZES).state_dict())
+    smaller.save_pretrained(tmp_path)
+    again = UniCode2ConditionMapper.from_pretrained(tmp_path)
+    for one, other in zip(again(embeds, return_dict=False), smaller(embeds, return_dict=False)):
+        assert (one is None and other is None) or torch.equal(one, other)

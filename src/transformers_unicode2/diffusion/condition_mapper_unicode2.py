@@ -1,12 +1,14 @@
 """The condition mapper M_φ: embeddings of visual tokens to the conditioning of a frozen diffusion decoder (Eq. 9)."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -18,7 +20,7 @@ class UniCode2ConditionOutput(ModelOutput):
         prompt_embeds (`torch.Tensor` of shape `(batch_size, num_visual_tokens, output_dim)`):
             What a text encoder's token embeddings would be.
         pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, pooled_dim)`):
-            What its pooled embedding would be.
+            What its pooled embedding would be; `None` for a decoder that reads none.
     """
 
     prompt_embeds: torch.Tensor | None = None
@@ -81,8 +83,10 @@ class UniCode2MapperLayer(nn.Module):
         return hidden_states + self.linear2(hidden)
 
 
-def normalise(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """A norm in the dtype of its own weight, which layerwise casting leaves as it is."""
+def normalise(norm: nn.Module | None, hidden_states: torch.Tensor) -> torch.Tensor:
+    """A norm, if there is one, in the dtype of its own weight, which layerwise casting leaves as it is."""
+    if norm is None:
+        return hidden_states
     return norm(hidden_states.to(norm.weight.dtype)).to(hidden_states.dtype)
 
 
@@ -98,12 +102,15 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
         visual_dim (`int`, defaults to 1152): width of a visual token embedding, the `codebook_dim`.
         hidden_dim (`int`, defaults to 12288): width between the two linear layers.
         output_dim (`int`, defaults to 4096): width of the decoder's text embeddings.
-        pooled_dim (`int`, defaults to 768): width of the decoder's pooled text embedding.
+        pooled_dim (`int`, *optional*, defaults to 768): width of the decoder's pooled text embedding; `None` for a
+            decoder that reads none.
         num_visual_tokens (`int`, defaults to 729): tokens per image, a square number.
         num_layers (`int`, defaults to 0): transformer layers over the tokens in front of the two linear layers.
         num_attention_heads (`int`, defaults to 16): their heads.
         output_scale (`float`, defaults to 1.0): starting root mean square of `prompt_embeds`; take the text encoder's.
         pooled_scale (`float`, defaults to 1.0): the same for `pooled_prompt_embeds`.
+        position_embedding (`bool`, defaults to `True`): whether tokens carry their position.
+        output_norm (`bool`, defaults to `True`): whether the outputs are brought to the learnt scales.
     """
 
     @register_to_config
@@ -112,31 +119,33 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
         visual_dim: int = 1152,
         hidden_dim: int = 12288,
         output_dim: int = 4096,
-        pooled_dim: int = 768,
+        pooled_dim: int | None = 768,
         num_visual_tokens: int = 729,
         num_layers: int = 0,
         num_attention_heads: int = 16,
         output_scale: float = 1.0,
         pooled_scale: float = 1.0,
+        position_embedding: bool = True,
+        output_norm: bool = True,
     ):
         super().__init__()
         side = round(num_visual_tokens**0.5)
         if side * side != num_visual_tokens:
             raise ValueError(f"`num_visual_tokens` is {num_visual_tokens}, which is not a square number.")
-        self.row_embedding = nn.Parameter(torch.zeros(side, 1, visual_dim))
-        self.column_embedding = nn.Parameter(torch.zeros(1, side, visual_dim))
-        nn.init.normal_(self.row_embedding, std=0.02)
-        nn.init.normal_(self.column_embedding, std=0.02)
+        if position_embedding:
+            self.row_embedding = nn.Parameter(torch.zeros(side, 1, visual_dim))
+            self.column_embedding = nn.Parameter(torch.zeros(1, side, visual_dim))
+            nn.init.normal_(self.row_embedding, std=0.02)
+            nn.init.normal_(self.column_embedding, std=0.02)
         self.layers = nn.ModuleList(UniCode2MapperLayer(visual_dim, num_attention_heads) for _ in range(num_layers))
         self.up = nn.Linear(visual_dim, hidden_dim)
         self.act = nn.SiLU()
         self.down = nn.Linear(hidden_dim, output_dim)
-        self.norm = nn.RMSNorm(output_dim, eps=1e-6)
-        nn.init.constant_(self.norm.weight, output_scale)
-        self.pool_score = nn.Linear(hidden_dim, 1)
-        self.pool = nn.Linear(hidden_dim, pooled_dim)
-        self.pool_norm = nn.RMSNorm(pooled_dim, eps=1e-6)
-        nn.init.constant_(self.pool_norm.weight, pooled_scale)
+        self.norm = make_norm(output_dim, output_scale) if output_norm else None
+        if pooled_dim is not None:
+            self.pool_score = nn.Linear(hidden_dim, 1)
+            self.pool = nn.Linear(hidden_dim, pooled_dim)
+            self.pool_norm = make_norm(pooled_dim, pooled_scale) if output_norm else None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -150,6 +159,49 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
             if type(weight) is nn.Parameter and not weight.is_meta and not weight.isfinite().all():
                 raise ValueError(f"The mapper in {source} has values in {name} that are not finite; train it again.")
         return (mapper, info) if want_info else mapper
+
+    @classmethod
+    def from_redux(cls, path: str | Path, **fields) -> "UniCode2ConditionMapper":
+        r"""
+        A mapper that does what FLUX.1 Redux does with the patch features of SigLIP. Codes are means of such features,
+        so FLUX redraws from codes without any training.
+
+        Nothing is pooled: `pooled_prompt_embeds` are zeros, as diffusers gives FLUX with Redux.
+
+        Args:
+            path (`str` or `Path`): a Redux file, or a folder of a `ReduxImageEncoder`.
+            **fields: of the mapper, such as `num_visual_tokens`; widths are those of the file.
+
+        Raises:
+            `ValueError`: when the file holds anything but the two layers of Redux.
+        """
+        weights = read_redux(Path(path))
+        hidden_dim, visual_dim = weights["up.weight"].shape
+        sizes = {"visual_dim": visual_dim, "hidden_dim": hidden_dim, "output_dim": len(weights["down.weight"])}
+        mapper = cls(**{"position_embedding": False, "output_norm": False, **fields, **sizes})
+        state = mapper.state_dict()
+        pool = {name: torch.zeros_like(value) for name, value in state.items() if name.startswith("pool")}
+        place = {name: torch.zeros_like(value) for name, value in state.items() if name.endswith("_embedding")}
+        mapper.load_state_dict({**state, **pool, **place, **{k: v.float() for k, v in weights.items()}})
+        return mapper
+
+    def save_redux(self, file: str | Path) -> None:
+        r"""
+        Writes the mapper as a Redux file, which ComfyUI loads as a style model. The pooled output has no place in it.
+
+        Raises:
+            `ValueError`: when it has more than the two layers of Redux.
+        """
+        more = {"num_layers": self.config.num_layers, "output_norm": self.config.output_norm}
+        more["position_embedding"] = self.config.position_embedding
+        more = [f"`{name}` {value}" for name, value in more.items() if value]
+        if more:
+            raise ValueError(f"A Redux file holds two linear layers, and this mapper also has {', '.join(more)}.")
+        layers = {"redux_up": self.up, "redux_down": self.down}
+        weights = {
+            f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()
+        }
+        save_file({name: value.contiguous() for name, value in weights.items()}, file)
 
     def forward(self, visual_embeds: torch.Tensor, return_dict: bool = True) -> UniCode2ConditionOutput | tuple:
         r"""
@@ -165,14 +217,35 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
                 f"The mapper takes {self.config.num_visual_tokens} visual tokens an image and got "
                 f"{visual_embeds.shape[1]}."
             )
-        position = (self.row_embedding + self.column_embedding).flatten(0, 1)  # (num_visual_tokens, visual_dim)
-        hidden = visual_embeds.to(self.dtype) + position.to(self.dtype)
+        hidden = visual_embeds.to(self.dtype)
+        if self.config.position_embedding:
+            position = (self.row_embedding + self.column_embedding).flatten(0, 1)  # (num_visual_tokens, visual_dim)
+            hidden = hidden + position.to(self.dtype)
         for layer in self.layers:
             hidden = layer(hidden)
         hidden = self.act(self.up(hidden))  # (batch_size, num_visual_tokens, hidden_dim)
-        prompt_embeds = normalise(self.norm, self.down(hidden))
-        weights = self.pool_score(hidden).softmax(1)  # (batch_size, num_visual_tokens, 1)
-        pooled = normalise(self.pool_norm, self.pool((weights * hidden).sum(1)))  # (batch_size, pooled_dim)
+        prompt_embeds, pooled = normalise(self.norm, self.down(hidden)), None
+        if self.config.pooled_dim is not None:
+            weights = self.pool_score(hidden).softmax(1)  # (batch_size, num_visual_tokens, 1)
+            pooled = normalise(self.pool_norm, self.pool((weights * hidden).sum(1)))  # (batch_size, pooled_dim)
         if not return_dict:
             return prompt_embeds, pooled
         return UniCode2ConditionOutput(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)
+
+
+def make_norm(dim: int, scale: float) -> nn.RMSNorm:
+    """A norm whose output has the root mean square `scale`, until it learns others."""
+    norm = nn.RMSNorm(dim, eps=1e-6)
+    nn.init.constant_(norm.weight, scale)
+    return norm
+
+
+def read_redux(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of Redux as the mapper names them. Raises `ValueError` when there are others, or not all of them."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    weights = {name: value for file in files for name, value in load_file(file).items()}
+    expected = {f"redux_{layer}.{kind}" for layer in ("up", "down") for kind in ("weight", "bias")}
+    if weights.keys() != expected:
+        found = ", ".join(sorted(weights)[:4]) or "no weights"
+        raise ValueError(f"{path} is no Redux: it holds {found}; Redux has {', '.join(sorted(expected))}.")
+    return {name.removeprefix("redux_"): value for name, value in weights.items()}
