@@ -19,7 +19,7 @@ NUM_STEPS = 20
 # Rows of a step.
 BATCH = 4
 LEARNING = ["visual_embeddings", "projector", "visual_head"]
-OPTIMIZERS = {"AdamW": {}, "8-bit AdamW": {"optim": "adamw_bnb_8bit"}, "Adafactor": {"optim": "adafactor"}}
+OPTIMIZERS = {"AdamW": {}, "8-bit AdamW": {"optim": "adamw_torch_8bit"}, "Adafactor": {"optim": "adafactor"}}
 # Bytes of an optimizer's state for a parameter. The 8-bit one keeps a float32 scale for each 256 values of a moment.
 STATE = {"AdamW": 8.0, "8-bit AdamW": 2 + 2 * 4 / 256, "Adafactor": 0.0}
 # The codebook, C2 and the visual head by the names of their weights in a checkpoint.

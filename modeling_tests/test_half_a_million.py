@@ -1,7 +1,6 @@
 """The benchmark of the paper's codebook size, at a hundredth of the size, with small parts."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +33,10 @@ def parts(tmp_path_factory):
 @pytest.mark.slow
 def test_all_steps_run_at_a_hundredth_of_the_size(parts):
     find_chromium()
-    words = ["--images", "pictures", "--encoder", "encoder", "--llm", "llm", "--output", "output", "--divide", "100"]
-    command = [sys.executable, str(SCRIPT), *words, "--threads", "1"]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
-    done = subprocess.run(command, cwd=parts, env=environment, capture_output=True, text=True)
+    places = {"--images": "pictures", "--encoder": "encoder", "--llm": "llm", "--output": "output"}
+    words = [word for option, name in places.items() for word in (option, str(parts / name))]
+    command = [sys.executable, str(SCRIPT), *words, "--divide", "100", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     steps = {file.stem: json.loads(file.read_text()) for file in (parts / "output" / "steps").glob("*.json")}
     rows = {row["what"]: row for step in steps.values() for row in step["rows"]}

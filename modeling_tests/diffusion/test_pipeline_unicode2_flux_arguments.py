@@ -92,7 +92,7 @@ NEGATIVE = {"negative_prompt_embeds": torch.zeros(1, 64, 32), "negative_pooled_p
         ),
         (
             {"prompt": "a", "prompt_embeds": torch.zeros(1, 64, 32)},
-            "`prompt_embeds` is what the condition mapper makes",
+            "Give exactly one of `prompt`, .* and `prompt_embeds`; got prompt and prompt_embeds",
         ),
         ({"prompt": "a", "num_inference_steps": np.float32(2)}, "`num_inference_steps` is .*must be a whole number"),
         ({"prompt": "a", "guidance_scale": -1}, "`guidance_scale` is -1; it must be a number of at least 0"),

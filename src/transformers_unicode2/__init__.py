@@ -36,6 +36,8 @@ LAZY = {
     "UniCode2AnyToAnyPipeline": ".any_to_any",
     "UniCode2ConditionMapper": ".diffusion.condition_mapper_unicode2",
     "UniCode2FluxPipeline": ".diffusion.pipeline_unicode2_flux",
+    "UniCode2PriorPipeline": ".diffusion.pipeline_unicode2_prior",
+    "UniCode2StableDiffusionXLPipeline": ".diffusion.pipeline_unicode2_stable_diffusion_xl",
 }
 
 for config_class, model_class in ((UniCode2Config, UniCode2Model), (UniCode2QuantizerConfig, UniCode2Quantizer)):
@@ -97,7 +99,9 @@ __all__ = [
     "UniCode2ImageProcessor",
     "UniCode2Model",
     "UniCode2PreTrainedModel",
+    "UniCode2PriorPipeline",
     "UniCode2Processor",
     "UniCode2Quantizer",
     "UniCode2QuantizerConfig",
+    "UniCode2StableDiffusionXLPipeline",
 ]

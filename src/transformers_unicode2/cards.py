@@ -33,6 +33,15 @@ inputs = processor.apply_chat_template(
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]))
 """
 
+PIPELINE = """import torch
+import transformers_unicode2
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", torch_dtype=torch.bfloat16)
+pipe("a red circle").images[0].save("drawing.png")
+pipe(image="picture.png").images[0].save("redrawn.png")
+"""
+
 
 def write_card(
     folder: str | Path,
@@ -43,6 +52,7 @@ def write_card(
     settings: dict | None = None,
     question: str = "What is this?",
     adapter: bool = False,
+    pipeline: bool = False,
     license: str | None = None,
 ) -> None:
     """Writes `README.md` of a checkpoint or adapter, whole or not at all.
@@ -58,6 +68,7 @@ def write_card(
         settings (`dict`, *optional*): options that it was made with, written as JSON.
         question (`str`, *optional*, defaults to `"What is this?"`): what the snippet asks.
         adapter (`bool`, *optional*, defaults to `False`): whether the folder holds an adapter, not whole weights.
+        pipeline (`bool`, *optional*, defaults to `False`): whether the folder holds a pipeline of Diffusers.
         license (`str`, *optional*): left out of the card unless it is known.
     """
     on_hub = [base for base in base_models if not Path(base).exists() and base.count("/") == 1]
@@ -65,12 +76,12 @@ def write_card(
     data = ModelCardData(
         license=license,
         base_model=on_hub or None,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="image-text-to-text",
+        library_name="peft" if adapter else "diffusers" if pipeline else "transformers",
+        pipeline_tag="text-to-image" if pipeline else "image-text-to-text",
         tags=tags,
     )
     name = Path(os.path.abspath(name)).name
-    snippet = (ADAPTER if adapter else CHECKPOINT).format(name=name, question=question)
+    snippet = (ADAPTER if adapter else PIPELINE if pipeline else CHECKPOINT).format(name=name, question=question)
     parts = [f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", f"{name_places(summary)}\n", f"```python\n{snippet}```\n"]
     parts += [f"## {heading}\n\n{write_table(name_places(rows))}" for heading, rows in (tables or {}).items() if rows]
     if settings:

@@ -1,10 +1,8 @@
 """`UniCode2FluxPipeline`: a prompt, an image or visual tokens to an image, painted by a frozen FLUX."""
 
-from dataclasses import dataclass
-
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import logging
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
@@ -18,36 +16,10 @@ from transformers import (
 )
 
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
-from .prior_unicode2 import UniCode2PriorMixin, check_generator, to_number
+from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin, check_pairs, check_sources, to_number
 from .repository_unicode2 import UniCode2RepositoryMixin
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class UniCode2PipelineOutput(BaseOutput):
-    r"""
-    Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): the images, as `output_type` says.
-        visual_token_ids (`torch.LongTensor` of shape `(num_images, num_image_tokens)`): what they were painted from.
-    """
-
-    images: list | torch.Tensor
-    visual_token_ids: torch.LongTensor
-
-
-def check_weights(name: str, component) -> None:
-    """Raises `ValueError` when a component has weights that loading did not find; those that are offloaded have a
-    hook."""
-    if not isinstance(component, torch.nn.Module):
-        return
-    modules = {path: module for path, module in component.named_modules() if "_hf_hook" not in vars(module)}
-    absent = [f"{path}.{n}" for path, m in modules.items() for n, w in m.named_parameters(recurse=False) if w.is_meta]
-    if absent:
-        raise ValueError(
-            f"`{name}` lacks {len(absent)} weights, which its files do not hold; the first is {absent[0]}. Copy it "
-            "again."
-        )
 
 
 class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipeline):
@@ -103,17 +75,13 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         super().__init__(
             scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer, **adapter_parts
         )
-        self.register_modules(
-            vision_language_encoder=vision_language_encoder, processor=processor, condition_mapper=condition_mapper
-        )
-        for name, component in self.components.items():
-            check_weights(name, component)
-        self.register_to_config(
-            image_size=to_number("image_size", image_size, int, 1),
-            num_candidates=to_number("num_candidates", num_candidates, int, 1),
-            true_cfg_scale=to_number("true_cfg_scale", true_cfg_scale, float, 1),
-            num_inference_steps=to_number("num_inference_steps", num_inference_steps, int, 1),
-        )
+        numbers = {"image_size": image_size, "num_candidates": num_candidates, "true_cfg_scale": true_cfg_scale}
+        numbers["num_inference_steps"] = num_inference_steps
+        self.register_prior(vision_language_encoder, processor, condition_mapper, **numbers)
+
+    def find_decoder_widths(self) -> dict[str, int]:
+        config = self.transformer.config
+        return {"output_dim": config.joint_attention_dim, "pooled_dim": config.pooled_projection_dim}
 
     @classmethod
     def load_lora_into_text_encoder(cls, state_dict: dict, network_alphas, text_encoder, **kwargs) -> None:
@@ -125,41 +93,24 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
                 "The LoRA's part for the text encoder is left out: this pipeline has none, and paints without."
             )
 
-    def check_arguments(self, prompt, image, kwargs: dict) -> None:
-        """Raises `ValueError` before any work on what would fail after it; `check_inputs` is [`FluxPipeline`]'s own."""
-        if prompt is not None and not isinstance(prompt, str):
-            wrong = (
-                prompt
-                if not isinstance(prompt, (list, tuple))
-                else next((t for t in prompt if not isinstance(t, str)), "")
-            )
-            if not isinstance(wrong, str):
-                raise ValueError(f"`prompt` holds {type(wrong).__name__}; it must be a string or a list of strings.")
-        if isinstance(image, (list, tuple)) and not image:
-            raise ValueError("`image` is an empty list; give at least one image.")
-        given = [name for name in ("prompt_embeds", "pooled_prompt_embeds") if kwargs.get(name) is not None]
-        if given:
-            raise ValueError(f"`{given[0]}` is what the condition mapper makes; leave it out, or use [`FluxPipeline`].")
-        pair = [kwargs.get(name) is None for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds")]
-        if pair[0] != pair[1]:
-            raise ValueError("Give `negative_prompt_embeds` and `negative_pooled_prompt_embeds`, or neither.")
-        texts = [name for name in ("negative_prompt", "negative_prompt_2") if kwargs.get(name) is not None]
+    def check_arguments(self, text_prompt, embeds: dict, kwargs: dict, true_cfg_scale: float) -> None:
+        """Raises `ValueError` before any work on what would fail after it, and on arguments that nothing would read.
+
+        `check_inputs` is [`FluxPipeline`]'s own.
+        """
+        given = [name for name, value in kwargs.items() if value is not None]
+        check_pairs(embeds, kwargs)
+        texts = [name for name in ("negative_prompt", "negative_prompt_2") if name in given]
+        texts += ["text_prompt"] if text_prompt is not None else []
         if texts and (self.text_encoder is None or self.text_encoder_2 is None):
             raise ValueError(
                 f"`{texts[0]}` needs FLUX's own text encoders, which this pipeline was loaded without; load them or "
                 "leave it out."
             )
-
-    def check_used(self, prompt, prior: dict, kwargs: dict, true_cfg_scale: float) -> None:
-        """Raises `ValueError` on arguments that nothing would read: `prior` without a prompt, and some of FLUX's."""
-        given = [name for name, value in kwargs.items() if value is not None]
-        unread = [] if prompt is not None else [name for name, value in prior.items() if value is not None]
-        if unread:
-            raise ValueError(f"`{unread[0]}` is about writing the image of a prompt, and none is given; leave it out.")
         negatives = [name for name in given if name.startswith("negative_")]
         if negatives and true_cfg_scale == 1:
             raise ValueError(f"`{negatives[0]}` has no effect without guidance; set `true_cfg_scale` above 1.")
-        if "max_sequence_length" in given and not {"negative_prompt", "negative_prompt_2"} & set(given):
+        if "max_sequence_length" in given and not texts:
             raise ValueError("`max_sequence_length` is of texts that FLUX reads, and none is given; leave it out.")
         adapters = [name for name in given if "ip_adapter_image" in name]
         if adapters and "encoder_hid_proj" not in dict(self.transformer.named_children()):
@@ -177,6 +128,11 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
             raise ValueError(f"`latents` is {found}; {num_images} images of {height} x {width} pixels need {shape}.")
 
+    def encode_texts(self, texts: list[str], max_sequence_length: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the text encoders of FLUX make of texts: embeddings and pooled ones."""
+        device = self._execution_device
+        return self.encode_prompt(texts, None, device=device, max_sequence_length=max_sequence_length)[:2]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -193,6 +149,9 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         prior_generation_kwargs: dict | None = None,
         num_candidates: int | None = None,
         true_cfg_scale: float | None = None,
+        text_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **kwargs,
@@ -202,7 +161,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             prompt (`str` or `list[str]`, *optional*): what to draw.
             image (`PIL.Image.Image` or a list, *optional*): images to redraw from their own codes.
             visual_token_ids (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
-                Tokens to paint. Exactly one of these three.
+                Tokens to paint. Exactly one of these three and of `prompt_embeds`.
             height, width (`int`, *optional*, default to `image_size`): pixels.
             num_inference_steps (`int`, *optional*): steps of FLUX; by default the pipeline's own number.
             guidance_scale (`float`, defaults to 3.5): of FLUX, as in the paper.
@@ -216,51 +175,40 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             true_cfg_scale (`float`, *optional*): classifier-free guidance of FLUX, twice the work above 1; by default
                 the pipeline's own number. Needs a FLUX trained with prompt dropout: it is guided away from a prompt of
                 zeros, unless `negative_prompt_embeds` or `negative_prompt` say something else. The paper has none.
+            text_prompt (`str` or `list[str]`, *optional*): what FLUX's own text encoders read beside the tokens; one
+                text, or one for each image in front of `num_images_per_prompt`. They must have been loaded.
+            prompt_embeds, pooled_prompt_embeds (`torch.Tensor`, *optional*): conditioning to paint as it is,
+                `(batch_size, num_tokens, 4096)` and `(batch_size, 768)` for FLUX.1.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             **kwargs: everything else that [`FluxPipeline`] takes.
         """
-        given = [
-            name
-            for name, value in (("prompt", prompt), ("image", image), ("visual_token_ids", visual_token_ids))
-            if value is not None
-        ]
-        if len(given) != 1:
-            raise ValueError(
-                f"Give exactly one of `prompt`, `image` and `visual_token_ids`; got {' and '.join(given) or 'none'}."
-            )
-        self.check_arguments(prompt, image, kwargs)
-        height = to_number("height", self.config.image_size if height is None else height, int, 1)
-        width = to_number("width", self.config.image_size if width is None else width, int, 1)
-        if num_inference_steps is None:
-            num_inference_steps = self.config.num_inference_steps
-        num_inference_steps = to_number("num_inference_steps", num_inference_steps, int, 1)
+        sources = {"prompt": prompt, "image": image, "visual_token_ids": visual_token_ids}
+        sources["prompt_embeds"] = prompt_embeds
+        check_sources(**sources)
+        height, width = (
+            self.choose_number(name, value, "image_size") for name, value in (("height", height), ("width", width))
+        )
+        num_inference_steps = self.choose_number("num_inference_steps", num_inference_steps)
         num_images_per_prompt = to_number("num_images_per_prompt", num_images_per_prompt, int, 1)
         guidance_scale = to_number("guidance_scale", guidance_scale, float, 0)
-        if true_cfg_scale is None:
-            true_cfg_scale = self.config.true_cfg_scale
-        true_cfg_scale = to_number("true_cfg_scale", true_cfg_scale, float, 1)
+        true_cfg_scale = self.choose_number("true_cfg_scale", true_cfg_scale)
         generator = list(generator) if isinstance(generator, tuple) else generator
+        embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+        self.check_arguments(text_prompt, embeds, kwargs, true_cfg_scale)
         prior = {"prior_guidance_scale": prior_guidance_scale, "prior_generation_kwargs": prior_generation_kwargs}
-        self.check_used(prompt, {**prior, "num_candidates": num_candidates}, kwargs, true_cfg_scale)
-        # 1. Tokens
-        if prompt is not None:
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-            visual_token_ids = self.generate_visual_tokens(
-                prompts, generator, prior_guidance_scale, prior_generation_kwargs, num_candidates
+        prior["num_candidates"] = num_candidates
+        visual_token_ids, prompt_embeds, pooled_prompt_embeds = self.make_condition(
+            sources, pooled_prompt_embeds, num_images_per_prompt, generator, prior
+        )
+        if text_prompt is not None:
+            length = kwargs.get("max_sequence_length")
+            prompt_embeds, pooled_prompt_embeds = self.join_text(
+                text_prompt,
+                num_images_per_prompt,
+                prompt_embeds,
+                **({} if length is None else {"max_sequence_length": length}),
             )
-        elif image is not None:
-            visual_token_ids = self.read_visual_tokens(image)
-        # 2. Conditioning
-        prompt_embeds, pooled_prompt_embeds = self.encode_visual_tokens(visual_token_ids)
-        if prompt is None:
-            visual_token_ids, prompt_embeds, pooled_prompt_embeds = (
-                value.repeat_interleave(num_images_per_prompt, dim=0)
-                for value in (visual_token_ids, prompt_embeds, pooled_prompt_embeds)
-            )
-        check_generator(generator, len(visual_token_ids))
-        self.check_latents(kwargs.get("latents"), len(visual_token_ids), height, width)
-        # 3. Painting
+        self.check_latents(kwargs.get("latents"), len(prompt_embeds), height, width)
         negatives = ("negative_prompt", "negative_prompt_embeds")
         if true_cfg_scale > 1 and all(kwargs.get(name) is None for name in negatives):
             kwargs["negative_prompt_embeds"] = torch.zeros_like(prompt_embeds)

@@ -2,11 +2,34 @@
 
 import math
 import numbers
+from dataclasses import dataclass
 
 import torch
+from diffusers.utils import BaseOutput
 
 # Scores of text ids held at a time when prompts are read back: 256 MiB in float32.
 MAX_SCORES = 2**26
+# The numbers that a pipeline keeps, their types and least values.
+NUMBERS = {
+    "image_size": (int, 1),
+    "num_candidates": (int, 1),
+    "num_inference_steps": (int, 1),
+    "guidance_scale": (float, 0),
+    "true_cfg_scale": (float, 1),
+}
+
+
+@dataclass
+class UniCode2PipelineOutput(BaseOutput):
+    r"""
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): the images, as `output_type` says.
+        visual_token_ids (`torch.LongTensor` of shape `(num_images, num_image_tokens)`): what they were painted from;
+            `None` when `prompt_embeds` were given.
+    """
+
+    images: list | torch.Tensor
+    visual_token_ids: torch.LongTensor | None
 
 
 def to_number(name: str, value, kind: type, low: float) -> float | int:
@@ -53,11 +76,130 @@ def gather_options(prior_guidance_scale: float | None, prior_generation_kwargs: 
     return {"guidance_scale": prior_guidance_scale, **options, "generation_mode": "image"}
 
 
+def check_weights(name: str, component) -> None:
+    """Raises `ValueError` when a component has weights that loading did not find; those that are offloaded have a
+    hook."""
+    if not isinstance(component, torch.nn.Module):
+        return
+    modules = {path: module for path, module in component.named_modules() if "_hf_hook" not in vars(module)}
+    absent = [f"{path}.{n}" for path, m in modules.items() for n, w in m.named_parameters(recurse=False) if w.is_meta]
+    if absent:
+        raise ValueError(
+            f"`{name}` lacks {len(absent)} weights, which its files do not hold; the first is {absent[0]}. Copy it "
+            "again."
+        )
+
+
+def check_sources(**sources) -> None:
+    """Raises `ValueError` unless exactly one thing to paint is given, and a prompt is text."""
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        names = [f"`{name}`" for name in sources]
+        raise ValueError(
+            f"Give exactly one of {', '.join(names[:-1])} and {names[-1]}; got {' and '.join(given) or 'none'}."
+        )
+    prompt, image = sources["prompt"], sources["image"]
+    listed = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+    wrong = [type(text).__name__ for text in listed if not isinstance(text, str)]
+    if prompt is not None and wrong:
+        raise ValueError(f"`prompt` holds {wrong[0]}; it must be a string or a list of strings.")
+    if isinstance(image, (list, tuple)) and not image:
+        raise ValueError("`image` is an empty list; give at least one image.")
+
+
+def check_pairs(embeds: dict, kwargs: dict) -> None:
+    """Raises `ValueError` when of embeddings, or of negative ones in `kwargs`, the pooled or the others are missing."""
+    for negative, pair in (("", embeds), ("negative_", {name: kwargs.get(f"negative_{name}") for name in embeds})):
+        if len([value for value in pair.values() if value is not None]) == 1:
+            raise ValueError(f"Give {' and '.join(f'`{negative}{name}`' for name in pair)}, or neither.")
+
+
 class UniCode2PriorMixin:
     """The part of a pipeline that knows the language model.
 
     Its components are `vision_language_encoder`, `processor` and `condition_mapper`.
     """
+
+    def register_prior(self, vision_language_encoder, processor, condition_mapper, **numbers) -> None:
+        """Enters its components and numbers. Raises `ValueError` on weights that are missing, and on wrong numbers."""
+        self.register_modules(
+            vision_language_encoder=vision_language_encoder, processor=processor, condition_mapper=condition_mapper
+        )
+        for name, component in self.components.items():
+            check_weights(name, component)
+        self.check_widths()
+        self.register_to_config(**{name: to_number(name, value, *NUMBERS[name]) for name, value in numbers.items()})
+
+    def find_decoder_widths(self) -> dict[str, int]:
+        """What the decoder of a pipeline reads: widths, by the fields of the mapper's configuration."""
+        return {}
+
+    def check_widths(self) -> None:
+        """Raises `ValueError` when language model, mapper and decoder do not fit each other."""
+        encoder, mapper = self.vision_language_encoder, self.condition_mapper
+        if mapper is None:
+            return
+        expected = {name: (width, "the decoder reads") for name, width in self.find_decoder_widths().items()}
+        if encoder is not None:
+            expected["visual_dim"] = encoder.config.codebook_config.codebook_dim, "the codes have"
+            expected["num_visual_tokens"] = encoder.config.num_image_tokens, "an image has"
+        for name, (width, owner) in expected.items():
+            if mapper.config[name] != width:
+                raise ValueError(
+                    f"`{name}` of the condition mapper is {mapper.config[name]}, and {owner} {width}; take the mapper "
+                    "that was trained with these parts."
+                )
+
+    def choose_number(self, name: str, value: float | None, default: str | None = None) -> float:
+        """A number of a call, or the pipeline's own under the name `default`. Raises `ValueError` on a wrong one."""
+        default = default or name
+        return to_number(name, getattr(self.config, default) if value is None else value, *NUMBERS[default])
+
+    def make_condition(
+        self, sources: dict, pooled_prompt_embeds, num_images_per_prompt: int, generator, prior: dict
+    ) -> tuple[torch.LongTensor | None, torch.Tensor, torch.Tensor | None]:
+        """Visual token ids, `prompt_embeds` and `pooled_prompt_embeds`, one row for each image, prompt by prompt.
+
+        `sources` are those of `check_sources`; `prior` are options of `generate_visual_tokens`. Raises `ValueError` as
+        its steps do, and on such options when nothing is written.
+        """
+        prompt, prompt_embeds = sources["prompt"], sources["prompt_embeds"]
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+            ids = self.generate_visual_tokens(prompts, generator, **prior)
+            return ids, *self.encode_visual_tokens(ids)
+        unread = [name for name, value in prior.items() if value is not None]
+        if unread:
+            raise ValueError(f"`{unread[0]}` is about writing the image of a prompt, and none is given; leave it out.")
+        ids = sources["visual_token_ids"]
+        if sources["image"] is not None:
+            ids = self.read_visual_tokens(sources["image"])
+        if prompt_embeds is None:
+            prompt_embeds, pooled_prompt_embeds = self.encode_visual_tokens(ids)
+        made = [
+            value if value is None else value.repeat_interleave(num_images_per_prompt, dim=0)
+            for value in (ids, prompt_embeds, pooled_prompt_embeds)
+        ]
+        check_generator(generator, len(made[1]))
+        return tuple(made)
+
+    def join_text(
+        self, text: str | list[str], num_images_per_prompt: int, prompt_embeds: torch.Tensor, **options
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Conditioning of both kinds: embeddings of texts in front of those of the tokens, pooled ones of the texts.
+
+        `options` are those of `encode_texts`. Raises `ValueError` when there are not as many texts as images.
+        """
+        num_images = len(prompt_embeds)
+        texts = [text] * (num_images // num_images_per_prompt) if isinstance(text, str) else list(text)
+        texts = [one for one in texts for _ in range(num_images_per_prompt)]
+        if len(texts) != num_images:
+            raise ValueError(
+                f"`text_prompt` makes {len(texts)} texts, and {num_images} images are drawn; give one, or one for each."
+            )
+        embeds, pooled = (value.to(prompt_embeds.dtype) for value in self.encode_texts(texts, **options))
+        return torch.cat([embeds, prompt_embeds], dim=1), pooled
 
     @torch.no_grad()
     def generate_visual_tokens(
@@ -192,7 +334,7 @@ class UniCode2PriorMixin:
         return self.vision_language_encoder(pixel_values=encoded["pixel_values"], task="get_image_tokens")
 
     @torch.no_grad()
-    def encode_visual_tokens(self, visual_token_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_visual_tokens(self, visual_token_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         r"""
         Visual token ids `(batch_size, num_image_tokens)` to `prompt_embeds` and `pooled_prompt_embeds` (Eq. 6 and 9).
 
@@ -203,7 +345,13 @@ class UniCode2PriorMixin:
         codes = visual_token_ids.to(self._execution_device) - self.vision_language_encoder.config.visual_token_offset
         embeds = self.vision_language_encoder(codes, task="embed_codes")  # (batch_size, num_image_tokens, visual_dim)
         condition = self.condition_mapper(embeds, return_dict=False)
-        return tuple(value.to(self.transformer.dtype) for value in condition)
+        dtype = self.find_condition_dtype()
+        return tuple(value if value is None else value.to(dtype) for value in condition)
+
+    def find_condition_dtype(self) -> torch.dtype:
+        """That of the decoder, if the pipeline has one."""
+        parts = (getattr(self, name, None) for name in ("transformer", "unet", "condition_mapper"))
+        return next(part.dtype for part in parts if part is not None)
 
     def check_visual_tokens(self, visual_token_ids: torch.LongTensor) -> None:
         config = self.vision_language_encoder.config

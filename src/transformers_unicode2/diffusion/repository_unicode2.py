@@ -77,6 +77,41 @@ class UniCode2RepositoryMixin:
     """Saving and loading of a pipeline around a language model in the root of its repository."""
 
     @classmethod
+    def from_unicode2(
+        cls, unicode2: str | os.PathLike, decoder: str | os.PathLike | None = None, mapper=None, **kwargs
+    ):
+        r"""
+        A pipeline of parts in several repositories. Only those that are used are read: of a decoder, no text encoder.
+
+        Args:
+            unicode2 (`str`): folder or Hub name of a UniCode² checkpoint.
+            decoder (`str`, *optional*): the same of a stock pipeline, such as `"black-forest-labs/FLUX.1-dev"`. Leave
+                it out for a pipeline without a decoder.
+            mapper (`str` or `UniCode2ConditionMapper`, *optional*): the mapper for this decoder, or its folder or Hub
+                name. By default it is in `condition_mapper` of `unicode2`.
+            **kwargs: of the stock `from_pretrained`. Text encoders and other components that are given here are used;
+                `torch_dtype` is that of all parts.
+        """
+        dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
+        options = {} if dtype is None else {"torch_dtype": dtype}
+        if mapper is None or isinstance(mapper, (str, os.PathLike)):
+            place = {"subfolder": "condition_mapper"} if mapper is None else {}
+            mapper = UniCode2ConditionMapper.from_pretrained(mapper or unicode2, **place, **options)
+        ours = {
+            "vision_language_encoder": VisionLanguageEncoder.from_pretrained(
+                unicode2, **({} if dtype is None else {"dtype": dtype})
+            ),
+            "processor": Processor.from_pretrained(unicode2),
+            "condition_mapper": mapper,
+        }
+        if decoder is None:
+            return cls(
+                **ours, **{name: value for name, value in kwargs.items() if name not in ("torch_dtype", "dtype")}
+            )
+        absent = dict.fromkeys(cls._optional_components)
+        return cls.from_pretrained(decoder, **{**absent, **ours, **kwargs})
+
+    @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
         """Stock; our components come from the loaders of this module, whatever library the index names for them."""
         init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)

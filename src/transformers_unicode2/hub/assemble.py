@@ -9,10 +9,17 @@ from pathlib import Path
 import torch
 
 from ..adapters import find_base, is_adapter, load_merged
+from ..cards import write_card
 from ..checkpoints import check_checkpoint
 from ..cli import at_least
 from ..files import whole_folder
 from ..record import Record, hash_source
+
+# Of the stock pipelines whose decoders are supported: the part that paints, and our default of its guidance.
+DECODERS = {
+    "FluxPipeline": ("transformer", {"true_cfg_scale": 1.0}),
+    "StableDiffusionXLPipeline": ("unet", {"guidance_scale": 3.5}),
+}
 
 
 def assemble_pipeline(
@@ -22,8 +29,9 @@ def assemble_pipeline(
     output: str,
     image_size: int,
     num_candidates: int = 1,
-    true_cfg_scale: float = 1.0,
+    true_cfg_scale: float | None = None,
     num_inference_steps: int = 50,
+    guidance_scale: float | None = None,
 ) -> bool:
     """Writes one repository that is both: a Transformers checkpoint in its root and a Diffusers pipeline around it.
 
@@ -33,22 +41,32 @@ def assemble_pipeline(
     Args:
         model (`str`): folder of a trained UniCode² checkpoint, or of an adapter, which is merged.
         mapper (`str`): folder of a trained condition mapper.
-        decoder (`str`): folder or Hub name of the FLUX pipeline that the mapper was trained against.
+        decoder (`str`): folder or Hub name of the FLUX or SDXL pipeline that the mapper was trained against.
         output (`str`): folder to write.
         image_size (`int`): side of the images that the pipeline draws, in pixels.
         num_candidates (`int`, *optional*, defaults to 1):
             Images that the language model writes for a prompt; the best one is painted.
         true_cfg_scale (`float`, *optional*, defaults to 1.0): classifier-free guidance of FLUX; 1 is none.
-        num_inference_steps (`int`, *optional*, defaults to 50): steps of FLUX.
+        num_inference_steps (`int`, *optional*, defaults to 50): steps of the decoder.
+        guidance_scale (`float`, *optional*, defaults to 3.5): classifier-free guidance of SDXL; 1 is none.
 
     Returns:
         Whether `output` was finished before.
 
     Raises:
-        `ValueError`: when `image_size` is not a multiple of what the VAE and the patches of FLUX cut an image into, or
-        `output` holds anything else.
+        `ValueError`: when `image_size` is not a multiple of what the decoder cuts an image into, on a decoder that is
+        not supported, on the guidance of another one, or when `output` holds anything else.
     """
-    numbers = {"image_size": image_size, "num_candidates": num_candidates, "true_cfg_scale": true_cfg_scale}
+    from ..diffusion.registration import find_stock_class
+
+    stock = find_stock_class(decoder)
+    kind, defaults = f"UniCode2{stock}", DECODERS[stock][1]
+    given = {"true_cfg_scale": true_cfg_scale, "guidance_scale": guidance_scale}
+    wrong = [name for name, value in given.items() if value is not None and name not in defaults]
+    if wrong:
+        raise ValueError(f"`{wrong[0]}` is not kept with a {kind}, which has `{next(iter(defaults))}`; leave it out.")
+    numbers = {"image_size": image_size, "num_candidates": num_candidates}
+    numbers |= {name: default if given[name] is None else given[name] for name, default in defaults.items()}
     numbers |= {"num_inference_steps": num_inference_steps}
     parts = {"model": hash_source(model), "mapper": hash_source(mapper), "decoder": hash_source(decoder, deep=True)}
     if is_adapter(model):
@@ -56,46 +74,59 @@ def assemble_pipeline(
     with Record(output, {"command": "assemble", **parts, **numbers}).making() as finished:
         if not finished:
             with whole_folder(output) as new:
-                write_pipeline(model, mapper, decoder, new, **numbers)
+                write_pipeline(model, mapper, decoder, stock, new, **numbers)
+                sources = {"model": model, "mapper": mapper, "decoder": decoder}
+                write_pipeline_card(new, output, kind, sources, numbers)
     return finished
 
 
-def write_pipeline(model: str, mapper: str, decoder: str, output: Path, image_size: int, **numbers) -> None:
-    """Fills an empty folder, see `assemble_pipeline`."""
-    from diffusers import FluxPipeline
+def write_pipeline(model: str, mapper: str, decoder: str, stock: str, output: Path, image_size: int, **numbers) -> None:
+    """Fills an empty folder, see `assemble_pipeline`. `stock` is the class of the decoder's pipeline."""
+    import diffusers
     from transformers import AutoProcessor
 
-    from .. import UniCode2ConditionMapper, UniCode2FluxPipeline, UniCode2ForConditionalGeneration
+    import transformers_unicode2
 
     if is_adapter(model):
         base, _, note = find_base(model)
         encoder, processor = load_merged(model, base, note, dtype="bfloat16")
     else:
-        encoder = UniCode2ForConditionalGeneration.from_pretrained(model, dtype=torch.bfloat16)
+        encoder = transformers_unicode2.UniCode2ForConditionalGeneration.from_pretrained(model, dtype=torch.bfloat16)
         processor = AutoProcessor.from_pretrained(model)
-    parts = FluxPipeline.from_pretrained(
-        decoder, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, torch_dtype=torch.bfloat16
-    )
-    pipe = UniCode2FluxPipeline(
-        scheduler=parts.scheduler,
-        vae=parts.vae,
-        transformer=parts.transformer,
+    painter, _ = DECODERS[stock]
+    texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    parts = getattr(diffusers, stock).from_pretrained(decoder, torch_dtype=torch.bfloat16, **texts)
+    own = transformers_unicode2.UniCode2ConditionMapper.from_pretrained(mapper, torch_dtype=torch.bfloat16)
+    pipe = getattr(transformers_unicode2, f"UniCode2{stock}")(
+        **{part: getattr(parts, part) for part in ("scheduler", "vae", painter)},
         vision_language_encoder=encoder,
         processor=processor,
-        condition_mapper=UniCode2ConditionMapper.from_pretrained(mapper, torch_dtype=torch.bfloat16),
+        condition_mapper=own,
         image_size=image_size,
         **numbers,
     )
-    grid = 2 * pipe.vae_scale_factor
+    # FLUX packs squares of four latents into a token
+    grid = pipe.vae_scale_factor * (2 if painter == "transformer" else 1)
     if image_size % grid:
         raise ValueError(f"--image-size is {image_size}; this decoder paints multiples of {grid} pixels.")
-    for name in ("vision_language_encoder", "vae", "transformer"):
-        check_finite_weights(name, getattr(pipe, name))
+    for part in ("vision_language_encoder", "vae", painter):
+        check_finite_weights(part, getattr(pipe, part))
     encoder.save_pretrained(output, state_dict={name: shrink(value) for name, value in encoder.state_dict().items()})
     processor.save_pretrained(output)
-    for name in ("scheduler", "vae", "transformer", "condition_mapper"):
-        getattr(pipe, name).save_pretrained(f"{output}/{name}")
+    for part in ("scheduler", "vae", painter, "condition_mapper"):
+        getattr(pipe, part).save_pretrained(f"{output}/{part}")
     pipe.save_config(output)
+
+
+def write_pipeline_card(folder: Path, name: str, kind: str, sources: dict[str, str], numbers: dict) -> None:
+    """Writes the card of an assembled repository, see `assemble_pipeline`."""
+    summary = (
+        "A UniCode² checkpoint, its condition mapper and its decoder in one repository, put together by `unicode2 "
+        f"assemble`. Transformers loads the root. Diffusers loads all of it as a {kind}. Licences of the parts apply; "
+        "look at those of the decoder and of the language model."
+    )
+    bases = [sources["model"], sources["decoder"]]
+    write_card(folder, name, summary, bases, settings={**sources, **numbers}, pipeline=True)
 
 
 def check_finite_weights(name: str, module: torch.nn.Module) -> None:
@@ -118,7 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder of the trained checkpoint or adapter")
     parser.add_argument("--mapper", required=True, help="folder of the trained condition mapper")
-    parser.add_argument("--decoder", required=True, help="folder or Hub name of the FLUX pipeline")
+    parser.add_argument("--decoder", required=True, help="folder or Hub name of the FLUX or SDXL pipeline")
     parser.add_argument(
         "--image-size", type=at_least(1), default=512, help="side of the images it draws (default: %(default)s pixels)"
     )
@@ -128,12 +159,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=1,
         help="images written for a prompt; the best one is painted (default: %(default)s)",
     )
-    parser.add_argument(
-        "--true-cfg-scale",
-        type=at_least(1.0),
-        default=1.0,
-        help="classifier-free guidance of FLUX; 1 is none (default: %(default)s)",
-    )
+    about = "classifier-free guidance of {}; 1 is none (default: {})"
+    parser.add_argument("--true-cfg-scale", type=at_least(1.0), help=about.format("FLUX", 1.0))
+    parser.add_argument("--guidance-scale", type=at_least(0.0), help=about.format("SDXL", 3.5))
     parser.add_argument("--steps", type=at_least(1), default=50, help="diffusion steps (default: %(default)s)")
     parser.add_argument("--output", required=True, help="folder to write")
     return parser
@@ -151,6 +179,7 @@ def main(args: argparse.Namespace) -> None:
         num_candidates=args.num_candidates,
         true_cfg_scale=args.true_cfg_scale,
         num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
     )
     print(f"{args.output} is finished; nothing to do" if finished else f"{args.output}: assembled")
 

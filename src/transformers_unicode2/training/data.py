@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import config
+from PIL import Image, ImageOps
 
 from ..files import explained
 from ..image_tables import ImageTable, read_cell
@@ -39,11 +40,12 @@ def load_images(folder: str, split: str = "train"):
     Returns a `datasets.Dataset` with the images as compressed bytes, `{"bytes": ..., "path": None}`, and a column `row`
     that counts through all files. Raises `ValueError`, with file and row, when there is no image.
     """
-    from datasets import Dataset, Image
+    from datasets import Dataset
+    from datasets import Image as ImageColumn
 
     tables = [ImageTable(file) for file in find_tables(folder, split, "--data")]
     if are_plain(tables):
-        rows = load_files([table.file for table in tables]).cast_column("image", Image(decode=False))
+        rows = load_files([table.file for table in tables]).cast_column("image", ImageColumn(decode=False))
     else:
         made_of = {"files": [str(table.file) for table in tables], "digest": [hash_table(t.file) for t in tables]}
         with explained(config.HF_DATASETS_CACHE):
@@ -66,10 +68,11 @@ def are_plain(tables: list[ImageTable]) -> bool:
 
 def find_features(tables: list[ImageTable]):
     """The columns of the first table that has rows, the images as compressed bytes."""
-    from datasets import Features, Image
+    from datasets import Features
+    from datasets import Image as ImageColumn
 
     table = next((table for table in tables if len(table)), tables[0])
-    return Features({**Features.from_arrow_schema(table.schema), "image": Image(decode=False)})
+    return Features({**Features.from_arrow_schema(table.schema), "image": ImageColumn(decode=False)})
 
 
 def read_contents(files: list[str], digest: list[str]) -> Iterator[dict]:
@@ -119,16 +122,23 @@ def load_images_with_codes(folder: str, tokens: str, split: str = "train"):
     return concatenate_datasets([images.select(places), codes], axis=1)
 
 
-def pixel_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
+def pixel_collator(rows: list[dict], size: int | None = None) -> dict[str, torch.Tensor]:
     """Batches images of one size, rows of `load_images`.
+
+    With `size`, the shorter side of each image becomes that many pixels, and the middle of the longer one is kept.
 
     Returns `pixel_values`, float32 `(batch_size, 3, height, width)` in [-1, 1].
     Raises `ValueError` with its row when an image cannot be read, or when they are of several sizes.
     """
     images = [decode_row(row) for row in rows]
+    if size is not None:
+        images = [ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) for image in images]
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
-        raise ValueError(f"Images of one size are needed; these are {sizes[0]} and {sizes[-1]} pixels wide and high.")
+        raise ValueError(
+            f"Images of one size are needed; these are {sizes[0]} and {sizes[-1]} pixels wide and high. Set "
+            "`image_size`."
+        )
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return {"pixel_values": pixels.permute(0, 3, 1, 2).float() / 127.5 - 1}
 

@@ -1,6 +1,134 @@
-"""FLUX as the losses of training see it."""
+"""FLUX and SDXL as the losses of training see them: frozen, with the parts that a loss needs."""
 
 import torch
+
+# Text encoder of a decoder's pooled embedding, its tokenizer, and where it stands in the output.
+FLUX_POOLED = ("text_encoder", "tokenizer", "pooler_output")
+SDXL_POOLED = ("text_encoder_2", "tokenizer_2", "text_embeds")
+TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+
+
+class Decoder:
+    """A stock pipeline with a frozen decoder.
+
+    Attributes:
+        pipeline (`DiffusionPipeline`): with those of its parts that were asked for, and `None` for the others.
+        painter (`torch.nn.Module`): its transformer or U-Net.
+    """
+
+    pooled = FLUX_POOLED
+
+    def __init__(self, pipeline, guidance_scale: float = 3.5):
+        self.pipeline, self.guidance_scale = pipeline, guidance_scale
+        self.painter = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def encode_captions(self, captions: list[str]) -> torch.Tensor:
+        """Pooled embeddings of captions by the decoder's own text encoder, float32 `(num_captions, pooled_dim)`."""
+        encoder, tokenizer, name = self.pooled
+        encoder, tokenizer = getattr(self.pipeline, encoder), getattr(self.pipeline, tokenizer)
+        options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+        ids = tokenizer(captions, return_tensors="pt", **options)["input_ids"]
+        return encoder(ids.to(encoder.device))[name].float()
+
+    @torch.no_grad()
+    def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """See `encode_latents`."""
+        return encode_latents(self.pipeline.vae, pixel_values.to(self.pipeline.vae.device))
+
+    @torch.no_grad()
+    def measure_scales(self, captions: list[str]) -> dict[str, float]:
+        """Root mean squares of text embeddings and pooled ones, as which a `UniCode2ConditionMapper` starts."""
+        embeds, pooled = self.encode_prompts(captions)
+        return {name: e.float().square().mean().sqrt().item() for name, e in
+                (("output_scale", embeds), ("pooled_scale", pooled))}  # fmt: skip
+
+
+class FluxDecoder(Decoder):
+    """FLUX.1, which learns by flow matching."""
+
+    def encode_prompts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        length = self.pipeline.tokenizer_max_length
+        return self.pipeline.encode_prompt(captions, None, max_sequence_length=length)[:2]
+
+    def compute_loss(
+        self, latents: torch.Tensor, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """See `flow_matching_loss`."""
+        shift, guidance = self.pipeline.scheduler.config.shift, self.guidance_scale
+        dtype = self.painter.dtype
+        conditioning = (value.to(dtype) for value in (prompt_embeds, pooled_prompt_embeds))
+        return flow_matching_loss(self.painter, latents.to(dtype), *conditioning, shift=shift, guidance_scale=guidance)
+
+
+class StableDiffusionXLDecoder(Decoder):
+    """SDXL, which learns to tell the noise in an image, or its velocity."""
+
+    pooled = SDXL_POOLED
+
+    def __init__(self, pipeline, guidance_scale: float = 3.5):
+        from diffusers import DDPMScheduler
+
+        super().__init__(pipeline, guidance_scale)
+        self.noise = DDPMScheduler.from_config(pipeline.scheduler.config)
+
+    def encode_prompts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+        return embeds, pooled
+
+    def compute_loss(
+        self, latents: torch.Tensor, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """See `denoising_loss`."""
+        dtype = self.painter.dtype
+        conditioning = (value.to(dtype) for value in (prompt_embeds, pooled_prompt_embeds))
+        return denoising_loss(self.painter, self.noise, latents.to(dtype), *conditioning)
+
+
+# By the class that a pipeline's index names.
+DECODERS = {"FluxPipeline": FluxDecoder, "StableDiffusionXLPipeline": StableDiffusionXLDecoder}
+
+
+def load_decoder(
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    quantization: dict | None = None,
+    texts: bool = True,
+    painter: bool = True,
+    guidance_scale: float = 3.5,
+) -> Decoder:
+    """
+    Loads a decoder, frozen.
+
+    Args:
+        name: folder or Hub name of a stock FLUX or SDXL pipeline.
+        device: for all of its parts.
+        dtype: of its weights, `"float32"`, `"bfloat16"` or `"float16"`.
+        quantization: arguments of diffusers' `PipelineQuantizationConfig`, such as `{quant_backend: bitsandbytes_4bit,
+            quant_kwargs: {load_in_4bit: true}, components_to_quantize: transformer}`.
+        texts: whether its text encoders are loaded.
+        painter: whether its transformer or U-Net and its VAE are loaded.
+        guidance_scale: what a guidance-distilled FLUX is told while it learns.
+
+    Raises:
+        `ValueError`: on a pipeline of another kind.
+    """
+    import diffusers
+
+    from ..diffusion.registration import find_stock_class
+
+    kind = find_stock_class(name)
+    absent = () if texts else TEXT_PARTS
+    absent += () if painter else ("vae", "transformer" if kind == "FluxPipeline" else "unet")
+    options = {"torch_dtype": getattr(torch, dtype), **dict.fromkeys(absent)}
+    if quantization:
+        options["quantization_config"] = diffusers.PipelineQuantizationConfig(**quantization)
+    pipeline = getattr(diffusers, kind).from_pretrained(name, **options)
+    return DECODERS[kind](pipeline.to(device), guidance_scale)
 
 
 @torch.no_grad()
@@ -8,7 +136,7 @@ def encode_latents(vae, pixel_values: torch.Tensor) -> torch.Tensor:
     """Pixels `(batch_size, 3, height, width)` in [-1, 1] to normalised VAE latents `(batch_size, channels, h, w)`."""
     with torch.autocast(pixel_values.device.type, torch.bfloat16):
         latents = vae.encode(pixel_values.to(vae.dtype)).latent_dist.mode().to(vae.dtype)
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def flow_matching_loss(
@@ -17,6 +145,7 @@ def flow_matching_loss(
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     shift: float = 1.0,
+    guidance_scale: float = 3.5,
 ) -> torch.Tensor:
     """The flow-matching loss of a FLUX transformer, a scalar.
 
@@ -24,7 +153,7 @@ def flow_matching_loss(
 
     `latents` are x_0, `(batch_size, channels, height, width)`. The prompts are
     `(batch_size, num_tokens, joint_attention_dim)` and `(batch_size, pooled_projection_dim)`. A `shift` above 1 moves
-    the times towards 1, where there is more noise.
+    the times towards 1, where there is more noise. A transformer with `guidance_embeds` is told `guidance_scale`.
     """
     from diffusers import FluxPipeline
     from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -36,7 +165,10 @@ def flow_matching_loss(
     times = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0).to(latents.device)
     times = shift * times / (1 + (shift - 1) * times)
     noise = torch.randn_like(packed)
-    mix = times[:, None, None]
+    mix = times[:, None, None].to(latents.dtype)
+    told = {}
+    if getattr(getattr(transformer, "config", None), "guidance_embeds", False):
+        told["guidance"] = torch.full((batch_size,), guidance_scale, device=latents.device)
     prediction = transformer(
         hidden_states=(1 - mix) * packed + mix * noise,
         encoder_hidden_states=prompt_embeds,
@@ -44,5 +176,40 @@ def flow_matching_loss(
         timestep=times,
         img_ids=image_ids,
         txt_ids=torch.zeros(prompt_embeds.shape[1], 3, **like),
+        **told,
     ).sample
     return torch.nn.functional.mse_loss(prediction.float(), (noise - packed).float())
+
+
+def denoising_loss(
+    unet, scheduler, latents: torch.Tensor, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
+) -> torch.Tensor:
+    """The loss that SDXL was trained by, a scalar: the squared error of the noise, or of the velocity.
+
+    Args:
+        unet: of SDXL.
+        scheduler (`DDPMScheduler`): its schedule of noise, whose `prediction_type` names the target.
+        latents: x_0, `(batch_size, channels, height, width)`.
+        prompt_embeds: `(batch_size, num_tokens, cross_attention_dim)`.
+        pooled_prompt_embeds: `(batch_size, pooled_dim)`.
+
+    Raises:
+        `ValueError`: on another kind of prediction.
+    """
+    batch_size, _, height, width = latents.shape
+    count, kind = scheduler.config.num_train_timesteps, scheduler.config.prediction_type
+    times = torch.randint(count, (batch_size,), device=latents.device)
+    noise = torch.randn_like(latents)
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"The scheduler's `prediction_type` is {kind}; SDXL learns epsilon or v_prediction.")
+    target = noise if kind == "epsilon" else scheduler.get_velocity(latents, noise, times)
+    # Sizes and place of the crop, in pixels: of an image that is as large as what is painted, as inference says
+    size = [8 * height, 8 * width]
+    time_ids = torch.tensor([1024, 1024, 0, 0, *size], device=latents.device, dtype=latents.dtype)
+    prediction = unet(
+        scheduler.add_noise(latents, noise, times),
+        times,
+        encoder_hidden_states=prompt_embeds,
+        added_cond_kwargs={"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.expand(batch_size, 6)},
+    ).sample
+    return torch.nn.functional.mse_loss(prediction.float(), target.float())

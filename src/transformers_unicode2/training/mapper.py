@@ -1,14 +1,14 @@
-"""Training of the condition mapper against a frozen FLUX (section 3.4).
+"""Training of the condition mapper against a frozen FLUX or SDXL (section 3.4).
 
     accelerate launch -m transformers_unicode2.training.mapper --config training_recipes/unicode2-tiny/mapper-flux.yaml
 
 Three losses, weighted by the recipe. The contrastive loss is the paper's (Eq. 10): the pooled conditioning of an image
 against the frozen text encoder's pooled embedding of its caption; the other captions of the batch are negatives. It
-leaves the scale and the single tokens free. Flow matching through the frozen decoder, which the paper does not use,
-teaches the tokens what the decoder understands. The third loss is for a decoder that reads image prompts already, as
-FLUX.1-dev does with FLUX.1 Redux. The mapper then starts from what makes these prompts of patch features, and
-regression draws it to the prompts of the same image (`image_prompts`, `regression_weight`). Neither the decoder nor C2
-learns.
+leaves the scale and the single tokens free. The loss that the decoder itself was trained by, flow matching for FLUX,
+teaches the tokens what the decoder understands; the paper does not use it. The third loss is for a decoder that reads
+image prompts already, as FLUX.1-dev does with FLUX.1 Redux. The mapper then starts from what makes these prompts of
+patch features, and regression draws it to the prompts of the same image (`image_prompts`, `regression_weight`). Neither
+the decoder nor C2 learns.
 """
 
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..search.neighbours import find_neighbours
-from .decoders import encode_latents, flow_matching_loss
+from .decoders import Decoder, load_decoder
 
 
 @dataclass
@@ -30,7 +30,19 @@ class MapperArguments:
     tokens: str = field(metadata={"help": "folder that `unicode2 tokenize` made of these rows, by one task"})
     model: str = field(metadata={"help": "UniCode² checkpoint whose C2 embeds the tokens"})
     decoder: str | None = field(
-        default=None, metadata={"help": "frozen FLUX pipeline with its text encoders; regression alone needs none"}
+        default=None,
+        metadata={"help": "frozen FLUX or SDXL pipeline with its text encoders; regression alone needs none"},
+    )
+    decoder_dtype: str = field(default="float32", metadata={"help": "dtype of the decoder's weights"})
+    decoder_quantization: dict | None = field(
+        default=None,
+        metadata={"help": "arguments of diffusers' `PipelineQuantizationConfig`, for a decoder in fewer bits"},
+    )
+    guidance_scale: float = field(
+        default=3.5, metadata={"help": "what a guidance-distilled FLUX is told while the mapper learns"}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "pixels of a side: images are resized to it and cropped (default: as they are)"}
     )
     start: str | None = field(
         default=None,
@@ -132,12 +144,12 @@ class MapperWithLosses(torch.nn.Module):
         # In a list, so that nothing of it is registered
         self.frozen = [decoder, visual_embeddings.detach(), near_codes]
 
-    def forward(self, codes, latents=None, input_ids=None, prompt_embeds=None):
+    def forward(self, codes, latents=None, text=None, prompt_embeds=None):
         """
         Args:
             codes: int64 `(batch_size, num_visual_tokens)`.
-            latents: of the VAE, `(batch_size, channels, height, width)`, for flow matching.
-            input_ids: of the captions, `(batch_size, max_length)`, for the contrastive loss.
+            latents: of the VAE, `(batch_size, channels, height, width)`, for the decoder's own loss.
+            text: pooled embeddings of the captions, `(batch_size, pooled_dim)`, for the contrastive loss.
             prompt_embeds: image prompts `(batch_size, num_visual_tokens, output_dim)`, for regression.
 
         Returns:
@@ -153,15 +165,12 @@ class MapperWithLosses(torch.nn.Module):
             condition = self.mapper(embeds)
         loss, losses = condition.prompt_embeds.sum() * 0.0, {}
         if self.args.contrastive_weight:
-            with torch.no_grad():
-                text = decoder.text_encoder(input_ids).pooler_output  # (batch_size, pooled_dim)
             contrastive = contrastive_loss(condition.pooled_prompt_embeds, text, self.args.temperature)
             loss = loss + self.args.contrastive_weight * contrastive
             losses["contrastive"] = contrastive.detach()
         # A pass through the decoder, by far the largest part of a step
         if self.args.flow_matching_weight and torch.rand(()) < self.args.flow_matching_share:
-            shift = decoder.scheduler.config.shift
-            flow = flow_matching_loss(decoder.transformer, latents, *condition.values(), shift=shift)
+            flow = decoder.compute_loss(latents, condition.prompt_embeds, condition.pooled_prompt_embeds)
             loss = loss + self.args.flow_matching_weight * flow
             losses["flow"] = flow.detach()
         if prompt_embeds is not None:
@@ -266,9 +275,9 @@ def train(args: MapperArguments, training_args, tokens: list[Path], held) -> Non
     size, num_tokens = source.config.codebook_config.codebook_size, source.config.num_image_tokens
     agree(lambda: check_codes(tokens, args.model, size, num_tokens))
     rows = load_images_with_codes(args.data, args.tokens)
-    decoder = load_decoder(args.decoder, training_args.device) if args.decoder else None
+    decoder = open_decoder(args, training_args.device) if args.decoder else None
     collate = MapperCollator(args, training_args, decoder, source)
-    scales = measure_scales(decoder, rows[args.caption_column][:64]) if decoder else {}
+    scales = decoder.measure_scales(rows[args.caption_column][:64]) if decoder and not args.start else {}
     mapper = make_mapper(args, scales, collate.teacher)
     visual_embeddings = source.model.visual_embeddings.weight.detach().to(training_args.device)
     offsets = source.get_quantizer().codebook.cell_offsets
@@ -283,22 +292,17 @@ def train(args: MapperArguments, training_args, tokens: list[Path], held) -> Non
             mapper.save_pretrained(folder)
 
 
-def load_decoder(name: str, device: torch.device):
-    """A FLUX pipeline, frozen."""
-    from diffusers import FluxPipeline
-
-    decoder = FluxPipeline.from_pretrained(name)
-    for module in (decoder.transformer, decoder.vae, decoder.text_encoder):
-        module.requires_grad_(False).eval().to(device)
-    return decoder
-
-
-@torch.no_grad()
-def measure_scales(decoder, captions: list[str]) -> dict[str, float]:
-    """Scales that a `UniCode2ConditionMapper` starts with: root mean squares of text embeddings and pooled ones."""
-    sample = decoder.encode_prompt(captions, None, max_sequence_length=decoder.tokenizer_max_length)
-    names = ("output_scale", "pooled_scale")
-    return {name: embeds.square().mean().sqrt().item() for name, embeds in zip(names, sample)}
+def open_decoder(args: MapperArguments, device: torch.device) -> Decoder:
+    """The decoder with the parts that the losses need."""
+    return load_decoder(
+        args.decoder,
+        device,
+        args.decoder_dtype,
+        args.decoder_quantization,
+        texts=bool(args.contrastive_weight or not args.start),
+        painter=bool(args.flow_matching_weight),
+        guidance_scale=args.guidance_scale,
+    )
 
 
 class MapperCollator:
@@ -306,7 +310,7 @@ class MapperCollator:
 
     def __init__(self, args: MapperArguments, training_args, decoder, source):
         self.device, self.bf16, self.decoder = training_args.device, training_args.bf16, decoder
-        self.caption_column, self.teacher = args.caption_column, None
+        self.args, self.teacher = args, None
         if args.image_prompts or args.start and args.regression_weight:
             self.load_teacher(args, source)
 
@@ -336,14 +340,12 @@ class MapperCollator:
         from ..encoders_unicode2 import encode_patches
         from .data import decode_row, pixel_collator
 
-        pixel_values = pixel_collator(batch)["pixel_values"].to(self.device)
         inputs = {"codes": torch.tensor([row["codes"] for row in batch])}
-        if self.decoder:
-            captions, max_length = [row[self.caption_column] for row in batch], self.decoder.tokenizer_max_length
-            inputs["input_ids"] = self.decoder.tokenizer(
-                captions, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-            )["input_ids"]
-            inputs["latents"] = encode_latents(self.decoder.vae, pixel_values).cpu()
+        if self.decoder and self.args.contrastive_weight:
+            inputs["text"] = self.decoder.encode_captions([row[self.args.caption_column] for row in batch]).cpu()
+        if self.decoder and self.args.flow_matching_weight:
+            pixel_values = pixel_collator(batch, self.args.image_size)["pixel_values"]
+            inputs["latents"] = self.decoder.encode_latents(pixel_values).cpu()
         if self.teacher:
             # Sizes and means of an encoder need not be those of the decoder.
             pixels = self.image_processor([decode_row(row) for row in batch], return_tensors="pt")["pixel_values"]

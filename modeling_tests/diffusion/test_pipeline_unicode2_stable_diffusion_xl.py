@@ -1,0 +1,182 @@
+"""SDXL painting visual tokens: what is its own, beside what all pipelines share with FLUX."""
+
+import diffusers
+import pytest
+import torch
+from language_models import make_tokenizer
+from painters import NO_TEXTS, POOLED, WIDTH, make_flux_parts, make_sdxl_parts
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from transformers_unicode2 import UniCode2ConditionMapper, UniCode2FluxPipeline, UniCode2StableDiffusionXLPipeline
+from transformers_unicode2.hub.assemble import assemble_pipeline
+
+IDS = torch.arange(800, 864)[None]
+QUICK = {"num_candidates": 1, "prior_generation_kwargs": {"max_plan_tokens": 0}, "prior_guidance_scale": 1.0}
+
+
+def make_mapper():
+    torch.manual_seed(0)
+    sizes = {"visual_dim": 192, "hidden_dim": 32, "output_dim": WIDTH, "pooled_dim": POOLED, "num_visual_tokens": 64}
+    return UniCode2ConditionMapper(**sizes).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A mapper, and an SDXL and a FLUX with text encoders, saved as stock pipelines."""
+    folder = tmp_path_factory.mktemp("decoders")
+    make_mapper().save_pretrained(folder / "mapper")
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer("chatml", "bytes")
+    tokenizer.model_max_length, tokenizer.pad_token = 16, tokenizer.eos_token
+    # Hidden states of both text encoders of SDXL stand side by side
+    clip = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": len(tokenizer), "eos_token_id": 2}
+    half = CLIPTextConfig(hidden_size=WIDTH // 2, projection_dim=POOLED, intermediate_size=16, **clip)
+    texts = {"text_encoder": CLIPTextModel(half), "text_encoder_2": CLIPTextModelWithProjection(half)}
+    texts |= {"tokenizer": tokenizer, "tokenizer_2": tokenizer}
+    diffusers.StableDiffusionXLPipeline(**make_sdxl_parts(), **texts).save_pretrained(folder / "sdxl")
+    pooled = CLIPTextConfig(hidden_size=POOLED, intermediate_size=16, **clip)
+    t5 = T5Config(d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=len(tokenizer))
+    texts |= {"text_encoder": CLIPTextModel(pooled), "text_encoder_2": T5EncoderModel(t5)}
+    diffusers.FluxPipeline(**make_flux_parts(guidance_embeds=True), **texts).save_pretrained(folder / "flux")
+    return folder
+
+
+def load(tiny_checkpoint, folders, decoder="sdxl", **kwargs):
+    kind = {"sdxl": UniCode2StableDiffusionXLPipeline, "flux": UniCode2FluxPipeline}[decoder]
+    pipe = kind.from_unicode2(tiny_checkpoint, folders / decoder, folders / "mapper", **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint, folders):
+    return load(tiny_checkpoint, folders)
+
+
+def paint(pipe, **kwargs):
+    arguments = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "pt", **kwargs}
+    return pipe(**{"generator": torch.Generator().manual_seed(0), **arguments}).images
+
+
+def test_tokens_reach_the_pixels(pipe):
+    first, other = paint(pipe, visual_token_ids=IDS), paint(pipe, visual_token_ids=IDS + 5000)
+    assert first.shape == (1, 3, 32, 32) and first.isfinite().all() and not torch.allclose(first, other, atol=1e-6)
+
+
+def test_defaults_are_the_papers(pipe):
+    assert (pipe.config.image_size, pipe.config.num_inference_steps, pipe.config.guidance_scale) == (512, 50, 3.5)
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    paint(pipe, visual_token_ids=IDS)
+    ids = seen[0]["added_cond_kwargs"]["time_ids"]
+    assert ids.tolist() == [[1024, 1024, 0, 0, 32, 32]] * 2
+    # Guided away from zeros
+    assert not seen[0]["encoder_hidden_states"][0].any() and seen[0]["encoder_hidden_states"][1].any()
+    paint(pipe, visual_token_ids=IDS, guidance_scale=1.0, original_size=(64, 64))
+    ids = seen[-1]["added_cond_kwargs"]["time_ids"]
+    assert ids.tolist() == [[64, 64, 0, 0, 32, 32]]
+    pipe.unet._forward_pre_hooks.clear()
+
+
+def test_prompts_pictures_and_given_conditioning(pipe, photo):
+    drawn = pipe(
+        "a red circle", height=32, width=32, num_inference_steps=1, output_type="pt", num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)], **QUICK,
+    )  # fmt: skip
+    assert drawn.images.shape == (2, 3, 32, 32) and drawn.visual_token_ids.shape == (2, 64)
+    assert paint(pipe, image=photo).isfinite().all()
+    embeds, pooled = pipe.encode_visual_tokens(IDS)
+    given = pipe(
+        prompt_embeds=embeds, pooled_prompt_embeds=pooled, height=32, width=32, num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0), output_type="pt",
+    )  # fmt: skip
+    assert given.visual_token_ids is None and torch.equal(given.images, paint(pipe, visual_token_ids=IDS))
+
+
+def test_a_saved_pipeline_paints_the_same(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    for kind in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image):
+        again = kind.from_pretrained(tmp_path)
+        again.set_progress_bar_config(disable=True)
+        assert type(again) is UniCode2StableDiffusionXLPipeline
+        assert torch.equal(paint(again, visual_token_ids=IDS), paint(pipe, visual_token_ids=IDS))
+
+
+@pytest.mark.parametrize("decoder", ["sdxl", "flux"])
+def test_text_encoders_read_beside_the_tokens(tiny_checkpoint, folders, decoder):
+    """The conditioning is that of the texts followed by that of the tokens, the pooled one that of the texts."""
+    stock = diffusers.DiffusionPipeline.from_pretrained(folders / decoder)
+    parts = {name: stock.components[name] for name in NO_TEXTS}
+    pipe = load(tiny_checkpoint, folders, decoder, **parts)
+    text = stock.encode_prompt(["cat", "dog"], None, device="cpu")
+    pooled = text[2] if decoder == "sdxl" else text[1]
+    seen = {}
+    painter = pipe.unet if decoder == "sdxl" else pipe.transformer
+    painter.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    ids = torch.cat([IDS, IDS + 5000])
+    image = paint(pipe, visual_token_ids=ids, text_prompt=["cat", "dog"], guidance_scale=1.0)
+    embeds, _ = pipe.encode_visual_tokens(ids)
+    expected = torch.cat([text[0], embeds], 1)
+    torch.testing.assert_close(seen["encoder_hidden_states"], expected, rtol=1e-4, atol=1e-4)
+    given = seen["added_cond_kwargs"]["text_embeds"] if decoder == "sdxl" else seen["pooled_projections"]
+    torch.testing.assert_close(given, pooled, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(image, paint(pipe, visual_token_ids=ids, guidance_scale=1.0), atol=1e-6)
+    with pytest.raises(ValueError, match="`text_prompt` makes 3 texts, and 2 images are drawn; give one, or one for"):
+        paint(pipe, visual_token_ids=ids, text_prompt=["a", "b", "c"])
+
+
+def test_negative_prompts_are_read_by_text_encoders(tiny_checkpoint, folders):
+    """Beside conditioning of as many tokens: with `text_prompt` the negative ones are those of a text and zeros."""
+    embeds = torch.zeros(1, 64, WIDTH), torch.ones(1, POOLED)
+    pipe = load(tiny_checkpoint, folders)
+    names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    other = paint(pipe, visual_token_ids=IDS, **dict(zip(names, embeds)))
+    assert not torch.allclose(other, paint(pipe, visual_token_ids=IDS), atol=1e-6)
+
+
+@pytest.mark.parametrize("decoder", ["sdxl", "flux"])
+def test_a_decoder_is_assembled(tiny_checkpoint, folders, tmp_path, decoder):
+    output = tmp_path / "whole"
+    assert not assemble_pipeline(tiny_checkpoint, folders / "mapper", folders / decoder, output, 32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(output)
+    pipe.set_progress_bar_config(disable=True)
+    assert paint(pipe, visual_token_ids=IDS).isfinite().all() and pipe.config.image_size == 32
+    card = (output / "README.md").read_text()
+    assert 'DiffusionPipeline.from_pretrained("whole"' in card and "library_name: diffusers" in card
+    assert assemble_pipeline(tiny_checkpoint, folders / "mapper", folders / decoder, output, 32)
+
+
+def test_what_cannot_be_assembled_is_refused(tiny_checkpoint, folders, tmp_path):
+    assemble = [tiny_checkpoint, folders / "mapper"]
+    diffusers.DDPMPipeline(make_sdxl_parts()["unet"], diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    with pytest.raises(ValueError, match="is a DDPMPipeline; supported are FluxPipeline and StableDiffusionXLPipeline"):
+        assemble_pipeline(*assemble, tmp_path / "ddpm", tmp_path / "out", 32)
+    with pytest.raises(ValueError, match="`true_cfg_scale` is not kept with a UniCode2StableDiffusionXL.*`guidance_sc"):
+        assemble_pipeline(*assemble, folders / "sdxl", tmp_path / "out", 32, true_cfg_scale=2.0)
+    assert not (tmp_path / "out").exists()
+
+
+NEGATIVE = {"negative_prompt_embeds": torch.zeros(1, 64, WIDTH), "negative_pooled_prompt_embeds": torch.zeros(1, 24)}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "exactly one of `prompt`, `image`, `visual_token_ids` and `prompt_embeds`; got none"),
+        ({"prompt": ["a", 3]}, "`prompt` holds int"),
+        ({"image": []}, "`image` is an empty list"),
+        ({"visual_token_ids": IDS - 700}, "runs from 100 to 163; visual token ids are"),
+        ({"visual_token_ids": IDS[:, :9]}, r"has shape \(1, 9\); it must be \(batch_size, 64\)"),
+        ({"visual_token_ids": IDS, "num_candidates": 2}, "`num_candidates` is about writing the image of a prompt"),
+        ({"visual_token_ids": IDS, "text_prompt": "a"}, "`text_prompt` needs SDXL's own text encoders"),
+        ({"visual_token_ids": IDS, "negative_prompt": "a"}, "`negative_prompt` needs SDXL's own text encoders"),
+        ({"visual_token_ids": IDS, "guidance_scale": 1.0} | NEGATIVE, "has no effect without guidance"),
+        ({"visual_token_ids": IDS, "guidance_scale": -1}, "`guidance_scale` is -1; it must be a number"),
+        ({"visual_token_ids": IDS, "ip_adapter_image": 1}, "`ip_adapter_image` needs an IP adapter"),
+        ({"prompt_embeds": torch.zeros(1, 64, WIDTH)}, "Give `prompt_embeds` and `pooled_prompt_embeds`, or neither"),
+        ({"visual_token_ids": IDS, "height": 0}, "`height` is 0; it must be a whole number"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"num_inference_steps": 1, **arguments})

@@ -1,0 +1,198 @@
+"""`UniCode2StableDiffusionXLPipeline`: a prompt, an image or visual tokens to an image, painted by a frozen SDXL."""
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from .condition_mapper_unicode2 import UniCode2ConditionMapper
+from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin, check_pairs, check_sources, to_number
+from .repository_unicode2 import UniCode2RepositoryMixin
+
+# Width and height that SDXL is told an image had, unless a call says otherwise: it takes smaller ones for blurred.
+ORIGINAL_SIZE = (1024, 1024)
+
+
+class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, StableDiffusionXLPipeline):
+    r"""
+    SDXL conditioned on visual tokens (sections 3.4 and 3.5), the paper's second decoder. The text encoders are not
+    needed: an SDXL repository loads with `text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None`.
+
+    Args:
+        vision_language_encoder (`UniCode2ForConditionalGeneration`): writes visual tokens, and reads them off images.
+        processor (`UniCode2Processor`): prompts and images to its inputs.
+        condition_mapper (`UniCode2ConditionMapper`): visual tokens to conditioning.
+        image_size (`int`, *optional*, defaults to 512): side of the images in pixels, unless a call names another.
+        num_candidates (`int`, *optional*, defaults to 1): images that the language model writes for a prompt, unless
+            a call names another number. The one from which it reads the prompt back best is painted.
+        guidance_scale (`float`, *optional*, defaults to 3.5): classifier-free guidance of SDXL, as in the paper, unless
+            a call names another; 1 is none.
+        num_inference_steps (`int`, *optional*, defaults to 50): steps of SDXL, unless a call names another number.
+        vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder, feature_extractor,
+            force_zeros_for_empty_prompt, add_watermarker: as in [`StableDiffusionXLPipeline`].
+    """
+
+    model_cpu_offload_seq = (
+        "vision_language_encoder->condition_mapper->text_encoder->text_encoder_2->image_encoder->unet->vae"
+    )
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        vision_language_encoder: PreTrainedModel,
+        processor: ProcessorMixin,
+        condition_mapper: UniCode2ConditionMapper,
+        text_encoder: CLIPTextModel = None,
+        text_encoder_2: CLIPTextModelWithProjection = None,
+        tokenizer: CLIPTokenizer = None,
+        tokenizer_2: CLIPTokenizer = None,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        feature_extractor: CLIPImageProcessor = None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool | None = None,
+        image_size: int = 512,
+        num_candidates: int = 1,
+        guidance_scale: float = 3.5,
+        num_inference_steps: int = 50,
+    ):
+        texts = (text_encoder, text_encoder_2, tokenizer, tokenizer_2)
+        adapter_parts = {"image_encoder": image_encoder, "feature_extractor": feature_extractor}
+        options = {"force_zeros_for_empty_prompt": force_zeros_for_empty_prompt, "add_watermarker": add_watermarker}
+        super().__init__(vae, *texts, unet, scheduler, **adapter_parts, **options)
+        numbers = {"image_size": image_size, "num_candidates": num_candidates, "guidance_scale": guidance_scale}
+        numbers["num_inference_steps"] = num_inference_steps
+        self.register_prior(vision_language_encoder, processor, condition_mapper, **numbers)
+
+    def find_decoder_widths(self) -> dict[str, int]:
+        config = self.unet.config
+        # In front of it stand the embeddings of six numbers, which are sizes and a place
+        pooled_dim = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {"output_dim": config.cross_attention_dim, "pooled_dim": pooled_dim}
+
+    def check_arguments(self, text_prompt, embeds: dict, kwargs: dict, guidance_scale: float) -> None:
+        """Raises `ValueError` before any work on what would fail after it, and on arguments that nothing would read."""
+        given = [name for name, value in kwargs.items() if value is not None]
+        check_pairs(embeds, kwargs)
+        texts = [name for name in ("negative_prompt", "negative_prompt_2") if name in given]
+        texts += ["text_prompt"] if text_prompt is not None else []
+        if texts and (self.text_encoder is None or self.text_encoder_2 is None):
+            raise ValueError(
+                f"`{texts[0]}` needs SDXL's own text encoders, which this pipeline was loaded without; load them or "
+                "leave it out."
+            )
+        negatives = [name for name in given if name.startswith("negative_prompt") or "negative_pooled" in name]
+        if negatives and guidance_scale <= 1:
+            raise ValueError(f"`{negatives[0]}` has no effect without guidance; set `guidance_scale` above 1.")
+        adapters = [name for name in given if "ip_adapter_image" in name]
+        if adapters and self.unet.encoder_hid_proj is None:
+            raise ValueError(f"`{adapters[0]}` needs an IP adapter; load one with `load_ip_adapter`, or leave it out.")
+
+    def encode_texts(self, texts: list[str], clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the text encoders of SDXL make of texts: embeddings and pooled ones."""
+        options = {"do_classifier_free_guidance": False, "clip_skip": clip_skip}
+        embeds, _, pooled, _ = self.encode_prompt(texts, device=self._execution_device, **options)
+        return embeds, pooled
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Image.Image | list[Image.Image] | None = None,
+        visual_token_ids: torch.LongTensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prior_guidance_scale: float | None = None,
+        prior_generation_kwargs: dict | None = None,
+        num_candidates: int | None = None,
+        text_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        original_size: tuple[int, int] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **kwargs,
+    ) -> UniCode2PipelineOutput | tuple:
+        r"""
+        Args:
+            prompt (`str` or `list[str]`, *optional*): what to draw.
+            image (`PIL.Image.Image` or a list, *optional*): images to redraw from their own codes.
+            visual_token_ids (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
+                Tokens to paint. Exactly one of these three and of `prompt_embeds`.
+            height, width (`int`, *optional*, default to `image_size`): pixels.
+            num_inference_steps (`int`, *optional*): steps of SDXL; by default the pipeline's own number.
+            guidance_scale (`float`, *optional*): classifier-free guidance of SDXL, twice the work above 1; by default
+                the pipeline's own number. Images are guided away from conditioning of zeros, unless
+                `negative_prompt_embeds` or `negative_prompt` say something else.
+            num_images_per_prompt (`int`, defaults to 1): each with tokens of its own for a prompt.
+            generator (`torch.Generator` or a list of them, *optional*): makes a call repeatable. A list holds one for
+                each image in their order, and an image depends on its own generator alone.
+            prior_guidance_scale (`float`, *optional*): classifier-free guidance of the language model.
+            prior_generation_kwargs (`dict`, *optional*): passed on to its `generate`.
+            num_candidates (`int`, *optional*): images written for each. The one from which the prompt is read back best
+                is painted. By default the pipeline's own number.
+            text_prompt (`str` or `list[str]`, *optional*): what SDXL's own text encoders read beside the tokens; one
+                text, or one for each image in front of `num_images_per_prompt`. They must have been loaded.
+            prompt_embeds, pooled_prompt_embeds (`torch.Tensor`, *optional*): conditioning to paint as it is,
+                `(batch_size, num_tokens, 2048)` and `(batch_size, 1280)` for SDXL.
+            original_size (`tuple[int, int]`, defaults to (1024, 1024)): what SDXL is told of the image; smaller ones
+                look blurred.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            **kwargs: everything else that [`StableDiffusionXLPipeline`] takes.
+        """
+        sources = {"prompt": prompt, "image": image, "visual_token_ids": visual_token_ids}
+        sources["prompt_embeds"] = prompt_embeds
+        check_sources(**sources)
+        height, width = (
+            self.choose_number(name, value, "image_size") for name, value in (("height", height), ("width", width))
+        )
+        num_inference_steps = self.choose_number("num_inference_steps", num_inference_steps)
+        num_images_per_prompt = to_number("num_images_per_prompt", num_images_per_prompt, int, 1)
+        guidance_scale = self.choose_number("guidance_scale", guidance_scale)
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+        self.check_arguments(text_prompt, embeds, kwargs, guidance_scale)
+        prior = {"prior_guidance_scale": prior_guidance_scale, "prior_generation_kwargs": prior_generation_kwargs}
+        prior["num_candidates"] = num_candidates
+        visual_token_ids, prompt_embeds, pooled_prompt_embeds = self.make_condition(
+            sources, pooled_prompt_embeds, num_images_per_prompt, generator, prior
+        )
+        if text_prompt is not None:
+            prompt_embeds, pooled_prompt_embeds = self.join_text(
+                text_prompt, num_images_per_prompt, prompt_embeds, clip_skip=kwargs.get("clip_skip")
+            )
+        if guidance_scale > 1 and kwargs.get("negative_prompt_embeds") is None and "negative_prompt" not in kwargs:
+            kwargs["negative_prompt_embeds"] = torch.zeros_like(prompt_embeds)
+            kwargs["negative_pooled_prompt_embeds"] = torch.zeros_like(pooled_prompt_embeds)
+        images = (
+            super()
+            .__call__(
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                original_size=original_size or ORIGINAL_SIZE,
+                output_type=output_type,
+                return_dict=True,
+                **kwargs,
+            )
+            .images
+        )
+        return UniCode2PipelineOutput(images=images, visual_token_ids=visual_token_ids) if return_dict else (images,)
