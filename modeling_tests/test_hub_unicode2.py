@@ -108,6 +108,7 @@ def test_load_save_load_in_each_combination(repository, tmp_path, saved_by, load
     assert first == second
 
 
+@pytest.mark.slow
 def test_hub_and_pinned_revision(repository, processor, make_config, tmp_path):
     make_checkpoint(tmp_path / "old", processor, make_config, seed=1)
     with serve_hub({"org/unicode2-small": {"main": repository, "v0": tmp_path / "old"}}) as (address, asked):

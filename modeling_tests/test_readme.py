@@ -73,7 +73,7 @@ def test_six_commands_make_a_model_of_own_parts(tmp_path, monkeypatch, capsys):
         assert done.returncode == 0, done.stderr[-3000:]
     assert capsys.readouterr().out.splitlines()[-1].strip()
     assert {"README.md", "config.json", "modeling_unicode2.py", "model.safetensors"} <= {
-        file.name for file in (tmp_path / commands[-1].split()[-1]).iterdir()
+        file.name for file in (tmp_path / commands[-1].split()[3]).iterdir()
     }
 
 

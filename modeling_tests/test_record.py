@@ -140,7 +140,7 @@ def test_differences_are_named_with_what_was_and_is():
         "tasks questions was 1.0 and is nothing",
         "seed was 0 and is None",
     ]
-    assert compare(before, now)[2] == f"data b was nothing and is {'1' * 12}"
+    assert compare(before, now)[2] == f"data b was nothing and is {'1' * 12}, by the SHA-256 of its content"
 
 
 def test_data_that_changed_are_refused(inputs, wanted, tmp_path):

@@ -259,7 +259,7 @@ def test_other_models_are_refused_by_name(model_type, changes, message, init, tm
 
 
 def test_parts_that_are_not_there_are_named(make_llm, init, tmp_path, capsys):
-    assert "--llm is nope; there is no such folder, and the Hub gives no" in refuse(capsys, init, llm="nope")
+    assert "--llm is nope; there is no such folder, and the Hub cannot be reached" in refuse(capsys, init, llm="nope")
     assert "--llm is a/b/c; there is no such folder, and no repository" in refuse(capsys, init, llm="a/b/c")
     make_llm("qwen2")
     message = refuse(capsys, init, codebook=("--codebook", "nope/nope"))

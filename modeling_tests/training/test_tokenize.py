@@ -142,7 +142,9 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out(llava_data, quantizer_
     with pytest.raises(ValueError, match="2 of 9 rows cannot be used, and --max-bad-share allows") as error:
         run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out")
     assert "a share of 0.01; the first is " in str(error.value) and "json row 1: it has " in str(error.value)
-    assert str(error.value).endswith("1 of them name image files that are not there, see --image-root.")
+    assert str(error.value).endswith(
+        "1 of them names an image file that is not there (--image-root says where images are)."
+    )
     with pytest.raises(ValueError, match=r"3 of 9 rows cannot be used, .* share of 0.23; the first is .* row 1: "):
         run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out", "--max-bad-share", 0.23)
     assert not list((tmp_path / "out").glob("*.parquet"))

@@ -18,12 +18,18 @@ NAMES = ("stage1", "stage1.5", "stage2", "sft", "draw")
 STAGES = sorted(path for name in NAMES for path in RECIPES.glob(f"*/{name}.yaml"))
 
 
+def mark(path: Path):
+    """A recipe as a parameter; those of tiny stage 1 alone run by default."""
+    name = f"{path.parent.name}/{path.stem}"
+    return pytest.param(path, id=name, marks=() if name == "unicode2-tiny/stage1" else pytest.mark.slow)
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
 def test_recipe_parses(path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)
 
 
-@pytest.mark.parametrize("recipe", STAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("recipe", [mark(path) for path in STAGES])
 def test_stage_runs_two_steps(recipe, tiny_run, run_stage, tmp_path):
     # Masters of bfloat16 weights are float32 already
     has_masters = yaml.safe_load(recipe.read_text()).get("master_weights")
@@ -37,6 +43,7 @@ def test_stage_runs_two_steps(recipe, tiny_run, run_stage, tmp_path):
         assert any(not torch.equal(before[name], after[name]) for name in before if module in name), module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*/align.yaml")), ids=lambda path: path.parent.name)
 def test_alignment_runs_two_steps(recipe, tiny_run, run_stage, tmp_path):
     run_stage(recipe, tmp_path / "out", "--max_steps", "2", stage="align")

@@ -17,6 +17,8 @@ def check_checkpoint(name: str, *files: str) -> None:
     """
     check_no_adapter(name)
     missing = [file for file in ("config.json", *files) if not (Path(name) / file).is_file()]
+    if missing == ["config.json"] and (Path(name) / "codebook.json").is_file():
+        raise FileNotFoundError(f"{name} is a codebook; `unicode2 init` makes a checkpoint of it.")
     if Path(name).is_dir() and missing:
         raise FileNotFoundError(f"{name} is no whole checkpoint: it has no {missing[0]}; copy or assemble it again.")
     check_files(Path(name))

@@ -38,6 +38,11 @@ EXTRAS = {
 def main() -> None:
     words = sys.argv[1:]
     name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    if words[:1] == ["--version"]:
+        from . import __version__
+
+        print(f"unicode2 {__version__}")
+        return
     if name is None:
         rows = "\n".join(f"  {name:<18}{row[-1]}" for name, row in COMMANDS.items())
         usage = f"usage: unicode2 <command> [options]\n\n{rows}"

@@ -4,12 +4,15 @@ All commands and models read this one list, load an encoder here and take the sa
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 # The encoders, and the models that hold one beside a text model. A SigLIP 2 of a fixed size says that it is a SigLIP.
 ENCODERS = ("siglip_vision_model", "clip_vision_model")
@@ -85,15 +88,27 @@ def load_encoder(path: str, dtype: str = "float32") -> tuple[PreTrainedModel, ob
         check_kind(config, "it", (*HOLDERS, *ENCODERS))
         config = config.vision_config if config.model_type in HOLDERS else config
         check_side(config, "it")
-        model, info = AutoModel.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with errors_alone():
+            model, info = AutoModel.from_pretrained(
+                path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         check_encoder_keys(info, path)
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         check_image_processor(image_processor, config)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be used as an encoder: {str(error).strip().splitlines()[0]}") from error
     return model.eval(), image_processor
+
+
+@contextmanager
+def errors_alone() -> Iterator[None]:
+    """Without what Transformers reports of weights that an encoder has no place for; `check_encoder_keys` judges."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def check_encoder_keys(info: dict, source: str) -> None:

@@ -217,7 +217,8 @@ def compare(before: dict, now: dict, growing: tuple[str, ...] = (), prefix: str 
             added = set(new) - set(old) if name in growing else ()
             changes += compare(old, {key: new[key] for key in new if key not in added}, (), f"{prefix}{name} ")
         elif old != new:
-            changes.append(f"{prefix}{name} was {shorten(old)} and is {shorten(new)}")
+            hashed = ", by the SHA-256 of its content" if shorten(old) != str(old) or shorten(new) != str(new) else ""
+            changes.append(f"{prefix}{name} was {shorten(old)} and is {shorten(new)}{hashed}")
     return changes
 
 
@@ -264,7 +265,11 @@ def hash_source(name: str, deep: bool = False) -> str:
             return Path(snapshot_download(name, allow_patterns=["*.json"])).name
         except HFValidationError as error:
             raise FileNotFoundError(f"There is no folder {name}.") from error
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"There is no folder {name}, and the Hub cannot be reached for a repository of this name."
+            ) from error
+        except HfHubHTTPError as error:
             raise FileNotFoundError(f"There is no folder {name}, and the Hub gives no repository {name}.") from error
     check_finished(folder)
     files = folder.glob("**/*" if deep else "*")

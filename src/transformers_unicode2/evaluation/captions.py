@@ -303,6 +303,8 @@ def print_report(report: dict) -> None:
     print(f"{'loss with its own image':>30} | {report['own_loss']:.3f} nats a token")
     print(f"{'with the image of another row':>30} | {report['other_loss']:.3f}")
     print(f"{'image gap':>30} | {report['image_gap']:.3f}, standard error {report['image_gap_standard_error']:.3f}")
+    if report["image_gap"] < max(0.1, 3 * report["image_gap_standard_error"]):
+        print(f"{'':>30} | near 0: the images are not read")
     shares = [
         (f"right of {choices}", report["chosen"], 100 / choices),
         (f"right of {choices}, a token", report["chosen_per_token"], 100 / choices),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..encoders_unicode2 import ENCODERS, HOLDERS, check_kind, check_side
 from .fresh import count_cells
@@ -79,6 +80,11 @@ def check_sources(llm: str, vision: str, codebook: str | int, output: str | None
             raise ValueError(f"{option} is {name}; there is no such folder, and no repository can have this name.")
         try:
             snapshot_download(name, allow_patterns=["config.json", "codebook.json"])
+        except LocalEntryNotFoundError as error:
+            raise ValueError(
+                f"{option} is {name}; there is no such folder, and the Hub cannot be reached for a repository of this "
+                "name."
+            ) from error
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{option} is {name}; there is no such folder, and the Hub gives no repository of this name."
@@ -96,6 +102,9 @@ def build_model(text_config, text: TextSide, vision_config, codebook_config, vis
     ids = [0, 1, 2] if text.tokenizer is None else text.tokenizer.convert_tokens_to_ids(list(text.image_tokens))
     text_config = copy.deepcopy(text_config)
     text_config.vocab_size = text.num_rows
+    for part in (text_config, vision_config):
+        # A place of this machine
+        part._name_or_path = "" if Path(part._name_or_path).exists() else part._name_or_path
     config = UniCode2Config(
         text_config=text_config,
         vision_config=vision_config,

@@ -113,6 +113,12 @@ class WholeCheckpoints:
                 group["lr"] = rate
             schedule._last_lr = rates
 
+    def _issue_warnings_after_load(self, load_result):
+        """Stock, but for weights that the checkpoint holds under the name that they are tied to."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As of `Trainer`; `resume_from_checkpoint=True` takes the newest whole checkpoint.
 

@@ -23,7 +23,7 @@ from .row_index import RowIndex
 from .sources import read_image
 
 # Images of a shard of codes. A run that is killed loses one shard of each process at most.
-IMAGES_PER_SHARD = 512
+IMAGES_PER_SHARD = 128
 
 
 class ImageReader:
@@ -117,6 +117,8 @@ def encode_images(index: RowIndex, quantizer, image_processor, batch_size: int, 
     first, last = (len(spans) * (state.process_index + step) // state.num_processes for step in (0, 1))
     keys = {shard: hash_keys(index, *spans[shard]) for shard in range(first, last)}
     missing = [shard for shard, digest in keys.items() if not is_made_of(codes_file(index.work, shard), digest)]
+    if state.is_main_process and len(missing) < len(keys):
+        print(f"{index.work.parent} resumes: {len(keys) - len(missing)} of {len(keys)} shards of codes are there")
     todo = [spans[shard] for shard in missing]
     batches = read_batches(index, todo, image_processor, batch_size, num_workers)
     with tqdm(total=num_images, unit="image", desc="encoding", disable=not state.is_main_process) as bar:

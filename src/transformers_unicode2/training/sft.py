@@ -183,6 +183,10 @@ def train(
             processor.save_pretrained(folder)
             made_of, state = held.made_of, trainer.state
             describe(folder, model, training_args.output_dir, args, parts, made_of, state, metrics)
+    if trainer.is_world_process_zero():
+        output = training_args.output_dir
+        print(f"{output}: {trainer.state.global_step} steps are done. Measure it on rows that it has not learnt from:")
+        print(f"unicode2 evaluate captions --model {output} --data TOKENS")
 
 
 def build_data(

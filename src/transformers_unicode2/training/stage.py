@@ -137,6 +137,7 @@ class Stage:
                     f"{last} is at step {state['global_step']} and {length}; choose another output_dir, or remove the "
                     "checkpoint."
                 )
+            print(f"{self.folder} resumes from {Path(last).name}")
         return last
 
     def train(self, trainer: WholeCheckpoints) -> None:
@@ -261,6 +262,9 @@ def check_training_arguments(training_args, evaluates: bool) -> None:
     }
     if not evaluates:
         refused["do_eval"] = "this stage only trains"
+    if Path(training_args.output_dir) == Path("trainer_output"):
+        # What they write to if nothing is named
+        raise ValueError("`output_dir` is not given; name the folder of this stage.")
     for name, instead in refused.items():
         if getattr(training_args, name):
             raise ValueError(f"`{name}` is not followed: {instead}.")

@@ -211,7 +211,8 @@ def finish(index, args: argparse.Namespace) -> None:
     """Says what was written, and removes what is no longer needed."""
     file, count = Path(args.output, refused_name(args)), sum(block["num_rows"] for block in index.blocks)
     num_refused = len(file.read_text().splitlines()) if file.is_file() else 0
-    left_out = f"; {num_refused} rows are left out, see {file}" if num_refused else ""
+    are = "row is" if num_refused == 1 else "rows are"
+    left_out = f"; {num_refused} {are} left out, see {file}" if num_refused else ""
     print(f"{args.output}: {count - num_refused:,} chats with {len(index.images):,} different images{left_out}")
     remove(index.work)
 
@@ -246,7 +247,8 @@ def check_refused(index, errors: dict[int, str], args: argparse.Namespace) -> No
         missing = [row["missing"] for row in refused if row["missing"] is not None]
         reason = lines[0][:-1] if lines else "there are none"
         if missing:
-            reason += f"; {len(missing)} of them name image files that are not there, see --image-root"
+            name = "names an image file that is" if len(missing) == 1 else "name image files that are"
+            reason += f"; {len(missing)} of them {name} not there (--image-root says where images are)"
         index.forget()
         raise ValueError(
             f"{len(refused)} of {count} rows cannot be used, and --max-bad-share allows a share of "
