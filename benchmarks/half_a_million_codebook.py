@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,19 +42,20 @@ def measure_limits(args: argparse.Namespace) -> list[dict]:
 
     rates = {"float32": measure_rate(torch.float32, "cpu", 4096), "bfloat16": measure_rate(torch.bfloat16, "cpu", 4096)}
     content, file = np.random.default_rng(0).bytes(2**27), Path(args.output) / "rate"
+    count = max(1, 16 // args.divide)
     start = time.perf_counter()
     with open(file, "wb") as opened:
-        for _ in range(16):
+        for _ in range(count):
             opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
-    rates["write"] = 16 * len(content) / (time.perf_counter() - start)
+    rates["write"] = count * len(content) / (time.perf_counter() - start)
     with open(file, "rb") as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         start = time.perf_counter()
         while opened.read(2**24):
             pass
-    rates["read"] = 16 * len(content) / (time.perf_counter() - start)
+    rates["read"] = count * len(content) / (time.perf_counter() - start)
     file.unlink()
     a = torch.empty(2**28, dtype=torch.uint8)
     start = time.perf_counter()
@@ -75,6 +77,7 @@ def time_phases(kind: type, log: Path) -> type:
     def timed(phase: str):
         method = getattr(kind, phase)
 
+        @wraps(method)
         def run(self):
             note(log, phase, "begin")
             output = method(self)
@@ -325,8 +328,8 @@ def run_command(*words) -> float:
     """Seconds of a `unicode2` command in this process."""
     from transformers_unicode2.cli import main
 
-    start = time.perf_counter()
-    main([str(word) for word in words])
+    start, sys.argv = time.perf_counter(), ["unicode2", *map(str, words)]
+    main()
     return time.perf_counter() - start
 
 

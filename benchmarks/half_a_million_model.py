@@ -213,6 +213,7 @@ def run_stage(args: argparse.Namespace, name: str, changes: dict, kill: bool = F
         "save_steps": NUM_STEPS // 2,
         "save_total_limit": 1,
         "logging_steps": 1,
+        "include_num_input_tokens_seen": True,
         "report_to": "none",
         "seed": 0,
         **changes,
@@ -247,7 +248,7 @@ def run_training(args: argparse.Namespace, words: list, killed_behind: Path | No
         peak = max(peak, usage.ru_maxrss / 2**20)
         if status and not place:
             raise SystemExit(f"`{' '.join(command)}` ended with status {status}.")
-    tokens = float(logs[-1].get("num_tokens", 0)) / NUM_STEPS
+    tokens = float(logs[-1].get("num_input_tokens_seen", 0)) / NUM_STEPS
     step = float(np.median(np.diff(moments)))
     return {"loss": float(logs[-1]["loss"]), "tokens": tokens, "step": step, "peak": peak}
 
@@ -260,7 +261,7 @@ def train_bare(args: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.llm, dtype=torch.float32)
     model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, model.config.vocab_size, (NUM_STEPS * BATCH, args.length), generator=generator)
+    ids = torch.randint(model.config.vocab_size, (NUM_STEPS * BATCH, args.length), generator=generator)
     training_args = TrainingArguments(
         output_dir=args.output, max_steps=NUM_STEPS, per_device_train_batch_size=BATCH, learning_rate=1e-4,
         save_strategy="no", logging_steps=1, report_to="none", use_cpu=True,

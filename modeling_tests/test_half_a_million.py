@@ -35,12 +35,12 @@ def test_all_steps_run_at_a_hundredth_of_the_size(parts):
     find_chromium()
     places = {"--images": "pictures", "--encoder": "encoder", "--llm": "llm", "--output": "output"}
     words = [word for option, name in places.items() for word in (option, str(parts / name))]
-    command = [sys.executable, str(SCRIPT), *words, "--divide", "100", "--threads", "1"]
+    command = [sys.executable, str(SCRIPT), *words, "--divide", "100", "--threads", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     steps = {file.stem: json.loads(file.read_text()) for file in (parts / "output" / "steps").glob("*.json")}
     rows = {row["what"]: row for step in steps.values() for row in step["rows"]}
     assert len(done.stdout.splitlines()) == 5 + len(rows)
-    for name in ("build (a), 0.098304M x 1152", "build (b), 0.0778M x 16, from images"):
+    for name in ("build (a), 0.1M x 1152", "build (b), 0.0778M x 16, from images"):
         assert rows[f"{name}: all phases, 2 kills"]["found"] == "5,000 distinct, finite codes"
     assert "resumed" in " ".join(rows) and "bare language model" in " ".join(rows)
