@@ -175,7 +175,8 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
             prompt_embeds, pooled_prompt_embeds = self.join_text(
                 text_prompt, num_images_per_prompt, prompt_embeds, clip_skip=kwargs.get("clip_skip")
             )
-        if guidance_scale > 1 and kwargs.get("negative_prompt_embeds") is None and "negative_prompt" not in kwargs:
+        negatives = ("negative_prompt", "negative_prompt_embeds")
+        if guidance_scale > 1 and all(kwargs.get(name) is None for name in negatives):
             kwargs["negative_prompt_embeds"] = torch.zeros_like(prompt_embeds)
             kwargs["negative_pooled_prompt_embeds"] = torch.zeros_like(pooled_prompt_embeds)
         images = (
