@@ -16,7 +16,14 @@ from transformers import (
 )
 
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
-from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin, check_pairs, check_sources, to_number
+from .prior_unicode2 import (
+    UniCode2PipelineOutput,
+    UniCode2PriorMixin,
+    check_pairs,
+    check_sources,
+    guide_from_zeros,
+    to_number,
+)
 from .repository_unicode2 import UniCode2RepositoryMixin
 
 logger = logging.get_logger(__name__)
@@ -185,11 +192,9 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         sources = {"prompt": prompt, "image": image, "visual_token_ids": visual_token_ids}
         sources["prompt_embeds"] = prompt_embeds
         check_sources(**sources)
-        height, width = (
-            self.choose_number(name, value, "image_size") for name, value in (("height", height), ("width", width))
+        height, width, num_inference_steps, num_images_per_prompt = self.choose_sizes(
+            height, width, num_inference_steps, num_images_per_prompt
         )
-        num_inference_steps = self.choose_number("num_inference_steps", num_inference_steps)
-        num_images_per_prompt = to_number("num_images_per_prompt", num_images_per_prompt, int, 1)
         guidance_scale = to_number("guidance_scale", guidance_scale, float, 0)
         true_cfg_scale = self.choose_number("true_cfg_scale", true_cfg_scale)
         generator = list(generator) if isinstance(generator, tuple) else generator
@@ -209,10 +214,8 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
                 **({} if length is None else {"max_sequence_length": length}),
             )
         self.check_latents(kwargs.get("latents"), len(prompt_embeds), height, width)
-        negatives = ("negative_prompt", "negative_prompt_embeds")
-        if true_cfg_scale > 1 and all(kwargs.get(name) is None for name in negatives):
-            kwargs["negative_prompt_embeds"] = torch.zeros_like(prompt_embeds)
-            kwargs["negative_pooled_prompt_embeds"] = torch.zeros_like(pooled_prompt_embeds)
+        if true_cfg_scale > 1:
+            guide_from_zeros(kwargs, prompt_embeds, pooled_prompt_embeds)
         images = (
             super()
             .__call__(

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
-from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin, check_pairs, check_sources, to_number
+from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin, check_pairs, check_sources, guide_from_zeros
 from .repository_unicode2 import UniCode2RepositoryMixin
 
 # Width and height that SDXL is told an image had, unless a call says otherwise: it takes smaller ones for blurred.
@@ -157,11 +157,9 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
         sources = {"prompt": prompt, "image": image, "visual_token_ids": visual_token_ids}
         sources["prompt_embeds"] = prompt_embeds
         check_sources(**sources)
-        height, width = (
-            self.choose_number(name, value, "image_size") for name, value in (("height", height), ("width", width))
+        height, width, num_inference_steps, num_images_per_prompt = self.choose_sizes(
+            height, width, num_inference_steps, num_images_per_prompt
         )
-        num_inference_steps = self.choose_number("num_inference_steps", num_inference_steps)
-        num_images_per_prompt = to_number("num_images_per_prompt", num_images_per_prompt, int, 1)
         guidance_scale = self.choose_number("guidance_scale", guidance_scale)
         generator = list(generator) if isinstance(generator, tuple) else generator
         embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
@@ -175,10 +173,8 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
             prompt_embeds, pooled_prompt_embeds = self.join_text(
                 text_prompt, num_images_per_prompt, prompt_embeds, clip_skip=kwargs.get("clip_skip")
             )
-        negatives = ("negative_prompt", "negative_prompt_embeds")
-        if guidance_scale > 1 and all(kwargs.get(name) is None for name in negatives):
-            kwargs["negative_prompt_embeds"] = torch.zeros_like(prompt_embeds)
-            kwargs["negative_pooled_prompt_embeds"] = torch.zeros_like(pooled_prompt_embeds)
+        if guidance_scale > 1:
+            guide_from_zeros(kwargs, prompt_embeds, pooled_prompt_embeds)
         images = (
             super()
             .__call__(

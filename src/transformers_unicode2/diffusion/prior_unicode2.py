@@ -114,6 +114,13 @@ def check_pairs(embeds: dict, kwargs: dict) -> None:
             raise ValueError(f"Give {' and '.join(f'`{negative}{name}`' for name in pair)}, or neither.")
 
 
+def guide_from_zeros(kwargs: dict, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> None:
+    """Enters conditioning of zeros as the negative one of a call, unless there is one in its arguments."""
+    if all(kwargs.get(name) is None for name in ("negative_prompt", "negative_prompt_embeds")):
+        kwargs["negative_prompt_embeds"] = torch.zeros_like(prompt_embeds)
+        kwargs["negative_pooled_prompt_embeds"] = torch.zeros_like(pooled_prompt_embeds)
+
+
 class UniCode2PriorMixin:
     """The part of a pipeline that knows the language model.
 
@@ -154,6 +161,16 @@ class UniCode2PriorMixin:
         """A number of a call, or the pipeline's own under the name `default`. Raises `ValueError` on a wrong one."""
         default = default or name
         return to_number(name, getattr(self.config, default) if value is None else value, *NUMBERS[default])
+
+    def choose_sizes(
+        self, height: int | None, width: int | None, num_inference_steps: int | None, num_images_per_prompt: int
+    ) -> tuple[int, int, int, int]:
+        """These numbers of a call, or the pipeline's own. Raises `ValueError` on wrong ones."""
+        height, width = (
+            self.choose_number(name, value, "image_size") for name, value in (("height", height), ("width", width))
+        )
+        num_inference_steps = self.choose_number("num_inference_steps", num_inference_steps)
+        return height, width, num_inference_steps, to_number("num_images_per_prompt", num_images_per_prompt, int, 1)
 
     def make_condition(
         self, sources: dict, pooled_prompt_embeds, num_images_per_prompt: int, generator, prior: dict
