@@ -88,7 +88,7 @@ def test_parts_of_two_repositories_without_text_encoders(tiny_checkpoint, prior,
     make_mapper().save_pretrained(tmp_path / "mapper")
     (tmp_path / "flux" / "text_encoder").mkdir()
     pipe = UniCode2FluxPipeline.from_unicode2(
-        tiny_checkpoint, tmp_path / "flux", tmp_path / "mapper", torch_dtype=torch.bfloat16
+        tiny_checkpoint, tmp_path / "flux", tmp_path / "mapper", dtype=torch.bfloat16
     )
     dtypes = {pipe.transformer.dtype, pipe.condition_mapper.dtype, pipe.vision_language_encoder.lm_head.weight.dtype}
     assert dtypes == {torch.bfloat16} and pipe.text_encoder is None

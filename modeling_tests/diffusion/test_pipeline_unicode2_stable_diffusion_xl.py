@@ -125,10 +125,43 @@ def test_text_encoders_read_beside_the_tokens(tiny_checkpoint, folders, decoder)
         paint(pipe, visual_token_ids=ids, text_prompt=["a", "b", "c"])
 
 
-def test_negative_prompts_are_read_by_text_encoders(tiny_checkpoint, folders):
-    """Beside conditioning of as many tokens: with `text_prompt` the negative ones are those of a text and zeros."""
+@pytest.mark.parametrize("decoder", ["sdxl", "flux"])
+def test_negative_prompts_are_read_by_text_encoders(tiny_checkpoint, folders, decoder):
+    """As many tokens: those of the text, and zeros behind them; the pooled one is that of the text."""
+    stock = diffusers.DiffusionPipeline.from_pretrained(folders / decoder)
+    pipe = load(tiny_checkpoint, folders, decoder, **{name: stock.components[name] for name in NO_TEXTS})
+    seen = []
+    painter = pipe.unet if decoder == "sdxl" else pipe.transformer
+    painter.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    scale = {"guidance_scale": 3.0} if decoder == "sdxl" else {"true_cfg_scale": 3.0}
+    calls = {"visual_token_ids": torch.cat([IDS, IDS + 5000]), "num_inference_steps": 1, **scale}
+    text = {"negative_prompt": ["cat", "dog"], "negative_prompt_2": ["sun", "sky"]}
+    length = {} if decoder == "sdxl" else {"max_sequence_length": 16}
+    plain, guided = paint(pipe, **calls), paint(pipe, **calls, **text, **length)
+    assert not torch.allclose(plain, guided, atol=1e-6)
+    if decoder == "sdxl":
+        embeds, _, pooled, _ = stock.encode_prompt(*text.values(), do_classifier_free_guidance=False)
+        given = seen[-1]["encoder_hidden_states"][:2], seen[-1]["added_cond_kwargs"]["text_embeds"][:2]
+    else:
+        embeds, pooled, _ = stock.encode_prompt(*text.values(), max_sequence_length=16)
+        given = seen[-1]["encoder_hidden_states"], seen[-1]["pooled_projections"]
+    torch.testing.assert_close(given[0][:, :16], embeds, rtol=1e-4, atol=1e-4)
+    assert given[0].shape[1] == 64 and not given[0][:, 16:].any()
+    torch.testing.assert_close(given[1], pooled, rtol=1e-4, atol=1e-4)
+    # Beside a text for each image, which makes more tokens
+    joined = paint(pipe, **calls, **text, **length, text_prompt=["cat", "dog"])
+    assert seen[-1]["encoder_hidden_states"].shape[1] == 80 and not torch.equal(joined, guided)
+    with pytest.raises(ValueError, match="`negative_prompt` makes 3 texts, and 2 images are drawn"):
+        paint(pipe, **calls, negative_prompt=["a", "b", "c"])
+    with pytest.raises(ValueError, match="`negative_prompt_2` is given without `negative_prompt`"):
+        paint(pipe, **calls, negative_prompt_2="a")
+    with pytest.raises(ValueError, match="`negative_prompt` makes 16 embeddings, and the tokens of an image make 8;"):
+        embeds = {"prompt_embeds": torch.zeros(1, 8, WIDTH), "pooled_prompt_embeds": torch.zeros(1, POOLED)}
+        paint(pipe, **embeds, **scale, **length, negative_prompt="a")
+
+
+def test_negative_embeddings_are_taken_as_they_are(pipe):
     embeds = torch.zeros(1, 64, WIDTH), torch.ones(1, POOLED)
-    pipe = load(tiny_checkpoint, folders)
     names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
     other = paint(pipe, visual_token_ids=IDS, **dict(zip(names, embeds)))
     assert not torch.allclose(other, paint(pipe, visual_token_ids=IDS), atol=1e-6)

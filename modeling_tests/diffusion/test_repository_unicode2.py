@@ -93,7 +93,7 @@ from diffusers import AutoModel, AutoPipelineForImage2Image, AutoPipelineForText
 seen = [draw(DiffusionPipeline.from_pretrained(folder)) for folder in (embedded, source, "org/tiny")]
 seen += [draw(auto.from_pretrained("org/tiny")) for auto in (AutoPipelineForText2Image, AutoPipelineForImage2Image)]
 pipe = DiffusionPipeline.from_pretrained("org/tiny", trust_remote_code=True)
-seen += [draw(pipe), draw(AutoPipelineForText2Image.from_pipe(pipe, torch_dtype=torch.float32))]
+seen += [draw(pipe), draw(AutoPipelineForText2Image.from_pipe(pipe, dtype=torch.float32))]
 mapper = AutoModel.from_pretrained(source, subfolder="condition_mapper")
 assert type(mapper).__module__.startswith("transformers_unicode2.")
 stock = FluxPipeline.from_pretrained(source, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
@@ -147,7 +147,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 load = DiffusionPipeline.from_pretrained
 parts = ("vae", "transformer", "vision_language_encoder", "condition_mapper")
 for source in (repository, "org/tiny"):
-    pipe = load(source, torch_dtype=torch.bfloat16, **trust)
+    pipe = load(source, dtype=torch.bfloat16, **trust)
     assert {getattr(pipe, part).dtype for part in parts} == {torch.bfloat16}
     assert {p.dtype for p in pipe.vision_language_encoder.get_quantizer().parameters()} == {torch.float32}
     mixed = load(source, dtype={"transformer": torch.bfloat16, "default": torch.float16}, **trust)
@@ -163,9 +163,9 @@ for source in (half, "org/half"):
     assert load(source, variant="fp16", **trust).vision_language_encoder.dtype == torch.float16
 twin = type(pipe)(**pipe.components, **pipe.parameters)
 assert twin.components == pipe.components and dict(twin.parameters) == dict(pipe.parameters)
-stock = FluxPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
+stock = FluxPipeline.from_pipe(pipe, dtype=torch.bfloat16)
 own = {name: getattr(pipe, name) for name in (*parts[2:], "processor")}
-back = type(pipe).from_pipe(stock, torch_dtype=torch.bfloat16, **own)
+back = type(pipe).from_pipe(stock, dtype=torch.bfloat16, **own)
 assert back.transformer is pipe.transformer and back.vision_language_encoder is model
 folder = DiffusionPipeline.download("org/tiny", **trust)
 assert type(load(folder, **trust)).__name__ == "UniCode2FluxPipeline"

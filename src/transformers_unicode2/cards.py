@@ -37,7 +37,7 @@ PIPELINE = """import torch
 import transformers_unicode2
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}", torch_dtype=torch.bfloat16)
+pipe = DiffusionPipeline.from_pretrained("{name}", dtype=torch.bfloat16)
 pipe("a red circle").images[0].save("drawing.png")
 pipe(image="picture.png").images[0].save("redrawn.png")
 """

@@ -19,9 +19,9 @@ from .condition_mapper_unicode2 import UniCode2ConditionMapper
 from .prior_unicode2 import (
     UniCode2PipelineOutput,
     UniCode2PriorMixin,
+    check_negatives,
     check_pairs,
     check_sources,
-    guide_from_zeros,
     to_number,
 )
 from .repository_unicode2 import UniCode2RepositoryMixin
@@ -107,6 +107,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         """
         given = [name for name, value in kwargs.items() if value is not None]
         check_pairs(embeds, kwargs)
+        check_negatives(kwargs)
         texts = [name for name in ("negative_prompt", "negative_prompt_2") if name in given]
         texts += ["text_prompt"] if text_prompt is not None else []
         if texts and (self.text_encoder is None or self.text_encoder_2 is None):
@@ -135,10 +136,12 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
             raise ValueError(f"`latents` is {found}; {num_images} images of {height} x {width} pixels need {shape}.")
 
-    def encode_texts(self, texts: list[str], max_sequence_length: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the text encoders of FLUX make of texts: embeddings and pooled ones."""
-        device = self._execution_device
-        return self.encode_prompt(texts, None, device=device, max_sequence_length=max_sequence_length)[:2]
+    def encode_texts(
+        self, texts: list[str], texts_2: list[str] | None = None, max_sequence_length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the text encoders of FLUX make of texts (the second one of `texts_2`): embeddings, pooled ones."""
+        options = {"device": self._execution_device, "max_sequence_length": max_sequence_length or 512}
+        return self.encode_prompt(texts, texts_2, **options)[:2]
 
     @torch.no_grad()
     def __call__(
@@ -205,17 +208,14 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         visual_token_ids, prompt_embeds, pooled_prompt_embeds = self.make_condition(
             sources, pooled_prompt_embeds, num_images_per_prompt, generator, prior
         )
+        length = {"max_sequence_length": kwargs.get("max_sequence_length")}
         if text_prompt is not None:
-            length = kwargs.get("max_sequence_length")
             prompt_embeds, pooled_prompt_embeds = self.join_text(
-                text_prompt,
-                num_images_per_prompt,
-                prompt_embeds,
-                **({} if length is None else {"max_sequence_length": length}),
+                text_prompt, num_images_per_prompt, prompt_embeds, **length
             )
         self.check_latents(kwargs.get("latents"), len(prompt_embeds), height, width)
         if true_cfg_scale > 1:
-            guide_from_zeros(kwargs, prompt_embeds, pooled_prompt_embeds)
+            self.guide(kwargs, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds, **length)
         images = (
             super()
             .__call__(

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
-from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin, check_pairs, check_sources, guide_from_zeros
+from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin, check_negatives, check_pairs, check_sources
 from .repository_unicode2 import UniCode2RepositoryMixin
 
 # Width and height that SDXL is told an image had, unless a call says otherwise: it takes smaller ones for blurred.
@@ -84,6 +84,7 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
         """Raises `ValueError` before any work on what would fail after it, and on arguments that nothing would read."""
         given = [name for name, value in kwargs.items() if value is not None]
         check_pairs(embeds, kwargs)
+        check_negatives(kwargs)
         texts = [name for name in ("negative_prompt", "negative_prompt_2") if name in given]
         texts += ["text_prompt"] if text_prompt is not None else []
         if texts and (self.text_encoder is None or self.text_encoder_2 is None):
@@ -98,10 +99,12 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
         if adapters and self.unet.encoder_hid_proj is None:
             raise ValueError(f"`{adapters[0]}` needs an IP adapter; load one with `load_ip_adapter`, or leave it out.")
 
-    def encode_texts(self, texts: list[str], clip_skip: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the text encoders of SDXL make of texts: embeddings and pooled ones."""
+    def encode_texts(
+        self, texts: list[str], texts_2: list[str] | None = None, clip_skip: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the text encoders of SDXL make of texts (the second one of `texts_2`): embeddings, pooled ones."""
         options = {"do_classifier_free_guidance": False, "clip_skip": clip_skip}
-        embeds, _, pooled, _ = self.encode_prompt(texts, device=self._execution_device, **options)
+        embeds, _, pooled, _ = self.encode_prompt(texts, texts_2, device=self._execution_device, **options)
         return embeds, pooled
 
     @torch.no_grad()
@@ -174,7 +177,9 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
                 text_prompt, num_images_per_prompt, prompt_embeds, clip_skip=kwargs.get("clip_skip")
             )
         if guidance_scale > 1:
-            guide_from_zeros(kwargs, prompt_embeds, pooled_prompt_embeds)
+            self.guide(
+                kwargs, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds, clip_skip=kwargs.get("clip_skip")
+            )
         images = (
             super()
             .__call__(

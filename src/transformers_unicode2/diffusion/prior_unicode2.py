@@ -114,11 +114,23 @@ def check_pairs(embeds: dict, kwargs: dict) -> None:
             raise ValueError(f"Give {' and '.join(f'`{negative}{name}`' for name in pair)}, or neither.")
 
 
-def guide_from_zeros(kwargs: dict, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> None:
-    """Enters conditioning of zeros as the negative one of a call, unless there is one in its arguments."""
-    if all(kwargs.get(name) is None for name in ("negative_prompt", "negative_prompt_embeds")):
-        kwargs["negative_prompt_embeds"] = torch.zeros_like(prompt_embeds)
-        kwargs["negative_pooled_prompt_embeds"] = torch.zeros_like(pooled_prompt_embeds)
+def check_negatives(kwargs: dict) -> None:
+    """Raises `ValueError` on a text for the second text encoder alone, or beside embeddings of what it would say."""
+    if kwargs.get("negative_prompt_2") is not None and kwargs.get("negative_prompt") is None:
+        raise ValueError("`negative_prompt_2` is given without `negative_prompt`; give that too.")
+    if kwargs.get("negative_prompt") is not None and kwargs.get("negative_prompt_embeds") is not None:
+        raise ValueError("Give `negative_prompt` or `negative_prompt_embeds`, not both.")
+
+
+def repeat_texts(name: str, text: str | list[str], num_images_per_prompt: int, num_images: int) -> list[str]:
+    """One text for each of `num_images`. Raises `ValueError` when `text` does not make as many."""
+    texts = [text] * (num_images // num_images_per_prompt) if isinstance(text, str) else list(text)
+    texts = [one for one in texts for _ in range(num_images_per_prompt)]
+    if len(texts) != num_images:
+        raise ValueError(
+            f"`{name}` makes {len(texts)} texts, and {num_images} images are drawn; give one, or one for each."
+        )
+    return texts
 
 
 class UniCode2PriorMixin:
@@ -208,15 +220,41 @@ class UniCode2PriorMixin:
 
         `options` are those of `encode_texts`. Raises `ValueError` when there are not as many texts as images.
         """
-        num_images = len(prompt_embeds)
-        texts = [text] * (num_images // num_images_per_prompt) if isinstance(text, str) else list(text)
-        texts = [one for one in texts for _ in range(num_images_per_prompt)]
-        if len(texts) != num_images:
-            raise ValueError(
-                f"`text_prompt` makes {len(texts)} texts, and {num_images} images are drawn; give one, or one for each."
-            )
+        texts = repeat_texts("text_prompt", text, num_images_per_prompt, len(prompt_embeds))
         embeds, pooled = (value.to(prompt_embeds.dtype) for value in self.encode_texts(texts, **options))
         return torch.cat([embeds, prompt_embeds], dim=1), pooled
+
+    def guide(
+        self,
+        kwargs: dict,
+        num_images_per_prompt: int,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+        **options,
+    ) -> None:
+        """Enters the negative conditioning of a call, unless its arguments have it as embeddings.
+
+        That of `negative_prompt` is what the decoder's own text encoders make of it, with zeros behind it to the length
+        of `prompt_embeds`; without such a text it is zeros. `options` are those of `encode_texts`. Raises `ValueError`
+        when there are not as many texts as images, or they are longer than the tokens.
+        """
+        if kwargs.get("negative_prompt_embeds") is not None:
+            return
+        negative, pooled = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled_prompt_embeds)
+        texts = [kwargs.pop(name, None) for name in ("negative_prompt", "negative_prompt_2")]
+        if texts[0] is not None:
+            count = len(prompt_embeds)
+            first = repeat_texts("negative_prompt", texts[0], num_images_per_prompt, count)
+            second = texts[1] and repeat_texts("negative_prompt_2", texts[1], num_images_per_prompt, count)
+            embeds, pooled = self.encode_texts(first, second, **options)
+            if embeds.shape[1] > negative.shape[1]:
+                raise ValueError(
+                    f"`negative_prompt` makes {embeds.shape[1]} embeddings, and the tokens of an image make "
+                    f"{negative.shape[1]}; both have to be as long. Give `negative_prompt_embeds`."
+                )
+            negative[:, : embeds.shape[1]] = embeds
+        kwargs["negative_prompt_embeds"] = negative
+        kwargs["negative_pooled_prompt_embeds"] = pooled.to(negative.dtype)
 
     @torch.no_grad()
     def generate_visual_tokens(

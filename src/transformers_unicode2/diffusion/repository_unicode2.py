@@ -90,17 +90,15 @@ class UniCode2RepositoryMixin:
             mapper (`str` or `UniCode2ConditionMapper`, *optional*): the mapper for this decoder, or its folder or Hub
                 name. By default it is in `condition_mapper` of `unicode2`.
             **kwargs: of the stock `from_pretrained`. Text encoders and other components that are given here are used;
-                `torch_dtype` is that of all parts.
+                `dtype` is that of all parts.
         """
-        dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
-        options = {} if dtype is None else {"torch_dtype": dtype}
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        options = {} if dtype is None else {"dtype": dtype}
         if mapper is None or isinstance(mapper, (str, os.PathLike)):
             place = {"subfolder": "condition_mapper"} if mapper is None else {}
             mapper = UniCode2ConditionMapper.from_pretrained(mapper or unicode2, **place, **options)
         ours = {
-            "vision_language_encoder": VisionLanguageEncoder.from_pretrained(
-                unicode2, **({} if dtype is None else {"dtype": dtype})
-            ),
+            "vision_language_encoder": VisionLanguageEncoder.from_pretrained(unicode2, **options),
             "processor": Processor.from_pretrained(unicode2),
             "condition_mapper": mapper,
         }

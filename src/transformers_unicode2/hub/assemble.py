@@ -95,8 +95,8 @@ def write_pipeline(model: str, mapper: str, decoder: str, stock: str, output: Pa
         processor = AutoProcessor.from_pretrained(model)
     painter, _ = DECODERS[stock]
     texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    parts = getattr(diffusers, stock).from_pretrained(decoder, torch_dtype=torch.bfloat16, **texts)
-    own = transformers_unicode2.UniCode2ConditionMapper.from_pretrained(mapper, torch_dtype=torch.bfloat16)
+    parts = getattr(diffusers, stock).from_pretrained(decoder, dtype=torch.bfloat16, **texts)
+    own = transformers_unicode2.UniCode2ConditionMapper.from_pretrained(mapper, dtype=torch.bfloat16)
     pipe = getattr(transformers_unicode2, f"UniCode2{stock}")(
         **{part: getattr(parts, part) for part in ("scheduler", "vae", painter)},
         vision_language_encoder=encoder,

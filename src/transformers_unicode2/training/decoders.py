@@ -124,7 +124,7 @@ def load_decoder(
     kind = find_stock_class(name)
     absent = () if texts else TEXT_PARTS
     absent += () if painter else ("vae", "transformer" if kind == "FluxPipeline" else "unet")
-    options = {"torch_dtype": getattr(torch, dtype), **dict.fromkeys(absent)}
+    options = {"dtype": getattr(torch, dtype), **dict.fromkeys(absent)}
     if quantization:
         options["quantization_config"] = diffusers.PipelineQuantizationConfig(**quantization)
     pipeline = getattr(diffusers, kind).from_pretrained(name, **options)
