@@ -48,6 +48,6 @@ def test_the_snippet_of_a_card_runs(tiny_checkpoint, photo, tmp_path, monkeypatc
     write_card(tmp_path, str(tiny_checkpoint), "Tiny.", [])
     exec(re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.S)[1], {})
     assert capsys.readouterr().out.strip()
-    write_card(tmp_path, str(tiny_checkpoint), "Tiny.", [], adapter=True)
+    write_card(tmp_path, str(tiny_checkpoint), "Tiny.", [], kind="adapter")
     exec(re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.S)[1], {})
     assert capsys.readouterr().out.strip()

@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from transformers_unicode2.codebook.images import ImageSource
 from transformers_unicode2.image_tables import read_cell
+from transformers_unicode2.images_unicode2 import decode_image
 
 
 def test_a_table_in_a_snapshot_of_the_hub_names_images_that_are_links(tmp_path):
@@ -222,9 +223,17 @@ def test_tokenize_names_the_row_that_cannot_be_read(tmp_path, tiny_checkpoint, c
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
-def test_tokenize_and_the_images_of_a_stage_read_tables_of_every_type(tmp_path, tiny_checkpoint):
-    from transformers_unicode2.training import data
+def open_pairs_with_pictures(folder, tokens):
+    """The pairs of tokenized chats, and the images of their rows."""
+    from transformers_unicode2.training.mixtures import find_parts
+    from transformers_unicode2.training.pairs import decode_pictures, open_pairs, open_pictures, read_pictures
 
+    pairs = open_pairs(find_parts([{"path": str(tokens)}], "`datasets`"), 0, "`datasets`")
+    places = list(zip(pairs["source"], pairs["row"]))
+    return pairs, decode_pictures(list(read_pictures(open_pictures([str(folder)], "train"), places)))
+
+
+def test_tokenize_and_the_images_of_a_stage_read_tables_of_every_type(tmp_path, tiny_checkpoint):
     fill(tmp_path / "d[0]", "0.png", "1.png")
     codes, pixels = [], []
     for number, kind in enumerate(("binary", "struct", "string", "struct of paths", "large string")):
@@ -236,15 +245,14 @@ def test_tokenize_and_the_images_of_a_stage_read_tables_of_every_type(tmp_path, 
         table = pa.table({"image": pa.array(values, CELLS[kind]), "caption": ["x", "y"]})
         parquet.write_table(table, tmp_path / "d[0]" / "train-0.parquet")
         codes.append(tokenize(tmp_path / "d[0]", tiny_checkpoint, tmp_path / str(number)))
-        rows = data.load_images_with_codes(str(tmp_path / "d[0]"), str(tmp_path / str(number)))
-        pixels.append(data.pixel_collator(list(rows))["pixel_values"].numpy())
+        _, images = open_pairs_with_pictures(tmp_path / "d[0]", tmp_path / str(number))
+        pixels.append([np.asarray(image) for image in images])
     assert all(code == codes[0] for code in codes) and codes[0][0] != codes[0][1]
     assert all(np.array_equal(values, pixels[0]) for values in pixels)
 
 
 def test_shards_of_several_types_are_one_data_set(tmp_path, tiny_checkpoint):
     """Also with a shard without rows, an empty content beside a path, and types that `datasets` does not read."""
-    from transformers_unicode2.training import data
     from transformers_unicode2.training import tokenize as command
 
     fill(tmp_path / "d", "0.png", "1.png")
@@ -260,8 +268,9 @@ def test_shards_of_several_types_are_one_data_set(tmp_path, tiny_checkpoint):
         parquet.write_table(table, tmp_path / "d" / f"train-{number}.parquet")
     words = ["--data", str(tmp_path / "d"), "--model", str(tiny_checkpoint), "--output", str(tmp_path / "t")]
     command.main(command.make_parser().parse_args(words))
-    rows = data.load_images_with_codes(str(tmp_path / "d"), str(tmp_path / "t"))
-    assert [row["image"]["bytes"] for row in rows] == [picture(0), picture(1)] * 3
+    rows, images = open_pairs_with_pictures(tmp_path / "d", tmp_path / "t")
+    expected = [decode_image(picture(number)).tobytes() for number in (0, 1)]
+    assert [image.tobytes() for image in images] == expected * 3
     assert [row["codes"] for row in rows] == [rows[0]["codes"], rows[1]["codes"]] * 3
     assert rows["row"][:] == list(range(6))
 

@@ -3,9 +3,8 @@
 import diffusers
 import pytest
 import torch
-from language_models import make_tokenizer
-from painters import NO_TEXTS, POOLED, WIDTH, make_flux_parts, make_sdxl_parts
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from decoders import make_stock_pipelines
+from painters import NO_TEXTS, POOLED, WIDTH, make_sdxl_parts
 
 from transformers_unicode2 import UniCode2ConditionMapper, UniCode2FluxPipeline, UniCode2StableDiffusionXLPipeline
 from transformers_unicode2.hub.assemble import assemble_pipeline
@@ -25,19 +24,7 @@ def folders(tmp_path_factory):
     """A mapper, and an SDXL and a FLUX with text encoders, saved as stock pipelines."""
     folder = tmp_path_factory.mktemp("decoders")
     make_mapper().save_pretrained(folder / "mapper")
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer("chatml", "bytes")
-    tokenizer.model_max_length, tokenizer.pad_token = 16, tokenizer.eos_token
-    # Hidden states of both text encoders of SDXL stand side by side
-    clip = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": len(tokenizer), "eos_token_id": 2}
-    half = CLIPTextConfig(hidden_size=WIDTH // 2, projection_dim=POOLED, intermediate_size=16, **clip)
-    texts = {"text_encoder": CLIPTextModel(half), "text_encoder_2": CLIPTextModelWithProjection(half)}
-    texts |= {"tokenizer": tokenizer, "tokenizer_2": tokenizer}
-    diffusers.StableDiffusionXLPipeline(**make_sdxl_parts(), **texts).save_pretrained(folder / "sdxl")
-    pooled = CLIPTextConfig(hidden_size=POOLED, intermediate_size=16, **clip)
-    t5 = T5Config(d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=len(tokenizer))
-    texts |= {"text_encoder": CLIPTextModel(pooled), "text_encoder_2": T5EncoderModel(t5)}
-    diffusers.FluxPipeline(**make_flux_parts(guidance_embeds=True), **texts).save_pretrained(folder / "flux")
+    make_stock_pipelines(folder)
     return folder
 
 

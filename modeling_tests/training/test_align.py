@@ -8,8 +8,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from transformers_unicode2.training.align import AlignArguments, collate, find_pair, load_alignment, main
+from transformers_unicode2.training.align import AlignArguments, collate, load_alignment, main
 from transformers_unicode2.training.checkpointing import find_last_checkpoint
+from transformers_unicode2.training.messages import find_pair
 
 COLORS = ("red", "blue", "green", "yellow", "black", "white", "orange", "purple")
 SHAPES = ("circle", "square", "triangle", "star")
@@ -75,7 +76,7 @@ def test_images_are_drawn_to_their_captions_and_nothing_else_changes(align, tiny
     align(tmp_path / "out")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Own caption"))
     before, after = (float(word.rstrip("%")) for word in line.split() if word.endswith("%"))
-    assert "among 64 training rows" in line and before < 25 and after > 75
+    assert "among 65 training rows" in line and before < 25 and after > 75
     old, new = (load_file(folder / "model.safetensors") for folder in (tiny_run / "model", tmp_path / "out"))
     assert old.keys() == new.keys() and all(old[name].dtype == new[name].dtype for name in old)
     changed = {name for name in old if not torch.equal(old[name], new[name])}
@@ -109,7 +110,7 @@ def test_rows_of_other_kinds_take_no_part():
     read = [{"role": "user", "content": [image]}, {"role": "assistant", "content": [text]}]
     drawn = [{"role": "user", "content": [text]}, {"role": "assistant", "content": [image]}]
     assert find_pair(read, [[1, 2]]) == ([1, 2], "a cat")
-    assert find_pair(drawn, [[1, 2]]) is None and find_pair(read, [[1], [2]]) is None
+    assert find_pair(drawn, [[1, 2]]) == ([1, 2], "a cat") and find_pair(read, [[1], [2]]) is None
     assert find_pair(read[:1], [[1, 2]]) is None
     # An answer before the image is not about it
     hello = [{"role": "user", "content": [text]}, {"role": "assistant", "content": [{"type": "text", "text": "hello"}]}]

@@ -5,16 +5,10 @@ import torch
 
 from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ForConditionalGeneration
 from transformers_unicode2.images_unicode2 import decode_image
-from transformers_unicode2.training.mapper import (
-    MapperArguments,
-    MapperWithLosses,
-    NearCodes,
-    check_arguments,
-    contrastive_loss,
-    main,
-    make_mapper,
-    start_from,
-)
+from transformers_unicode2.training.mapper import MapperArguments, check_arguments, main, make_mapper, start_from
+from transformers_unicode2.training.mapper_losses import MapperWithLosses, NearCodes, contrastive_loss, find_own
+
+PARTS = {"model": "m", "datasets": [{"path": "tokens"}], "images": ["data"]}
 
 
 def test_contrastive_loss_is_lowest_for_matching_pairs():
@@ -24,6 +18,12 @@ def test_contrastive_loss_is_lowest_for_matching_pairs():
     twins = torch.cat([text[:4], text[:4]])
     # Equal captions are no negatives
     assert contrastive_loss(twins, twins, 0.07) < 0.05
+    assert find_own(text.roll(1, 0), text).sum() == 0 and find_own(twins, twins).all()
+    # Those of another batch are
+    more = contrastive_loss(text[:4], text, 0.07, torch.arange(4))
+    assert contrastive_loss(text[:4], text[:4], 0.07) < more and contrastive_loss(
+        text[4:], text, 0.07, torch.arange(4, 8)
+    ) == pytest.approx(contrastive_loss(text, text, 0.07).item() * 2 - more.item(), rel=1e-4)
 
 
 def test_mapper_starts_from_image_prompts():
@@ -54,7 +54,7 @@ def test_mapper_starts_from_image_prompts():
 )
 def test_mapper_refuses_losses_without_what_they_need(options, message):
     with pytest.raises(ValueError, match=message):
-        check_arguments(MapperArguments("data", "tokens", "model", **options))
+        check_arguments(MapperArguments(**{**PARTS, **options}))
 
 
 def test_near_codes_take_the_places_of_a_share_of_codes():
@@ -79,7 +79,7 @@ def test_regression_is_the_relative_distance_to_the_image_prompts():
     mapper = UniCode2ConditionMapper(visual_dim=8, hidden_dim=12, output_dim=8, pooled_dim=4, num_visual_tokens=4)
     options = {"contrastive_weight": 0.0, "flow_matching_weight": 0.0, "regression_weight": 2.0}
     embeddings, codes = torch.randn(16, 8), torch.randint(16, (4, 4))
-    model = MapperWithLosses(mapper, None, embeddings, MapperArguments("", "", "", image_prompts="x", **options))
+    model = MapperWithLosses(mapper, None, embeddings, MapperArguments(**PARTS, image_prompts="x", **options))
     own = mapper(embeddings[codes]).prompt_embeds.detach()
     assert model(codes, prompt_embeds=own)["loss"] == 0
     assert model(codes, prompt_embeds=own + own.std())["loss"].item() == pytest.approx(2, rel=1e-4)
@@ -90,7 +90,7 @@ def test_a_mapper_that_continues_begins_as_it_was(tiny_checkpoint, tmp_path):
     sizes = {"visual_dim": 24, "output_dim": 16, "pooled_dim": 8, "num_visual_tokens": 4, "num_attention_heads": 2}
     before = UniCode2ConditionMapper(**sizes, hidden_dim=16, num_layers=1, output_scale=3.0)
     before.save_pretrained(tmp_path)
-    embeds, places = torch.randn(2, 4, 24), {"data": "d", "tokens": "t", "model": "m", "start": str(tmp_path)}
+    embeds, places = torch.randn(2, 4, 24), {**PARTS, "start": str(tmp_path)}
     for fields in ({}, {"num_layers": 2}):
         after = make_mapper(MapperArguments(**places, mapper=fields), {}, None).eval()
         for one, other in zip(before.eval()(embeds).values(), after(embeds).values()):
@@ -125,11 +125,12 @@ def test_mapper_learns_image_prompts_without_a_decoder(tiny_checkpoint, tmp_path
 
     def learn(output):
         losses = {"contrastive_weight": 0.0, "flow_matching_weight": 0.0, "regression_weight": 1.0, "code_noise": 0.2}
-        folders = (str(tmp_path / name) for name in ("data", "tokens", "model"))
+        folders = {"model": str(tmp_path / "model"), "datasets": [{"path": str(tmp_path / "tokens")}]}
+        folders |= {"images": [str(tmp_path / "data")], "cache_dir": str(tmp_path / "cache")}
         teaching = {"image_prompts": str(tmp_path / "teacher"), "mapper": {**sizes, "num_layers": 1}, "muon": True}
         steps = {"max_steps": 16, "save_steps": 5, "learning_rate": 3e-3, "warmup_steps": 2, "adam_beta2": 0.98}
         steps |= {"use_cpu": True, "bf16": True, "report_to": "none", "per_device_train_batch_size": 8}
-        main(MapperArguments(*folders, **teaching, **losses), TrainingArguments(str(output), **steps))
+        main(MapperArguments(**folders, **teaching, **losses), TrainingArguments(str(output), **steps))
         return (output / "diffusion_pytorch_model.safetensors").read_bytes()
 
     whole = learn(tmp_path / "whole")

@@ -95,7 +95,6 @@ def test_stages_of_the_tiny_recipe_name_folders_of_its_tasks():
     tasks = read_tasks(str(folder / "tasks.yaml"))
     assert named == {f"outputs/unicode2-tiny/tokens/{name}" for name in tasks}
     assert "--output $out/tokens" in (folder / "run.sh").read_text()
-    assert yaml.safe_load((folder / "mapper-flux.yaml").read_text())["tokens"] in named
 
 
 def test_paper_settings_are_those_of_table_6():

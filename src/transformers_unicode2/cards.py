@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,6 +43,31 @@ pipe("a red circle").images[0].save("drawing.png")
 pipe(image="picture.png").images[0].save("redrawn.png")
 """
 
+MAPPER = """import torch
+from transformers_unicode2 import {pipeline}
+
+pipe = {pipeline}.from_unicode2("{model}"{decoder}, mapper="{name}", dtype=torch.bfloat16)
+{learnt}drawn = pipe("a red circle")
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a card describes: how it is loaded, and how the Hub calls it."""
+
+    snippet: str
+    library: str
+    pipeline: str
+    tags: tuple[str, ...] = ()
+
+
+KINDS = {
+    "checkpoint": Kind(CHECKPOINT, "transformers", "image-text-to-text"),
+    "adapter": Kind(ADAPTER, "peft", "image-text-to-text", ("lora",)),
+    "pipeline": Kind(PIPELINE, "diffusers", "text-to-image"),
+    "mapper": Kind(MAPPER, "diffusers", "text-to-image"),
+}
+
 
 def write_card(
     folder: str | Path,
@@ -51,8 +77,8 @@ def write_card(
     tables: dict[str, list[dict]] | None = None,
     settings: dict | None = None,
     question: str = "What is this?",
-    adapter: bool = False,
-    pipeline: bool = False,
+    kind: str = "checkpoint",
+    names: dict[str, str] | None = None,
     license: str | None = None,
 ) -> None:
     """Writes `README.md` of a checkpoint or adapter, whole or not at all.
@@ -67,21 +93,21 @@ def write_card(
         tables (`dict[str, list[dict]]`, *optional*): rows of equal keys under each heading.
         settings (`dict`, *optional*): options that it was made with, written as JSON.
         question (`str`, *optional*, defaults to `"What is this?"`): what the snippet asks.
-        adapter (`bool`, *optional*, defaults to `False`): whether the folder holds an adapter, not whole weights.
-        pipeline (`bool`, *optional*, defaults to `False`): whether the folder holds a pipeline of Diffusers.
+        kind (`str`, *optional*, defaults to `"checkpoint"`): one of `KINDS`, what the folder holds.
+        names (`dict[str, str]`, *optional*): what the snippet of this kind names beside it.
         license (`str`, *optional*): left out of the card unless it is known.
     """
     on_hub = [base for base in base_models if not Path(base).exists() and base.count("/") == 1]
-    tags = ["unicode2", "image-text-to-text", "text-to-image", *(["lora"] if adapter else [])]
+    of_kind = KINDS[kind]
     data = ModelCardData(
         license=license,
         base_model=on_hub or None,
-        library_name="peft" if adapter else "diffusers" if pipeline else "transformers",
-        pipeline_tag="text-to-image" if pipeline else "image-text-to-text",
-        tags=tags,
+        library_name=of_kind.library,
+        pipeline_tag=of_kind.pipeline,
+        tags=["unicode2", "image-text-to-text", "text-to-image", *of_kind.tags],
     )
     name = Path(os.path.abspath(name)).name
-    snippet = (ADAPTER if adapter else PIPELINE if pipeline else CHECKPOINT).format(name=name, question=question)
+    snippet = of_kind.snippet.format(name=name, question=question, **(names or {}))
     parts = [f"---\n{data.to_yaml()}\n---\n", f"# {name}\n", f"{name_places(summary)}\n", f"```python\n{snippet}```\n"]
     parts += [f"## {heading}\n\n{write_table(name_places(rows))}" for heading, rows in (tables or {}).items() if rows]
     if settings:

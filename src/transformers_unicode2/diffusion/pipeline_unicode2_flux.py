@@ -15,15 +15,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from .arguments_unicode2 import check_negatives, check_pairs, check_sources, to_number
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
-from .prior_unicode2 import (
-    UniCode2PipelineOutput,
-    UniCode2PriorMixin,
-    check_negatives,
-    check_pairs,
-    check_sources,
-    to_number,
-)
+from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin
 from .repository_unicode2 import UniCode2RepositoryMixin
 
 logger = logging.get_logger(__name__)
@@ -86,9 +80,11 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         numbers["num_inference_steps"] = num_inference_steps
         self.register_prior(vision_language_encoder, processor, condition_mapper, **numbers)
 
-    def find_decoder_widths(self) -> dict[str, int]:
-        config = self.transformer.config
-        return {"output_dim": config.joint_attention_dim, "pooled_dim": config.pooled_projection_dim}
+    decoder_part = "transformer"
+
+    @staticmethod
+    def read_widths(config: dict) -> dict[str, int]:
+        return {"output_dim": config["joint_attention_dim"], "pooled_dim": config["pooled_projection_dim"]}
 
     @classmethod
     def load_lora_into_text_encoder(cls, state_dict: dict, network_alphas, text_encoder, **kwargs) -> None:

@@ -9,8 +9,9 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .arguments_unicode2 import check_sources, to_number
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
-from .prior_unicode2 import UniCode2PriorMixin, check_sources, to_number
+from .prior_unicode2 import UniCode2PriorMixin
 from .repository_unicode2 import UniCode2RepositoryMixin
 
 # Where the configuration of a decoder says how wide its conditioning is.

@@ -14,8 +14,9 @@ from transformers import (
     ProcessorMixin,
 )
 
+from .arguments_unicode2 import check_negatives, check_pairs, check_sources
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
-from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin, check_negatives, check_pairs, check_sources
+from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin
 from .repository_unicode2 import UniCode2RepositoryMixin
 
 # Width and height that SDXL is told an image had, unless a call says otherwise: it takes smaller ones for blurred.
@@ -74,11 +75,13 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
         numbers["num_inference_steps"] = num_inference_steps
         self.register_prior(vision_language_encoder, processor, condition_mapper, **numbers)
 
-    def find_decoder_widths(self) -> dict[str, int]:
-        config = self.unet.config
+    decoder_part = "unet"
+
+    @staticmethod
+    def read_widths(config: dict) -> dict[str, int]:
         # In front of it stand the embeddings of six numbers, which are sizes and a place
-        pooled_dim = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return {"output_dim": config.cross_attention_dim, "pooled_dim": pooled_dim}
+        pooled_dim = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return {"output_dim": config["cross_attention_dim"], "pooled_dim": pooled_dim}
 
     def check_arguments(self, text_prompt, embeds: dict, kwargs: dict, guidance_scale: float) -> None:
         """Raises `ValueError` before any work on what would fail after it, and on arguments that nothing would read."""

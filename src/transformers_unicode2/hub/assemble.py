@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 
 from ..adapters import find_base, is_adapter, load_merged
 from ..cards import write_card
@@ -68,7 +69,11 @@ def assemble_pipeline(
     numbers = {"image_size": image_size, "num_candidates": num_candidates}
     numbers |= {name: default if given[name] is None else given[name] for name, default in defaults.items()}
     numbers |= {"num_inference_steps": num_inference_steps}
-    parts = {"model": hash_source(model), "mapper": hash_source(mapper), "decoder": hash_source(decoder, deep=True)}
+    parts = {
+        "model": hash_source(model),
+        "mapper": hash_source(mapper, deep=True),
+        "decoder": hash_source(decoder, deep=True),
+    }
     if is_adapter(model):
         parts["base"] = find_base(model)[1]
     with Record(output, {"command": "assemble", **parts, **numbers}).making() as finished:
@@ -96,6 +101,7 @@ def write_pipeline(model: str, mapper: str, decoder: str, stock: str, output: Pa
     painter, _ = DECODERS[stock]
     texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     parts = getattr(diffusers, stock).from_pretrained(decoder, dtype=torch.bfloat16, **texts)
+    take_learnt(parts, painter, mapper)
     own = transformers_unicode2.UniCode2ConditionMapper.from_pretrained(mapper, dtype=torch.bfloat16)
     pipe = getattr(transformers_unicode2, f"UniCode2{stock}")(
         **{part: getattr(parts, part) for part in ("scheduler", "vae", painter)},
@@ -118,6 +124,26 @@ def write_pipeline(model: str, mapper: str, decoder: str, stock: str, output: Pa
     pipe.save_config(output)
 
 
+def take_learnt(pipe, painter: str, mapper: str) -> None:
+    """Brings a decoder to what learnt beside a mapper, if it did: all of its weights, or a LoRA, which is merged.
+
+    Args:
+        pipe: stock pipeline, changed in place.
+        painter: name of its transformer or U-Net.
+        mapper: folder or Hub name that `transformers_unicode2.training.mapper` wrote.
+    """
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+    folder = Path(mapper if Path(mapper).is_dir() else snapshot_download(mapper))
+    if (folder / painter / "config.json").is_file():
+        part = getattr(pipe, painter)
+        pipe.register_modules(**{painter: type(part).from_pretrained(folder / painter, dtype=torch.bfloat16)})
+    elif (folder / LORA_WEIGHT_NAME_SAFE).is_file():
+        pipe.load_lora_weights(folder, weight_name=LORA_WEIGHT_NAME_SAFE)
+        pipe.fuse_lora(components=[painter])
+        pipe.unload_lora_weights()
+
+
 def write_pipeline_card(folder: Path, name: str, kind: str, sources: dict[str, str], numbers: dict) -> None:
     """Writes the card of an assembled repository, see `assemble_pipeline`."""
     summary = (
@@ -126,7 +152,7 @@ def write_pipeline_card(folder: Path, name: str, kind: str, sources: dict[str, s
         "look at those of the decoder and of the language model."
     )
     bases = [sources["model"], sources["decoder"]]
-    write_card(folder, name, summary, bases, settings={**sources, **numbers}, pipeline=True)
+    write_card(folder, name, summary, bases, settings={**sources, **numbers}, kind="pipeline")
 
 
 def check_finite_weights(name: str, module: torch.nn.Module) -> None:

@@ -15,7 +15,7 @@ token embeddings, both less the mean token embedding. InfoNCE in both directions
 over temperature, the other rows of the batch as negatives. C2 and the projector learn, and nothing else. In the end the
 projector's output has the mean and the spread of the token embeddings again, see `projection.py`.
 
-Rows with one image, in a turn of the user, and an answer in text take part.
+Rows with one image and a text about it take part: an answer behind it, or what was asked for in front of it.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ from ..cards import write_card
 from ..checkpoints import find_safetensors
 from ..processes import agree
 from ..projection import measure_embeddings, rescale_projector
+from .messages import find_pair
 from .mixtures import MixturePart, check_mixture, find_parts, hash_parts, open_mixture
 from .outcome import describe_part
 from .parameters import read_rates
@@ -161,18 +162,6 @@ class AlignmentTrainer(StageTrainer):
         super().log(logs, start_time)
 
 
-def find_pair(messages: list[dict], images: list[list[int]]) -> tuple[list[int], str] | None:
-    """The codes of the image and the caption of a chat, `None` if it is of another kind."""
-    places = [(turn, number) for number, turn in enumerate(messages) for p in turn["content"] if p["type"] == "image"]
-    if len(images) != 1 or len(places) != 1 or places[0][0]["role"] != "user":
-        return None
-    # What was answered before the image is not about it
-    answers = (turn["content"] for turn in messages[places[0][1] :] if turn["role"] == "assistant")
-    captions = ("".join(part["text"] or "" for part in answer if part["type"] == "text").strip() for answer in answers)
-    caption = next(filter(None, captions), None)
-    return (images[0], caption) if caption else None
-
-
 def build_pairs(rows, tokenizer, option: str):
     """Chats to rows of `codes`, `caption_ids`, `image_key` and `caption_key`. Raises `ValueError` if there are none."""
 
@@ -188,7 +177,7 @@ def build_pairs(rows, tokenizer, option: str):
 
     pairs = rows.map(convert, batched=True, remove_columns=rows.column_names, desc="building pairs")
     if not len(pairs):
-        raise ValueError(f"No row of {option} has one image, in a turn of the user, and an answer in text.")
+        raise ValueError(f"No row of {option} has one image and a text about it.")
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the training stages: parquet with images and texts, and the pre-tokenized form of it."""
+"""Parquet files of images and texts, and of tokenized chats, as data sets."""
 
 import glob
 from collections.abc import Iterator
@@ -7,31 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import config
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..files import explained
 from ..image_tables import ImageTable, read_cell
 from ..images_unicode2 import decode_image
-from ..tokens import find_tables, hash_rows, hash_table, read_note
-from .folders import open_table
+from ..tokens import find_tables, hash_table
 
 # The command was here, and scripts still call it here
 from .tokenize import main, make_parser  # noqa: F401
 
 # Rows that are held at a time
 BATCH = 64
-
-
-def check_same_rows(images: str, tokens: list[Path], split: str = "train") -> None:
-    """Raises `ValueError` unless the files with codes were made of the tables in the folder `images`.
-
-    Files that do not say what they were made of are taken as they are.
-    """
-    made_of = [note["data"].values() for note in map(read_note, tokens) if note is not None]
-    if made_of and any(hash_rows(open_table(images, split, False)) not in digests for digests in made_of):
-        raise ValueError(
-            f"{tokens[0].parent} was not made of what {images} holds now; tokenize it again, into another folder."
-        )
 
 
 def load_images(folder: str, split: str = "train"):
@@ -104,43 +91,23 @@ def load_files(files: list[Path]):
         return load_dataset("parquet", data_files=filled, split="train")
 
 
-def load_images_with_codes(folder: str, tokens: str, split: str = "train"):
-    """`load_images` with the `codes` of each image, which `unicode2 tokenize` wrote to the folder `tokens`.
-
-    A row that was refused there is left out. Raises `ValueError` when the codes are not those of one image a row.
-    """
-    from datasets import Dataset, concatenate_datasets
-
-    images, chats = load_images(folder, split), load_files(find_tables(tokens, split, "`tokens`"))
-    places, counts = np.array(chats["row"]), np.array([len(codes) for codes in chats["codes"]])
-    if len(places) and (places.max() >= len(images) or len(np.unique(places)) < len(places) or (counts != 1).any()):
-        raise ValueError(
-            f"{tokens} has {len(chats)} chats of {counts.sum()} images, and {folder} {len(images)} rows; there must be "
-            "one chat of one image for each row."
-        )
-    codes = Dataset.from_dict({"codes": [image for (image,) in chats["codes"]]})
-    return concatenate_datasets([images.select(places), codes], axis=1)
-
-
-def pixel_collator(rows: list[dict], size: int | None = None) -> dict[str, torch.Tensor]:
+def pixel_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Batches images of one size, rows of `load_images`.
 
-    With `size`, the shorter side of each image becomes that many pixels, and the middle of the longer one is kept.
-
-    Returns `pixel_values`, float32 `(batch_size, 3, height, width)` in [-1, 1].
+    Returns `pixel_values`, see `stack_pixels`.
     Raises `ValueError` with its row when an image cannot be read, or when they are of several sizes.
     """
     images = [decode_row(row) for row in rows]
-    if size is not None:
-        images = [ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) for image in images]
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
-        raise ValueError(
-            f"Images of one size are needed; these are {sizes[0]} and {sizes[-1]} pixels wide and high. Set "
-            "`image_size`."
-        )
+        raise ValueError(f"Images of one size are needed; these are {sizes[0]} and {sizes[-1]} pixels wide and high.")
+    return {"pixel_values": stack_pixels(images)}
+
+
+def stack_pixels(images: list[Image.Image]) -> torch.Tensor:
+    """RGB images of one size to float32 `(batch_size, 3, height, width)` in [-1, 1]."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return {"pixel_values": pixels.permute(0, 3, 1, 2).float() / 127.5 - 1}
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def decode_row(row: dict):

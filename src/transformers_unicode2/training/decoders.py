@@ -1,7 +1,13 @@
 """FLUX and SDXL as the losses of training see them: frozen, with the parts that a loss needs."""
 
+from pathlib import Path
+
 import torch
 
+from ..images_unicode2 import one_line
+
+# Of FLUX and SDXL, the matrices that a LoRA changes unless it is told others.
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # Text encoder of a decoder's pooled embedding, its tokenizer, and where it stands in the output.
 FLUX_POOLED = ("text_encoder", "tokenizer", "pooler_output")
 SDXL_POOLED = ("text_encoder_2", "tokenizer_2", "text_embeds")
@@ -17,10 +23,12 @@ class Decoder:
     """
 
     pooled = FLUX_POOLED
+    part = "transformer"
 
     def __init__(self, pipeline, guidance_scale: float = 3.5):
         self.pipeline, self.guidance_scale = pipeline, guidance_scale
-        self.painter = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+        pipeline.set_progress_bar_config(disable=True)
+        self.painter = getattr(pipeline, self.part)
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
@@ -38,6 +46,58 @@ class Decoder:
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """See `encode_latents`."""
         return encode_latents(self.pipeline.vae, pixel_values.to(self.pipeline.vae.device))
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> list:
+        """The `PIL.Image.Image`s of latents of `encode_latents`."""
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        with torch.autocast(vae.device.type, torch.bfloat16):
+            pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
+        return self.pipeline.image_processor.postprocess(pixels.float())
+
+    def paint(self, condition, image_size: int, num_inference_steps: int, seed: int) -> list:
+        """Square `PIL.Image.Image`s of the conditioning of a mapper; the same for the same seed."""
+        conditioning = {name: value.to(self.painter.dtype) for name, value in condition.items()}
+        return self.pipeline(
+            **conditioning,
+            **self.list_options(conditioning),
+            height=image_size,
+            width=image_size,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+        ).images
+
+    def list_options(self, conditioning: dict) -> dict:
+        """Further arguments of the pipeline."""
+        return {}
+
+    def add_lora(self, settings: dict) -> None:
+        """Adds low-rank weights to the painter, which learn. `settings` are those of PEFT's `LoraConfig`.
+
+        Raises `ValueError` on settings that it does not have.
+        """
+        from peft import LoraConfig
+
+        try:
+            config = LoraConfig(**{"target_modules": ATTENTION, "init_lora_weights": "gaussian", **settings})
+            self.painter.add_adapter(config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`decoder_lora` is {settings}: {one_line(str(error))}.") from error
+        for parameter in self.painter.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def save_learnt(self, folder: Path, lora: bool) -> None:
+        """Writes what the painter has learnt: a folder of its own, or the file of a LoRA as Diffusers loads it."""
+        from peft import get_peft_model_state_dict
+
+        if lora:
+            layers = {f"{self.part}_lora_layers": get_peft_model_state_dict(self.painter)}
+            type(self.pipeline).save_lora_weights(folder, **layers)
+        else:
+            self.painter.save_pretrained(folder / self.part)
 
     @torch.no_grad()
     def measure_scales(self, captions: list[str]) -> dict[str, float]:
@@ -68,6 +128,7 @@ class StableDiffusionXLDecoder(Decoder):
     """SDXL, which learns to tell the noise in an image, or its velocity."""
 
     pooled = SDXL_POOLED
+    part = "unet"
 
     def __init__(self, pipeline, guidance_scale: float = 3.5):
         from diffusers import DDPMScheduler
@@ -78,6 +139,10 @@ class StableDiffusionXLDecoder(Decoder):
     def encode_prompts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
         return embeds, pooled
+
+    def list_options(self, conditioning: dict) -> dict:
+        zeros = {f"negative_{name}": torch.zeros_like(value) for name, value in conditioning.items()}
+        return {**zeros, "original_size": (1024, 1024)}
 
     def compute_loss(
         self, latents: torch.Tensor, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
@@ -98,6 +163,7 @@ def load_decoder(
     dtype: str = "float32",
     quantization: dict | None = None,
     texts: bool = True,
+    vae: bool = True,
     painter: bool = True,
     guidance_scale: float = 3.5,
 ) -> Decoder:
@@ -111,7 +177,8 @@ def load_decoder(
         quantization: arguments of diffusers' `PipelineQuantizationConfig`, such as `{quant_backend: bitsandbytes_4bit,
             quant_kwargs: {load_in_4bit: true}, components_to_quantize: transformer}`.
         texts: whether its text encoders are loaded.
-        painter: whether its transformer or U-Net and its VAE are loaded.
+        vae: whether its VAE is loaded.
+        painter: whether its transformer or U-Net is loaded.
         guidance_scale: what a guidance-distilled FLUX is told while it learns.
 
     Raises:
@@ -123,12 +190,24 @@ def load_decoder(
 
     kind = find_stock_class(name)
     absent = () if texts else TEXT_PARTS
-    absent += () if painter else ("vae", "transformer" if kind == "FluxPipeline" else "unet")
+    absent += () if vae else ("vae",)
+    absent += () if painter else (DECODERS[kind].part,)
     options = {"dtype": getattr(torch, dtype), **dict.fromkeys(absent)}
-    if quantization:
+    if quantization and painter:
         options["quantization_config"] = diffusers.PipelineQuantizationConfig(**quantization)
     pipeline = getattr(diffusers, kind).from_pretrained(name, **options)
     return DECODERS[kind](pipeline.to(device), guidance_scale)
+
+
+def read_widths(name: str) -> dict[str, int]:
+    """What the decoder of a stock pipeline reads: widths, by the fields of the mapper's configuration."""
+    import transformers_unicode2
+
+    from ..diffusion.registration import find_stock_class
+
+    kind = find_stock_class(name)
+    config = transformers_unicode2.UniCode2ConditionMapper.load_config(name, subfolder=DECODERS[kind].part)
+    return getattr(transformers_unicode2, f"UniCode2{kind}").read_widths(config)
 
 
 @torch.no_grad()

@@ -1,34 +1,63 @@
 """Training of the condition mapper against a frozen FLUX or SDXL (section 3.4).
 
-    accelerate launch -m transformers_unicode2.training.mapper --config training_recipes/unicode2-tiny/mapper-flux.yaml
+    accelerate launch -m transformers_unicode2.training.mapper --config mapper.yaml
+
+    model: unicode2                     # whose C2 embeds the codes
+    datasets: [{path: tokens}]          # of `unicode2 tokenize`: chats of one image and the text about it
+    images: [journeydb.jsonl]           # what it was given as --data, for the losses that need pictures
+    decoder: black-forest-labs/FLUX.1-dev
+    image_size: 512
+    output_dir: mapper
 
 Three losses, weighted by the recipe. The contrastive loss is the paper's (Eq. 10): the pooled conditioning of an image
-against the frozen text encoder's pooled embedding of its caption; the other captions of the batch are negatives. It
-leaves the scale and the single tokens free. The loss that the decoder itself was trained by, flow matching for FLUX,
-teaches the tokens what the decoder understands; the paper does not use it. The third loss is for a decoder that reads
-image prompts already, as FLUX.1-dev does with FLUX.1 Redux. The mapper then starts from what makes these prompts of
-patch features, and regression draws it to the prompts of the same image (`image_prompts`, `regression_weight`). Neither
-the decoder nor C2 learns.
+against the frozen text encoder's pooled embedding of its caption. The negatives are the other captions of the step, of
+all processes and accumulated batches. It leaves the scale and the single tokens free. The loss that the decoder itself
+was trained by, flow matching for FLUX, teaches the tokens what the decoder understands; the paper does not use it. The
+third loss is for a decoder that reads image prompts already, as FLUX.1-dev does with FLUX.1 Redux. The mapper then
+starts from what makes these prompts of patch features, and regression draws it to the prompts of the same image
+(`image_prompts`, `regression_weight`). C2 does not learn. The decoder does not either, unless `train_decoder` or
+`decoder_lora` says so.
+
+What frozen parts make of captions and pictures is computed once, see `decoder_cache.py`. With `eval_datasets` and
+`eval_strategy: steps`, held-out figures are logged, see `MapperTrainer.evaluate`.
 """
 
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from inspect import signature
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..search.neighbours import find_neighbours
-from .decoders import Decoder, load_decoder
+from ..cards import name_places, write_card
+from ..diffusion.registration import find_stock_class
+from ..processes import agree
+from ..record import shorten
+from .decoders import DECODERS, load_decoder, read_widths
+from .mapper_data import MapperCollator, MapperData, fill_all
+from .mapper_losses import MapperWithLosses, NearCodes
+from .mapper_trainer import MapperTrainer, make_show
+from .mixtures import check_mixture
+from .outcome import describe_figures, describe_part
+from .parameters import read_rates
+
+# What the stage writes beside the mapper
+RESULT = ("transformer/*", "unet/*", "validation/*.png")
 
 
 @dataclass
 class MapperArguments:
-    data: str = field(metadata={"help": "folder of train-*.parquet with images and captions"})
-    tokens: str = field(metadata={"help": "folder that `unicode2 tokenize` made of these rows, by one task"})
-    model: str = field(metadata={"help": "UniCode² checkpoint whose C2 embeds the tokens"})
+    model: str = field(metadata={"help": "UniCode² checkpoint whose C2 embeds the codes"})
+    datasets: list[dict] = field(
+        metadata={"help": "folders that `unicode2 tokenize` wrote: {path, fraction, split} of each"}
+    )
+    images: list[str] = field(
+        default_factory=list,
+        metadata={"help": "what it was given as --data, in the same order; only for losses that need pictures"},
+    )
+    image_root: str | None = field(default=None, metadata={"help": "folder that the paths of images are relative to"})
+    image_column: str | None = field(default=None, metadata={"help": "column with the image (default: by its name)"})
+    eval_datasets: list[dict] = field(default_factory=list, metadata={"help": "held-out data, as `datasets`"})
+    eval_images: list[str] = field(default_factory=list, metadata={"help": "their pictures, as `images`"})
     decoder: str | None = field(
         default=None,
         metadata={"help": "frozen FLUX or SDXL pipeline with its text encoders; regression alone needs none"},
@@ -38,11 +67,22 @@ class MapperArguments:
         default=None,
         metadata={"help": "arguments of diffusers' `PipelineQuantizationConfig`, for a decoder in fewer bits"},
     )
+    train_decoder: bool = field(default=False, metadata={"help": "whether all of the decoder learns, too"})
+    decoder_lora: dict | None = field(
+        default=None, metadata={"help": "low-rank weights of the decoder that learn, such as {r: 16}"}
+    )
+    learning_rates: dict = field(
+        default_factory=dict, metadata={"help": "learning rates of parts: {mapper: ..., decoder: ...}"}
+    )
     guidance_scale: float = field(
-        default=3.5, metadata={"help": "what a guidance-distilled FLUX is told while the mapper learns"}
+        default=3.5,
+        metadata={"help": "what a guidance-distilled FLUX is told; also of validation pictures"},
     )
     image_size: int | None = field(
         default=None, metadata={"help": "pixels of a side: images are resized to it and cropped (default: as they are)"}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "folder for what frozen parts make of the data (default: cache in output_dir)"}
     )
     start: str | None = field(
         default=None,
@@ -51,12 +91,13 @@ class MapperArguments:
             "regression draws to what it makes of the patch features"
         },
     )
-    caption_column: str = field(default="caption", metadata={"help": "column of the captions"})
     mapper: dict = field(
         default_factory=dict, metadata={"help": "fields of UniCode2ConditionMapper (default: of `start`)"}
     )
     contrastive_weight: float = 1.0
-    flow_matching_weight: float = 1.0
+    flow_matching_weight: float = field(
+        default=1.0, metadata={"help": "weight of the loss that the decoder was trained by"}
+    )
     flow_matching_share: float = field(
         default=1.0, metadata={"help": "share of the steps with flow matching, which takes most of a step's time"}
     )
@@ -79,105 +120,22 @@ class MapperArguments:
     muon: bool = field(
         default=False, metadata={"help": "Muon for the matrices, AdamW for the rest; AdamW alone if false"}
     )
-
-
-# Cells of the codebook in which the nearest codes of a code are sought.
-NUM_PROBES = 8
-
-
-def contrastive_loss(mapped: torch.Tensor, text: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Eq. 10: cosine similarity over `temperature`, with the other rows as negatives, but for those of equal texts.
-
-    Both are `(batch_size, dim)`.
-    """
-    mapped, text = (
-        torch.nn.functional.normalize(mapped.float(), dim=-1),
-        torch.nn.functional.normalize(text.float(), dim=-1),
+    num_validation_images: int = field(
+        default=0, metadata={"help": "held-out images whose paintings an evaluation writes to `validation`"}
     )
-    twins = (text @ text.T > 1 - 1e-5).fill_diagonal_(False)
-    logits = (mapped @ text.T / temperature).masked_fill(twins, -torch.inf)
-    return torch.nn.functional.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+    validation_steps: int = field(default=50, metadata={"help": "diffusion steps of these paintings"})
 
+    def __post_init__(self):
+        self.learning_rates = read_rates(self.learning_rates)
 
-class NearCodes:
-    """Replaces codes by one of their nearest, as a language model errs that writes an image.
+    @property
+    def has_teacher(self) -> bool:
+        """Whether regression draws to image prompts."""
+        return bool(self.image_prompts or self.start and self.regression_weight)
 
-    They are found once a run, among those of the nearest cells, see `find_neighbours`.
-
-    Args:
-        visual_embeddings: C2, `(codebook_size, visual_dim)`.
-        cell_offsets: first code of each cell of the codebook, `(num_cells + 1,)`.
-        num_nearest: how many of the nearest codes it chooses from; fewer where there are fewer.
-    """
-
-    def __init__(self, visual_embeddings: torch.Tensor, cell_offsets: torch.Tensor, num_nearest: int = 16):
-        from tqdm import tqdm
-
-        progress = partial(tqdm, unit="cell", desc="nearest codes")
-        nearest = find_neighbours(visual_embeddings, cell_offsets, num_nearest, NUM_PROBES, progress)
-        self.counts = (nearest >= 0).sum(1).clamp(min=1)
-        # A code that is alone is replaced by itself
-        own = torch.arange(len(nearest), dtype=torch.int32, device=nearest.device)[:, None]
-        self.nearest = torch.where(nearest >= 0, nearest, own)  # (codebook_size, num_nearest)
-
-    def __call__(self, codes: torch.Tensor, share: float) -> torch.Tensor:
-        """Codes `(num_images, num_visual_tokens)`, int64, with a share that is uniform in [0, `share`] replaced."""
-        choice = (torch.rand(codes.shape, device=codes.device) * self.counts[codes]).long()
-        limits = share * torch.rand(len(codes), 1, device=codes.device)
-        replaced = torch.rand(codes.shape, device=codes.device) < limits
-        return torch.where(replaced, self.nearest[codes, choice].long(), codes)
-
-
-class MapperWithLosses(torch.nn.Module):
-    """The mapper, the only part that learns, and what its losses need, frozen and out of its state dict."""
-
-    def __init__(
-        self,
-        mapper,
-        decoder,
-        visual_embeddings: torch.Tensor,
-        args: MapperArguments,
-        near_codes: NearCodes | None = None,
-    ):
-        super().__init__()
-        self.mapper, self.args = mapper, args
-        # In a list, so that nothing of it is registered
-        self.frozen = [decoder, visual_embeddings.detach(), near_codes]
-
-    def forward(self, codes, latents=None, text=None, prompt_embeds=None):
-        """
-        Args:
-            codes: int64 `(batch_size, num_visual_tokens)`.
-            latents: of the VAE, `(batch_size, channels, height, width)`, for the decoder's own loss.
-            text: pooled embeddings of the captions, `(batch_size, pooled_dim)`, for the contrastive loss.
-            prompt_embeds: image prompts `(batch_size, num_visual_tokens, output_dim)`, for regression.
-
-        Returns:
-            `loss`, and its parts without their weights.
-        """
-        decoder, visual_embeddings, near_codes = self.frozen
-        if near_codes:
-            codes = near_codes(codes, self.args.code_noise)
-        embeds = visual_embeddings[codes]  # (batch_size, num_visual_tokens, visual_dim)
-        small = embeds.device.type == "cpu" and embeds.shape[1] <= 256
-        # The fastest there
-        with sdpa_kernel(SDPBackend.MATH) if small else nullcontext():
-            condition = self.mapper(embeds)
-        loss, losses = condition.prompt_embeds.sum() * 0.0, {}
-        if self.args.contrastive_weight:
-            contrastive = contrastive_loss(condition.pooled_prompt_embeds, text, self.args.temperature)
-            loss = loss + self.args.contrastive_weight * contrastive
-            losses["contrastive"] = contrastive.detach()
-        # A pass through the decoder, by far the largest part of a step
-        if self.args.flow_matching_weight and torch.rand(()) < self.args.flow_matching_share:
-            flow = decoder.compute_loss(latents, condition.prompt_embeds, condition.pooled_prompt_embeds)
-            loss = loss + self.args.flow_matching_weight * flow
-            losses["flow"] = flow.detach()
-        if prompt_embeds is not None:
-            distance = (condition.prompt_embeds.float() - prompt_embeds).square().mean() / prompt_embeds.var()
-            loss = loss + self.args.regression_weight * distance
-            losses["prompt_embeds"] = distance.detach()
-        return {"loss": loss, **losses}
+    @property
+    def learns_decoder(self) -> bool:
+        return bool(self.train_decoder or self.decoder_lora)
 
 
 def check_arguments(args: MapperArguments) -> None:
@@ -195,8 +153,37 @@ def check_arguments(args: MapperArguments) -> None:
             f"There is nothing to learn: {given}; none may be negative, and regression needs `image_prompts` or "
             "`start`."
         )
-    if not 0 <= args.code_noise <= 1:
-        raise ValueError(f"`code_noise` is {args.code_noise:g}; it must be in [0, 1].")
+    for name in ("code_noise", "flow_matching_share"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"`{name}` is {getattr(args, name):g}; it must be in [0, 1].")
+    if not args.temperature > 0:
+        raise ValueError(f"`temperature` is {args.temperature:g}; it must be above 0.")
+    if args.decoder_dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"`decoder_dtype` is {args.decoder_dtype}; it must be float32, bfloat16 or float16.")
+    if args.train_decoder and (args.decoder_lora or args.decoder_quantization):
+        raise ValueError("`train_decoder` changes all of the weights, so `decoder_lora` and quantization are left out.")
+    if args.learns_decoder and not (args.decoder and weights["flow_matching"]):
+        raise ValueError(f"A decoder learns by its own loss; set `decoder` and `flow_matching_weight`; got {given}.")
+    check_places(args, weights)
+
+
+def check_places(args: MapperArguments, weights: dict[str, float]) -> None:
+    """Raises `ValueError` when data are missing that a loss, or a picture to look at, needs."""
+    if not args.datasets:
+        raise ValueError("`datasets` is empty; name at least one folder that `unicode2 tokenize` wrote.")
+    needs = "flow matching" if weights["flow_matching"] else "regression" if args.has_teacher else None
+    for name in ("", "eval_"):
+        if needs and getattr(args, f"{name}datasets") and not getattr(args, f"{name}images"):
+            raise ValueError(
+                f"The loss of {needs} needs the pictures; name in `{name}images` what `unicode2 tokenize` was given as "
+                f"--data for `{name}datasets`."
+            )
+    if args.num_validation_images and not (args.decoder and args.eval_datasets):
+        raise ValueError(
+            f"`num_validation_images` is {args.num_validation_images}; paintings need a `decoder` and `eval_datasets`."
+        )
+    if args.num_validation_images and not (args.image_size or weights["flow_matching"]):
+        raise ValueError("`num_validation_images` needs `image_size`, the pixels of a side of the paintings.")
 
 
 def start_from(mapper: torch.nn.Module, other: torch.nn.Module, whole: bool = False) -> None:
@@ -238,121 +225,141 @@ def make_mapper(args: MapperArguments, scales: dict[str, float], teacher: torch.
 
 def main(args: MapperArguments, training_args) -> None:
     """See `stage` for what may change when a stage is started again."""
-    from ..tokens import find_tables
-    from .data import check_same_rows
     from .optimizer import check_muon
     from .stage import hash_inputs, stage
 
     check_arguments(args)
     if args.muon:
         check_muon(training_args)
-    find_tables(args.data, "train", "`data`")
-    tokens = find_tables(args.tokens, "train", "`tokens`")
+    data = [MapperData(args), *([MapperData(args, "eval_")] if args.eval_datasets else [])]
 
     def hash_all() -> dict:
-        check_same_rows(args.data, tokens)
         checkpoints = ("model", "start", "image_prompts", "encoder")
-        return hash_inputs(args, images=("data",), tokens=("tokens",), checkpoints=checkpoints, pipelines=("decoder",))
+        digests = hash_inputs(args, checkpoints=checkpoints, pipelines=("decoder",))
+        for part in data:
+            digests |= part.hash_all()
+        return digests
 
-    with stage("mapper", args, training_args, hash_all) as held:
+    with stage("mapper", args, training_args, hash_all, RESULT, evaluates=len(data) > 1) as held:
         if not held.finished:
-            train(args, training_args, tokens, held)
+            train(args, training_args, data, held)
 
 
-def train(args: MapperArguments, training_args, tokens: list[Path], held) -> None:
+def train(args: MapperArguments, training_args, data: list[MapperData], held) -> None:
+    from accelerate import PartialState
     from transformers import set_seed
 
     from transformers_unicode2 import UniCode2ForConditionalGeneration
 
-    from ..processes import agree
-    from ..tokens import check_codes
-    from .data import load_images_with_codes
-    from .optimizer import MuonWithAdamW
-    from .stage import StageTrainer
-
     set_seed(training_args.seed)
     source = UniCode2ForConditionalGeneration.from_pretrained(args.model)
-    size, num_tokens = source.config.codebook_config.codebook_size, source.config.num_image_tokens
-    agree(lambda: check_codes(tokens, args.model, size, num_tokens))
-    rows = load_images_with_codes(args.data, args.tokens)
-    decoder = open_decoder(args, training_args.device) if args.decoder else None
-    collate = MapperCollator(args, training_args, decoder, source)
-    scales = decoder.measure_scales(rows[args.caption_column][:64]) if decoder and not args.start else {}
+    config = source.config
+    agree(lambda: check_mixture([part for one in data for part in one.parts], args.model, config))
+    place = Path(args.cache_dir or Path(training_args.output_dir, "cache"))
+    (pairs, scales), *held_out = fill_all(data, place, held.made_of, training_args, PartialState())
+    collate = MapperCollator(args, training_args, source)
     mapper = make_mapper(args, scales, collate.teacher)
+    check_widths(mapper, config, args.decoder)
     visual_embeddings = source.model.visual_embeddings.weight.detach().to(training_args.device)
     offsets = source.get_quantizer().codebook.cell_offsets
     near_codes = NearCodes(visual_embeddings, offsets) if args.code_noise else None
-    model = MapperWithLosses(mapper, decoder, visual_embeddings, args, near_codes)
-    optimizer = MuonWithAdamW.for_trainer(model, training_args, ("down", "pool")) if args.muon else None
-    optimizers = (optimizer, None)
-    trainer = StageTrainer(model, training_args, train_dataset=rows, data_collator=collate, optimizers=optimizers)
+    # The language model learns nothing here
+    del source
+    model = MapperWithLosses(mapper, open_painter(args, training_args.device), visual_embeddings, args, near_codes)
+    data_sets = {"train_dataset": pairs, "eval_dataset": held_out[0][0] if held_out else None}
+    trainer = make_trainer(model, training_args, data_collator=collate, **data_sets)
     held.train(trainer)
+    metrics = trainer.evaluate() if held_out else {}
     with held.result() as folder:
         if trainer.is_world_process_zero():
             mapper.save_pretrained(folder)
+            if args.learns_decoder:
+                model.frozen[0].save_learnt(folder, bool(args.decoder_lora))
+            write_mapper_card(folder, args, training_args, data, held.made_of, trainer.state, metrics)
 
 
-def open_decoder(args: MapperArguments, device: torch.device) -> Decoder:
-    """The decoder with the parts that the losses need."""
-    return load_decoder(
+def make_trainer(model: MapperWithLosses, training_args, **options) -> MapperTrainer:
+    """The trainer with its optimizer; `options` are those of `Trainer`."""
+    from .optimizer import MuonWithAdamW
+
+    args, optimizer = model.args, None
+    if args.muon:
+        optimizer = MuonWithAdamW.for_trainer(model, training_args, ("down", "pool"), args.learning_rates)
+    show = make_show(model.frozen[0], args, training_args.seed)
+    trainer = MapperTrainer(model, training_args, show, optimizers=(optimizer, None), **options)
+    trainer.learning_rates = {} if args.muon else args.learning_rates
+    trainer.master_weights = any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad)
+    return trainer
+
+
+def check_widths(mapper: torch.nn.Module, config, decoder: str | None) -> None:
+    """Raises `ValueError` when the mapper does not fit the model of this configuration, or the decoder."""
+    expected = {"visual_dim": (config.codebook_config.codebook_dim, "the codes have")}
+    expected["num_visual_tokens"] = config.num_image_tokens, "an image has"
+    for name, width in (read_widths(decoder) if decoder else {}).items():
+        expected[name] = width, "the decoder reads"
+    for name, (width, owner) in expected.items():
+        if mapper.config[name] != width:
+            raise ValueError(
+                f"`{name}` of the mapper is {mapper.config[name]}, and {owner} {width}; set it in `mapper`."
+            )
+
+
+def open_painter(args: MapperArguments, device: torch.device):
+    """The decoder with the parts that the losses and the pictures to look at need; `None` if they need none."""
+    if not args.flow_matching_weight and not args.num_validation_images:
+        return None
+    decoder = load_decoder(
         args.decoder,
         device,
         args.decoder_dtype,
         args.decoder_quantization,
-        texts=bool(args.contrastive_weight or not args.start),
-        painter=bool(args.flow_matching_weight),
+        texts=False,
+        vae=bool(args.num_validation_images),
         guidance_scale=args.guidance_scale,
     )
+    if args.decoder_lora:
+        decoder.add_lora(args.decoder_lora)
+    elif args.train_decoder:
+        decoder.painter.requires_grad_(True)
+    return decoder
 
 
-class MapperCollator:
-    """Rows with images, captions and codes to what the losses of `MapperWithLosses` need."""
-
-    def __init__(self, args: MapperArguments, training_args, decoder, source):
-        self.device, self.bf16, self.decoder = training_args.device, training_args.bf16, decoder
-        self.args, self.teacher = args, None
-        if args.image_prompts or args.start and args.regression_weight:
-            self.load_teacher(args, source)
-
-    def load_teacher(self, args: MapperArguments, source) -> None:
-        """Loads what makes image prompts of images. Raises `ValueError` when its width is not the encoder's."""
-        from transformers import AutoImageProcessor
-
-        from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ImageProcessor
-
-        from ..encoders_unicode2 import load_encoder
-
-        teacher = UniCode2ConditionMapper.from_pretrained(args.image_prompts or args.start).float()
-        if args.encoder:
-            encoder, image_processor = load_encoder(args.encoder)
-        else:
-            encoder = source.get_quantizer().vision_model
-            image_processor = AutoImageProcessor.from_pretrained(args.model)
-        if encoder.config.hidden_size != teacher.config.visual_dim:
-            raise ValueError(
-                f"{args.image_prompts or args.start} reads patch features of width {teacher.config.visual_dim}; those "
-                f"of {args.encoder or args.model} are {encoder.config.hidden_size} wide."
-            )
-        self.image_processor = UniCode2ImageProcessor.adopt(image_processor)
-        self.teacher, self.encoder = (part.requires_grad_(False).eval().to(self.device) for part in (teacher, encoder))
-
-    def __call__(self, batch: list[dict]) -> dict[str, torch.Tensor]:
-        from ..encoders_unicode2 import encode_patches
-        from .data import decode_row, pixel_collator
-
-        inputs = {"codes": torch.tensor([row["codes"] for row in batch])}
-        if self.decoder and self.args.contrastive_weight:
-            inputs["text"] = self.decoder.encode_captions([row[self.args.caption_column] for row in batch]).cpu()
-        if self.decoder and self.args.flow_matching_weight:
-            pixel_values = pixel_collator(batch, self.args.image_size)["pixel_values"]
-            inputs["latents"] = self.decoder.encode_latents(pixel_values).cpu()
-        if self.teacher:
-            # Sizes and means of an encoder need not be those of the decoder.
-            pixels = self.image_processor([decode_row(row) for row in batch], return_tensors="pt")["pixel_values"]
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                features = encode_patches(self.encoder, pixels.to(self.device)).last_hidden_state
-                inputs["prompt_embeds"] = self.teacher(features.float()).prompt_embeds.float().cpu()
-        return inputs
+def write_mapper_card(
+    folder: Path, args: MapperArguments, training_args, data: list[MapperData], made_of: dict, state, metrics: dict
+) -> None:
+    """Writes the card of a mapper; `made_of` is that of the stage, `metrics` are those of the last evaluation."""
+    name, learnt = Path(training_args.output_dir).name, ""
+    names = {"model": name_places(args.model), "decoder": "", "pipeline": "UniCode2PriorPipeline"}
+    if args.decoder:
+        stock = find_stock_class(args.decoder)
+        names |= {"decoder": f', "{name_places(args.decoder)}"', "pipeline": f"UniCode2{stock}"}
+        part = DECODERS[stock].part
+        if args.decoder_lora:
+            learnt = f'pipe.load_lora_weights("{name}")\n'
+        elif args.train_decoder:
+            # With `subfolder`, Diffusers would take the mapper's file in the folder above
+            load = f'type(pipe.{part}).from_pretrained("{name}/{part}", dtype=torch.bfloat16)'
+            learnt = f"pipe.register_modules({part}={load})\n"
+    digests = [{"part": part, "digest": shorten(made_of[part])} for part in ("model", "decoder") if part in made_of]
+    parts = [describe_part(part, made_of["datasets"][str(n)]) for n, part in enumerate(data[0].parts, 1)]
+    what = "the mapper and the decoder" if args.learns_decoder else "the mapper"
+    write_card(
+        folder,
+        training_args.output_dir,
+        f"A condition mapper from the codes of `{args.model}` to the conditioning of "
+        f"`{args.decoder or args.image_prompts or args.start}`. What learnt in {state.global_step:,} steps of "
+        f"`transformers_unicode2.training.mapper`: {what}.",
+        [place for place in (args.model, args.decoder) if place],
+        {
+            f"Figures after {state.global_step:,} steps": describe_figures(state, metrics),
+            "Data": parts,
+            "Parts": digests,
+        },
+        {**asdict(args), "max_steps": training_args.max_steps, "batch": training_args.per_device_train_batch_size},
+        kind="mapper",
+        names={**names, "learnt": learnt},
+    )
 
 
 if __name__ == "__main__":

@@ -140,3 +140,29 @@ def check_messages(messages: list[dict], num_images: int) -> None:
         before = role
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"it has {len(messages)} turns and none by the assistant, so there is nothing to learn")
+
+
+def find_pair(messages: list[dict], images: list) -> tuple[object, str] | None:
+    """
+    The only image of a chat with the text about it: the first answer behind an image that is read, the question in
+    front of one that is drawn.
+
+    Args:
+        messages: whose contents are lists of parts.
+        images: of the chat, such as their codes.
+
+    Returns:
+        The image and the text; `None` when there are more images, or no such text.
+    """
+    places = [number for number, turn in enumerate(messages) for part in turn["content"] if part["type"] == "image"]
+    if len(images) != 1 or len(places) != 1:
+        return None
+    (place,) = places
+    if messages[place]["role"] == "user":
+        # What was answered before the image is not about it
+        about = [turn for turn in messages[place:] if turn["role"] == "assistant"]
+    else:
+        about = [turn for turn in messages[place::-1] if turn["role"] == "user"]
+    texts = ("".join(part["text"] or "" for part in turn["content"] if part["type"] == "text") for turn in about)
+    text = next(filter(None, map(str.strip, texts)), None)
+    return (images[0], text) if text else None

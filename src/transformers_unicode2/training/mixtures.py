@@ -22,6 +22,8 @@ from ..tokens import check_codes, find_tables, is_list, read_schema
 
 # Of TRL's fields those that a folder of tokenized files has a meaning for
 FIELDS = ("path", "data_dir", "split", "fraction")
+# Of tokenized files those that all stages read
+COLUMNS = ("messages", "codes")
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,15 @@ class MixturePart:
     fraction: float | None
     files: tuple[Path, ...]
 
-    def open(self):
-        """The columns `messages` and `codes` of all rows, a `datasets.Dataset`."""
+    def open(self, columns: tuple[str, ...] = COLUMNS):
+        """These columns of all rows, a `datasets.Dataset`. Raises `ValueError` when one is missing."""
         from .data import load_files
 
-        return load_files(list(self.files)).select_columns(["messages", "codes"])
+        rows = load_files(list(self.files))
+        missing = [name for name in columns if name not in rows.column_names]
+        if missing:
+            raise ValueError(f"{self.path} has no column {missing[0]}; tokenize its data with `unicode2 tokenize`.")
+        return rows.select_columns(list(columns))
 
 
 def find_parts(datasets: list[dict], option: str) -> list[MixturePart]:
@@ -157,20 +163,21 @@ def hash_parts(parts: list[MixturePart]) -> dict[str, dict]:
     }
 
 
-def open_mixture(parts: list[MixturePart], seed: int):
+def open_mixture(parts: list[MixturePart], seed: int, columns: tuple[str, ...] = COLUMNS):
     """
     The rows of a mixture, part after part, each in its own order.
 
     Args:
         parts: as of `find_parts`.
         seed: of the rows that a part with a fraction gives.
+        columns: to read, `messages` and `codes` among them.
 
     Returns:
-        `datasets.Dataset` with the columns `messages` and `codes`.
+        `datasets.Dataset` with these columns.
     """
     from datasets import concatenate_datasets
 
-    opened = [part.open() for part in parts]
+    opened = [part.open(columns) for part in parts]
     sizes = count_rows([len(rows) for rows in opened], [part.fraction for part in parts])
     chosen = []
     for number, (rows, size) in enumerate(zip(opened, sizes)):
@@ -202,7 +209,7 @@ def merge_features(features: list):
         entries |= {name: kind for name, kind in columns["messages"].feature.items() if name not in entries}
     kinds = {columns["codes"].feature.feature.dtype for columns in features}
     code = max(kinds, key=lambda kind: np.dtype(kind).itemsize)
-    return Features({"messages": List(entries), "codes": List(List(Value(code)))})
+    return Features({**features[0], "messages": List(entries), "codes": List(List(Value(code)))})
 
 
 def check_targets(examples, visual_token_offset: int, train_modules: list[str]) -> None:

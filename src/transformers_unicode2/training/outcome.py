@@ -19,6 +19,13 @@ TRAINING = tuple(
 OF_THE_RUN = ("runtime", "per_second", "epoch")
 
 
+def describe_figures(state, metrics: dict[str, float]) -> list[dict]:
+    """The losses that a stage logged last, and the figures of its last evaluation, as rows of a table."""
+    logged = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+    figures = {f"train_{name}": value for name, value in logged.items() if "loss" in name} | metrics
+    return [{"figure": n, "value": value} for n, value in figures.items() if not n.endswith(OF_THE_RUN)]
+
+
 def describe(
     folder: Path, model, name: str, args, parts: list, made_of: dict, state, metrics: dict[str, float]
 ) -> None:
@@ -37,9 +44,6 @@ def describe(
     """
     if args.lora:
         note_base(folder, args.model, made_of["model"], model.config, model.generation_config)
-    logged = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-    figures = {f"train_{name}": value for name, value in logged.items() if name.endswith("loss")} | metrics
-    figures = [{"figure": n, "value": value} for n, value in figures.items() if not n.endswith(OF_THE_RUN)]
     kind = "An adapter (LoRA) of" if args.lora else "Continued from"
     learnt = ", ".join(f"`{name}`" for name in find_learning(model, args.train_modules))
     write_card(
@@ -49,13 +53,13 @@ def describe(
         f"What learnt: {learnt}. The image encoder and the codebook C1 stayed frozen.",
         [args.model],
         {
-            f"Figures after {state.global_step:,} steps": figures,
+            f"Figures after {state.global_step:,} steps": describe_figures(state, metrics),
             "Data": [describe_part(part, made_of["datasets"][str(n)]) for n, part in enumerate(parts, 1)],
             "Base": [{"checkpoint": args.model, "digest": shorten(made_of["model"])}],
         },
         {**asdict(args), **{name: made_of[name] for name in TRAINING if name in made_of}},
         question=model.config.caption_prompt or "What is this?",
-        adapter=bool(args.lora),
+        kind="adapter" if args.lora else "checkpoint",
     )
 
 

@@ -1,0 +1,201 @@
+"""The stage of the mapper on pictures of any size, with small random decoders of both kinds."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from decoders import make_stock_pipelines, write_captioned
+from painters import POOLED, WIDTH
+from PIL import Image
+from tokenizing import run as tokenize
+from tokenizing import stop_at
+from transformers import TrainingArguments
+
+from transformers_unicode2 import UniCode2ConditionMapper
+from transformers_unicode2.hub.assemble import assemble_pipeline
+from transformers_unicode2.training import decoder_cache, mapper_data
+from transformers_unicode2.training.checkpointing import find_last_checkpoint
+from transformers_unicode2.training.mapper import MapperArguments, main
+
+SIZES = {"visual_dim": 192, "hidden_dim": 32, "output_dim": WIDTH, "pooled_dim": POOLED, "num_visual_tokens": 64}
+CONTRASTIVE = {"flow_matching_weight": 0.0, "images": []}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_checkpoint):
+    """Decoders, pictures with captions, and their codes."""
+    folder = tmp_path_factory.mktemp("mapper")
+    make_stock_pipelines(folder)
+    for split, numbers in (("train", range(24)), ("test", range(24, 32))):
+        write_captioned(folder / "data", split, numbers)
+        tokenize(folder / "data", tiny_checkpoint, folder / "tokens", "--split", split, "--task", "draw")
+    return folder
+
+
+@pytest.fixture
+def train(folder, tiny_checkpoint, tmp_path):
+    """Runs the stage, and returns what it logged."""
+
+    def run(output="out", decoder="flux", steps=2, held_out=False, training=None, **options) -> list[dict]:
+        own = {"model": str(tiny_checkpoint), "datasets": [{"path": str(folder / "tokens")}], "mapper": SIZES}
+        own |= {"images": [str(folder / "data")], "decoder": str(folder / decoder), "image_size": 32}
+        if held_out:
+            own |= {"eval_datasets": [{"path": str(folder / "tokens"), "split": "test"}], "eval_images": own["images"]}
+        own |= {"cache_dir": str(tmp_path / f"cache-{decoder}")}
+        settings = {"max_steps": steps, "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 4}
+        settings |= {"logging_steps": 1, "learning_rate": 1e-3, "save_steps": 2} | (training or {})
+        main(MapperArguments(**{**own, **options}), TrainingArguments(str(tmp_path / output), **settings))
+        last = find_last_checkpoint(tmp_path / output)
+        return json.loads(Path(last, "trainer_state.json").read_text())["log_history"]
+
+    return run
+
+
+def read(folder: Path) -> bytes:
+    return (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("decoder", ["flux", "sdxl"])
+def test_held_out_figures_pictures_and_a_resumed_run(train, tmp_path, decoder):
+    """Each loss is logged by itself. A run that is killed ends with the same bytes, figures among them."""
+    options = {"decoder": decoder, "steps": 4, "held_out": True, "num_validation_images": 3, "validation_steps": 1}
+    options["training"] = {"eval_strategy": "steps", "eval_steps": 2}
+    logged = train("whole", **options)
+    assert all({"loss", "loss_contrastive", "loss_flow"} <= entry.keys() for entry in logged if "loss" in entry)
+    figures = [entry for entry in logged if "eval_loss" in entry]
+    names = ("contrastive", "flow", "flow_gap", "retrieval_accuracy", "pairs", "loss")
+    assert [entry["step"] for entry in figures] == [2, 4] and figures[0]["eval_pairs"] == 8
+    assert figures[0].keys() == {*(f"eval_{name}" for name in names), "step", "epoch"}
+    assert figures[0]["eval_loss"] == pytest.approx(figures[0]["eval_contrastive"] + figures[0]["eval_flow"])
+    sheet = Image.open(tmp_path / "whole/validation/step-000002.png")
+    assert sheet.size == (3 * 32, 2 * 32)
+    card = (tmp_path / "whole/README.md").read_text()
+    kind = {"flux": "UniCode2FluxPipeline", "sdxl": "UniCode2StableDiffusionXLPipeline"}[decoder]
+    assert f"pipe = {kind}.from_unicode2(" in card and f', "{decoder}", mapper="whole"' in card
+    assert "eval_retrieval_accuracy" in card
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "killed/checkpoint-2")
+    assert train("killed", **options)[-1]["eval_flow"] == figures[1]["eval_flow"]
+    assert read(tmp_path / "killed") == read(tmp_path / "whole")
+
+
+def test_captions_of_accumulated_batches_are_negatives(train, tmp_path):
+    """A step of two batches of 4 is one of 8, to the rounding of float32."""
+    settings = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "save_steps": 1}
+    for name, size in (("one", 8), ("two", 4)):
+        more = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        train(name, steps=1, training=settings | more, **CONTRASTIVE)
+    one, two = (UniCode2ConditionMapper.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+    log = json.loads((tmp_path / "two/checkpoint-1/trainer_state.json").read_text())["log_history"]
+    # Among 8 captions, not 4
+    assert log[0]["loss_contrastive"] > torch.tensor(6.0).log()
+
+
+@pytest.mark.slow
+def test_captions_of_other_processes_are_negatives(train, folder, tiny_checkpoint, tmp_path):
+    settings = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "save_steps": 1}
+    train("one", steps=1, training=settings | {"per_device_train_batch_size": 8}, **CONTRASTIVE)
+    script = tmp_path / "run.py"
+    own = {"model": str(tiny_checkpoint), "datasets": [{"path": str(folder / "tokens")}], "mapper": SIZES}
+    own |= {"decoder": str(folder / "flux"), **CONTRASTIVE}
+    more = {"max_steps": 1, "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 4, **settings}
+    more |= {"output_dir": str(tmp_path / "two"), "ddp_backend": "gloo"}
+    script.write_text(
+        "from transformers import TrainingArguments\n"
+        "from transformers_unicode2.training.mapper import MapperArguments, main\n"
+        f"main(MapperArguments(**{own!r}), TrainingArguments(**{more!r}))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--local-addr", "127.0.0.1"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
+    one, two = (UniCode2ConditionMapper.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("decoder", ["flux", "sdxl"])
+@pytest.mark.parametrize("how", ["whole", "lora"])
+def test_a_decoder_learns_too(train, folder, tiny_checkpoint, tmp_path, decoder, how):
+    """What it learnt is saved as Diffusers loads it; what it was stays; a run that is killed ends with the same."""
+    options = {"train_decoder": True} if how == "whole" else {"decoder_lora": {"r": 2}}
+    options |= {"decoder": decoder, "steps": 4, "learning_rates": {"decoder": 1e-2}, "contrastive_weight": 0.0}
+    before = diffusers.DiffusionPipeline.from_pretrained(folder / decoder)
+    part = "transformer" if decoder == "flux" else "unet"
+    train("whole", **options)
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "killed/checkpoint-2")
+    train("killed", **options)
+    file = f"{part}/diffusion_pytorch_model.safetensors" if how == "whole" else "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert read(tmp_path / "killed") == read(tmp_path / "whole")
+    old = getattr(before, part)
+    weight = next(name for name, _ in old.named_parameters() if name.endswith("to_q.weight"))
+    before_weight = old.get_parameter(weight).clone()
+    if how == "whole":
+        new = type(old).from_pretrained(tmp_path / "whole" / part)
+        assert not torch.equal(new.get_parameter(weight), old.get_parameter(weight))
+    else:
+        before.load_lora_weights(tmp_path / "whole")
+        module = old.get_submodule(weight.removesuffix(".weight"))
+        assert torch.equal(module.base_layer.weight, before_weight) and module.lora_B.default_0.weight.any()
+        # Frozen weights are in no checkpoint
+        assert (tmp_path / "whole/checkpoint-2/model.safetensors").stat().st_size < 400_000
+    assemble_pipeline(str(tiny_checkpoint), str(tmp_path / "whole"), str(folder / decoder), str(tmp_path / "pipe"), 32)
+    painter = type(old).from_pretrained(tmp_path / "pipe" / part)
+    expected = new.get_parameter(weight) if how == "whole" else before_weight + module.get_delta_weight("default_0")
+    torch.testing.assert_close(painter.get_parameter(weight), expected, rtol=1e-2, atol=1e-3)
+    assert not torch.allclose(painter.get_parameter(weight), before_weight, rtol=1e-2, atol=1e-3)
+    assert ("load_lora_weights" in (tmp_path / "whole/README.md").read_text()) == (how == "lora")
+
+
+def test_a_cache_is_filled_once(train, monkeypatch):
+    """A run that is killed goes on, another with other losses takes it, and one with other pictures is refused."""
+    monkeypatch.setattr(decoder_cache, "PAIRS_PER_SHARD", 8)
+    monkeypatch.setattr(mapper_data, "encode_latents", stop_at(mapper_data.encode_latents, 2))
+    with pytest.raises(KeyboardInterrupt):
+        train("out")
+    calls = []
+    monkeypatch.setattr(mapper_data, "encode_latents", lambda *a: calls.append(1) or decoder_cache.encode_latents(*a))
+    train("out")
+    assert len(calls) == 2
+    monkeypatch.setattr(mapper_data, "load_decoder", None)
+    train("other", contrastive_weight=0.0)
+    assert len(calls) == 2
+    with pytest.raises(
+        ValueError, match="cache-flux/latents was begun with something else .image_size was 32 and is 48"
+    ):
+        train("larger", image_size=48)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": None}, r"Images of one size are needed; these are \(40, 48\) and \(42, 48\) pixels"),
+        ({"images": []}, "The loss of flow matching needs the pictures; name in `images` what `unicode2 tokenize`"),
+        ({"images": ["{data}", "{data}"]}, "was made of 1 sources, and `images` names 2; name those that"),
+        ({"images": ["{other}"]}, "was not made of what source 1 of `images` holds now"),
+        ({"decoder": "{data}"}, "There is no pipeline in .*data: .*no file named model_index.json"),
+        ({"mapper": SIZES | {"output_dim": 48}}, "`output_dim` of the mapper is 48, and the decoder reads 32"),
+        ({"mapper": SIZES | {"visual_dim": 48}}, "`visual_dim` of the mapper is 48, and the codes have 192"),
+        ({"decoder_lora": {"rank": 2}}, "`decoder_lora` is {'rank': 2}: .*unexpected keyword argument 'rank'"),
+        ({"train_decoder": True, "flow_matching_weight": 0.0}, "A decoder learns by its own loss"),
+        ({"num_validation_images": 2}, "paintings need a `decoder` and `eval_datasets`"),
+        ({"training": {"eval_strategy": "steps"}}, "this stage only trains|eval"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(train, folder, tmp_path, options, message):
+    write_captioned(tmp_path / "other", "train", range(40, 64))
+    places = {"data": folder / "data", "other": tmp_path / "other"}
+    options = {
+        name: [text.format(**places) for text in value] if name == "images" else value
+        for name, value in options.items()
+    }
+    options |= {"decoder": str(folder / "data")} if options.get("decoder") else {}
+    with pytest.raises(ValueError, match=message):
+        train(**options)

@@ -1,0 +1,116 @@
+"""The arguments of a pipeline's call, checked before any work."""
+
+import math
+import numbers
+
+import torch
+
+# The numbers that a pipeline keeps, their types and least values.
+NUMBERS = {
+    "image_size": (int, 1),
+    "num_candidates": (int, 1),
+    "num_inference_steps": (int, 1),
+    "guidance_scale": (float, 0),
+    "true_cfg_scale": (float, 1),
+}
+
+
+def to_number(name: str, value, kind: type, low: float) -> float | int:
+    """A number of Python or NumPy as `int` or `float`. Raises `ValueError` when it is none, or below `low`."""
+    abstract = numbers.Integral if kind is int else numbers.Real
+    if not isinstance(value, abstract) or not low <= value < math.inf:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"`{name}` is {value!r}; it must be {what} of at least {low}.")
+    return kind(value)
+
+
+def check_generator(generator, num_images: int) -> None:
+    """Raises `ValueError` unless `generator` is `None`, one generator, or a list of one for each image."""
+    listed = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+    wrong = [type(one).__name__ for one in listed if not isinstance(one, torch.Generator)]
+    if wrong:
+        raise ValueError(
+            f"`generator` holds {wrong[0]}; it must be a `torch.Generator`, or a list of one for each image."
+        )
+    if isinstance(generator, (list, tuple)) and len(generator) != num_images:
+        raise ValueError(
+            f"`generator` is a list of {len(generator)}, and {num_images} images are drawn; give one for each image."
+        )
+
+
+# What a pipeline makes of the prompts by itself.
+MADE_OF_PROMPT = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "pixel_values", "mm_encoder_outputs")
+
+
+def gather_options(prior_guidance_scale: float | None, prior_generation_kwargs: dict | None) -> dict:
+    """Arguments of `generate`. Raises `ValueError` on those that are given twice, or that ask for no image."""
+    options = {} if prior_generation_kwargs is None else prior_generation_kwargs
+    if not isinstance(options, dict):
+        raise ValueError(f"`prior_generation_kwargs` is {options!r}; it must be a dictionary.")
+    of_config = getattr(options.get("generation_config"), "generation_mode", None)
+    for mode in (options.get("generation_mode"), of_config):
+        if mode not in (None, "image"):
+            raise ValueError(f"`generation_mode` is {mode!r}; a pipeline draws, in image mode.")
+    made = [name for name in MADE_OF_PROMPT if name in options]
+    if made:
+        raise ValueError(f"`prior_generation_kwargs` has `{made[0]}`, which is made of the prompt; leave it out.")
+    if prior_guidance_scale is not None and options.get("guidance_scale") is not None:
+        raise ValueError("Give `prior_guidance_scale`, or `guidance_scale` in `prior_generation_kwargs`, not both.")
+    return {"guidance_scale": prior_guidance_scale, **options, "generation_mode": "image"}
+
+
+def check_weights(name: str, component) -> None:
+    """Raises `ValueError` when a component has weights that loading did not find; those that are offloaded have a
+    hook."""
+    if not isinstance(component, torch.nn.Module):
+        return
+    modules = {path: module for path, module in component.named_modules() if "_hf_hook" not in vars(module)}
+    absent = [f"{path}.{n}" for path, m in modules.items() for n, w in m.named_parameters(recurse=False) if w.is_meta]
+    if absent:
+        raise ValueError(
+            f"`{name}` lacks {len(absent)} weights, which its files do not hold; the first is {absent[0]}. Copy it "
+            "again."
+        )
+
+
+def check_sources(**sources) -> None:
+    """Raises `ValueError` unless exactly one thing to paint is given, and a prompt is text."""
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        names = [f"`{name}`" for name in sources]
+        raise ValueError(
+            f"Give exactly one of {', '.join(names[:-1])} and {names[-1]}; got {' and '.join(given) or 'none'}."
+        )
+    prompt, image = sources["prompt"], sources["image"]
+    listed = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+    wrong = [type(text).__name__ for text in listed if not isinstance(text, str)]
+    if prompt is not None and wrong:
+        raise ValueError(f"`prompt` holds {wrong[0]}; it must be a string or a list of strings.")
+    if isinstance(image, (list, tuple)) and not image:
+        raise ValueError("`image` is an empty list; give at least one image.")
+
+
+def check_pairs(embeds: dict, kwargs: dict) -> None:
+    """Raises `ValueError` when of embeddings, or of negative ones in `kwargs`, the pooled or the others are missing."""
+    for negative, pair in (("", embeds), ("negative_", {name: kwargs.get(f"negative_{name}") for name in embeds})):
+        if len([value for value in pair.values() if value is not None]) == 1:
+            raise ValueError(f"Give {' and '.join(f'`{negative}{name}`' for name in pair)}, or neither.")
+
+
+def check_negatives(kwargs: dict) -> None:
+    """Raises `ValueError` on a text for the second text encoder alone, or beside embeddings of what it would say."""
+    if kwargs.get("negative_prompt_2") is not None and kwargs.get("negative_prompt") is None:
+        raise ValueError("`negative_prompt_2` is given without `negative_prompt`; give that too.")
+    if kwargs.get("negative_prompt") is not None and kwargs.get("negative_prompt_embeds") is not None:
+        raise ValueError("Give `negative_prompt` or `negative_prompt_embeds`, not both.")
+
+
+def repeat_texts(name: str, text: str | list[str], num_images_per_prompt: int, num_images: int) -> list[str]:
+    """One text for each of `num_images`. Raises `ValueError` when `text` does not make as many."""
+    texts = [text] * (num_images // num_images_per_prompt) if isinstance(text, str) else list(text)
+    texts = [one for one in texts for _ in range(num_images_per_prompt)]
+    if len(texts) != num_images:
+        raise ValueError(
+            f"`{name}` makes {len(texts)} texts, and {num_images} images are drawn; give one, or one for each."
+        )
+    return texts
