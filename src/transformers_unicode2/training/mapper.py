@@ -82,7 +82,8 @@ class MapperArguments:
         default=None, metadata={"help": "pixels of a side: images are resized to it and cropped (default: as they are)"}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "folder for what frozen parts make of the data (default: cache in output_dir)"}
+        default=None,
+        metadata={"help": "folder for what frozen parts make of the data (default: output_dir with -cache behind it)"},
     )
     start: str | None = field(
         default=None,
@@ -255,7 +256,7 @@ def train(args: MapperArguments, training_args, data: list[MapperData], held) ->
     source = UniCode2ForConditionalGeneration.from_pretrained(args.model)
     config = source.config
     agree(lambda: check_mixture([part for one in data for part in one.parts], args.model, config))
-    place = Path(args.cache_dir or Path(training_args.output_dir, "cache"))
+    place = Path(args.cache_dir or f"{training_args.output_dir}-cache")
     (pairs, scales), *held_out = fill_all(data, place, held.made_of, training_args, PartialState())
     collate = MapperCollator(args, training_args, source)
     mapper = make_mapper(args, scales, collate.teacher)
