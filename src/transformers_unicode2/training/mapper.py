@@ -83,7 +83,7 @@ class MapperArguments:
     )
     cache_dir: str | None = field(
         default=None,
-        metadata={"help": "folder for what frozen parts make of the data (default: output_dir with -cache behind it)"},
+        metadata={"help": "folder for what frozen parts make of the data (default: output_dir and `-cache`)"},
     )
     start: str | None = field(
         default=None,
