@@ -43,7 +43,8 @@ def inputs(tmp_path_factory, tiny_checkpoint, processor):
     names = ("visual_dim", "output_dim", "pooled_dim", "num_visual_tokens")
     sizes_of_mapper = {**{name: tiny[name] for name in names}, "hidden_dim": 32, "num_attention_heads": 3}
     UniCode2ConditionMapper(**sizes_of_mapper).save_pretrained(folder / "image_prompts")
-    (folder / "mapper.yaml").write_text(json.dumps({"mapper": {**sizes_of_mapper, "num_layers": 1}}))
+    data = {"datasets": [{"path": str(folder / "tokenize")}], "images": [str(folder / "scenes")]}
+    (folder / "mapper.yaml").write_text(json.dumps({**data, "mapper": {**sizes_of_mapper, "num_layers": 1}}))
     config = UniCode2Config.from_pretrained(tiny_checkpoint).to_dict()
     config["text_config"] |= {**sizes, "num_key_value_heads": 2, "layer_types": None, "head_dim": 16}
     model = UniCode2ForConditionalGeneration(UniCode2Config(**config))
@@ -65,7 +66,7 @@ def inputs(tmp_path_factory, tiny_checkpoint, processor):
         f"--decoder {tiny_checkpoint} --image-size 64 --output {{}}",
         "sft": f"--config {folder}/sft.yaml --model {folder}/model "
         f"--per_device_train_batch_size 2 --warmup_steps 1 {training}",
-        "mapper": f"--config {folder}/mapper.yaml --data {folder}/scenes --tokens {folder}/tokenize "
+        "mapper": f"--config {folder}/mapper.yaml "
         f"--model {folder}/model --image_prompts {folder}/image_prompts "
         "--contrastive_weight 0 --flow_matching_weight 0 --regression_weight 1 "
         f"--per_device_train_batch_size 2 {training}",

@@ -369,18 +369,19 @@ def test_image_prompts_are_made_of_the_features_of_the_encoder_that_is_named(pla
     from types import SimpleNamespace
 
     from transformers_unicode2 import UniCode2ConditionMapper
-    from transformers_unicode2.training.mapper import MapperArguments, MapperCollator
+    from transformers_unicode2.training.mapper import MapperArguments
+    from transformers_unicode2.training.mapper_data import MapperCollator
 
     torch.manual_seed(0)
     sizes = {"visual_dim": 16, "output_dim": 8, "pooled_dim": 8, "num_visual_tokens": 16, "hidden_dim": 8}
     teacher = UniCode2ConditionMapper(**sizes).eval()
     teacher.save_pretrained(tmp_path / "teacher")
-    arguments = MapperArguments("", "", "", image_prompts=str(tmp_path / "teacher"), encoder=str(place / "clip"))
-    collate = MapperCollator(arguments, SimpleNamespace(device=torch.device("cpu"), bf16=False), None, None)
+    arguments = MapperArguments("", [], image_prompts=str(tmp_path / "teacher"), encoder=str(place / "clip"))
+    collate = MapperCollator(arguments, SimpleNamespace(device=torch.device("cpu"), bf16=False), None)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")
     content = (tmp_path / "image.png").read_bytes()
-    batch = collate([{"image": {"bytes": content, "path": None}, "row": 0, "codes": list(range(16))}])
+    batch = collate([{"picture": content, "codes": torch.arange(16)}])
     encoder, image_processor = make_encoder("clip")
     with torch.no_grad():
         features = encoder(image_processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state[:, 1:]

@@ -120,3 +120,17 @@ def test_an_adapter_is_no_checkpoint_to_continue_from(inputs, tmp_path):
         code, said = execute(command, words, tmp_path / "output")
         assert code == 2 and f"`unicode2 merge {tmp_path}/adapter --output DIR` makes one" in said, said
         assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("max_step: 2", "The recipe has `max_step`, which is no option of this stage; did you mean `max_steps`?"),
+        ("qwertyuiop: 2", "The recipe has `qwertyuiop`, which is no option of this stage; `--help` lists those"),
+        ("model: [a", "The recipe is no YAML: while parsing a flow sequence"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path, text, sentence):
+    (tmp_path / "recipe.yaml").write_text(text)
+    code, said = execute("sft", f"--config {tmp_path}/recipe.yaml", tmp_path / "output")
+    assert code == 2 and sentence in said

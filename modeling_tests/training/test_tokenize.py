@@ -141,11 +141,14 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out(llava_data, quantizer_
     (tmp_path / "x/llava.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="2 of 9 rows cannot be used, and --max-bad-share allows") as error:
         run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out")
-    assert "a share of 0.01; the first is " in str(error.value) and "json row 1: it has " in str(error.value)
+    assert "refused-train.log lists them, and the first is " in str(error.value)
+    assert "a share of 0.01; " in str(error.value) and "json row 1: it has " in str(error.value)
+    # Also without an output to look at
+    assert len((tmp_path / "out/refused-train.log").read_text().splitlines()) == 2
     assert str(error.value).endswith(
         "1 of them names an image file that is not there (--image-root says where images are)."
     )
-    with pytest.raises(ValueError, match=r"3 of 9 rows cannot be used, .* share of 0.23; the first is .* row 1: "):
+    with pytest.raises(ValueError, match=r"3 of 9 rows cannot be used, .* share of 0.23; .* the first is .* row 1: "):
         run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out", "--max-bad-share", 0.23)
     assert not list((tmp_path / "out").glob("*.parquet"))
     output = run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out", "--max-bad-share", 0.4)
@@ -277,3 +280,17 @@ def test_rows_that_the_model_cannot_learn_are_listed(llava_data, tiny_checkpoint
     ]
     assert len(load_dataset(str(output), split="train")) == 7
     run(tmp_path / "llava.json", quantizer_folder, tmp_path / "alone")
+
+
+def test_pictures_that_no_row_names_are_counted(quantizer_folder, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(content(number))
+    lines = [json.dumps({"file_name": f"{number}.png", "text": "a"}) for number in range(2)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    run(folder, quantizer_folder, tmp_path / "out")
+    assert f"{folder}: no row names 1 of 3 image files, such as 2.png\n" in capsys.readouterr().out
+    (folder / "2.png").unlink()
+    run(folder, quantizer_folder, tmp_path / "other")
+    assert "no row names" not in capsys.readouterr().out

@@ -64,7 +64,8 @@ def make_card(config: dict, provenance: dict) -> str:
     ]
     grown = provenance.get("grown", [])
     added = sum(report["added"] for report in grown)
-    commands = ["build " + " ".join(options), *(f"grow --add {report['added']}" for report in grown)]
+    places = ["--images IMAGES", "--encoder ENCODER", "--output OUTPUT"]
+    commands = ["build " + " ".join(places + options), *(f"grow --add {report['added']}" for report in grown)]
     return CARD.format(
         **config,
         added=f" {added:,} of the codes were added by `unicode2 codebook grow`." if added else "",

@@ -10,17 +10,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import torch
+import yaml
 from accelerate import PartialState
 from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
+from trl import TrlParser
 
 from ..checkpoints import check_no_adapter
 from ..files import WORK, explained, remove, whole_folder
+from ..images_unicode2 import one_line
 from ..processes import agree, expected_peers, follow_launcher
 from ..record import Record, hash_file, hash_source, read_record
 from ..tokens import find_tables, hash_table
@@ -293,28 +297,45 @@ def check_types(args) -> None:
 
 def run(main: Callable, *classes: type) -> None:
     """Runs a stage as a command: reads the recipe and options, and says what is wrong in one sentence."""
-    from trl import TrlParser
-
     from ..cli import sentences
 
     follow_launcher()
     # The configurations of TRL set it themselves, by the name that Transformers calls old
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     # Else a wrong option would print all of them
-    parser = TrlParser(classes, usage="%(prog)s --config RECIPE.yaml [--OPTION VALUE ...]")
+    parser = RecipeParser(classes, usage="%(prog)s --config RECIPE.yaml [--OPTION VALUE ...]")
     if not torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         # Else the training arguments refuse a machine without one; with it, Accelerate passes DeepSpeed over
         parser.set_defaults(use_cpu=True)
     with sentences(Path(sys.argv[0]).stem):
         # The training arguments look for peers
         with expected_peers():
-            parsed = parser.parse_args_and_config()
+            parsed = parser.parse_recipe()
         check_types(parsed[0])
         check_not_alone()
         main(*parsed)
         # Threads of a group that is still there end the process as if it had failed
         PartialState().wait_for_everyone()
         PartialState().destroy_process_group()
+
+
+class RecipeParser(TrlParser):
+    """The parser of TRL, with a sentence about a recipe that is no YAML, or has an option that no stage has."""
+
+    def parse_recipe(self) -> tuple:
+        try:
+            return self.parse_args_and_config()
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"The recipe is no YAML: {one_line(str(error))}.") from error
+
+    def set_defaults_with_config(self, **kwargs) -> list[str]:
+        unknown = super().set_defaults_with_config(**kwargs)
+        if unknown:
+            name = unknown[0].removeprefix("--")
+            near = get_close_matches(name, [action.dest for action in self._actions], 1)
+            instead = f"; did you mean `{near[0]}`?" if near else "; `--help` lists those that it has."
+            raise ValueError(f"The recipe has `{name}`, which is no option of this stage{instead}")
+        return unknown
 
 
 def check_not_alone() -> None:

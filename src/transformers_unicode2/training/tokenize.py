@@ -29,10 +29,12 @@ from ..processes import agree, follow_launcher, join
 from ..record import Record
 from ..tokens import hash_image_processor, hash_quantizer, hash_rows
 from .columns import FORMATS
+from .folders import list_files
 from .image_files import check_image_files, collect_notes, write_notes
 from .row_index import Job, RowIndex, check_blocks, index_rows
 from .shards import write_shard
 from .sources import describe, open_source
+from .tables import is_image
 from .templates import CAPTION_PROMPT, USUAL, read_tasks
 
 # Folder of rows that are chats already, beside the folders of several tasks
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace, state) -> None:
             agree(lambda: index_rows(jobs, work, args.rows_per_shard, processor))
         index = RowIndex(jobs, work)
         agree(lambda: check_refused(index, {}, args))
+        agree(lambda: print(*name_unread(args.data, index), sep="\n", end="", flush=True))
         quantizer, image_processor = load_quantizer(args.model, state.device)
         workers = args.num_workers
         if workers is None:
@@ -221,6 +224,21 @@ def refused_name(args: argparse.Namespace) -> str:
     return f"refused-{args.split}.log"
 
 
+def name_unread(data: list[str], index) -> list[str]:
+    """Lines about image files, beside those that rows of a folder name, that no row names."""
+    named = {os.path.realpath(image["path"]) for image in index.images if image["path"]}
+    lines = []
+    for folder in filter(os.path.isdir, data):
+        files = [file for file in list_files(Path(folder)) if is_image(file)]
+        places = {file.parent for file in files if os.path.realpath(file) in named}
+        unread = [file for file in files if file.parent in places and os.path.realpath(file) not in named]
+        if unread:
+            lines.append(
+                f"{folder}: no row names {len(unread)} of {len(files)} image files, such as {unread[0].name}\n"
+            )
+    return lines
+
+
 def load_quantizer(model: str, device):
     """The quantizer of a checkpoint, or one that is alone, with its image processor."""
     from transformers import AutoImageProcessor
@@ -243,6 +261,11 @@ def check_refused(index, errors: dict[int, str], args: argparse.Namespace) -> No
     """
     refused, count = index.find_refused(errors), sum(block["num_rows"] for block in index.blocks)
     lines = [f"{one_line(row['name'])} row {row['row']}: {one_line(row['reason'])}." for row in refused]
+    file = Path(args.output, refused_name(args))
+    if refused:
+        write_file(file, "".join(f"{line}\n" for line in lines).encode())
+    else:
+        remove(file)
     if len(refused) > args.max_bad_share * count or len(refused) == count:
         missing = [row["missing"] for row in refused if row["missing"] is not None]
         reason = lines[0][:-1] if lines else "there are none"
@@ -252,13 +275,8 @@ def check_refused(index, errors: dict[int, str], args: argparse.Namespace) -> No
         index.forget()
         raise ValueError(
             f"{len(refused)} of {count} rows cannot be used, and --max-bad-share allows a share of "
-            f"{args.max_bad_share:g}; the first is {reason}."
+            f"{args.max_bad_share:g}; {file} lists them, and the first is {reason}."
         )
-    file = Path(args.output, refused_name(args))
-    if refused:
-        write_file(file, "".join(f"{line}\n" for line in lines).encode())
-    else:
-        remove(file)
 
 
 def write_shards(index, args: argparse.Namespace, codebook_size: int, made_of: dict, state) -> None:
