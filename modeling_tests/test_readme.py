@@ -107,15 +107,19 @@ def test_commands_in_documents_have_the_options_that_they_name(document):
 def test_yaml_in_the_readme_of_the_recipes_is_read(tmp_path):
     import yaml
 
+    from transformers_unicode2.training.mapper import MapperArguments, check_arguments
     from transformers_unicode2.training.mixtures import FIELDS
     from transformers_unicode2.training.templates import read_tasks
 
-    tasks, mixture = re.findall(r"```yaml\n(.*?)```", (RECIPES / "README.md").read_text(), re.S)
+    tasks, mixture, mapper = re.findall(r"```yaml\n(.*?)```", (RECIPES / "README.md").read_text(), re.S)
     (tmp_path / "tasks.yaml").write_text(tasks)
     assert set(read_tasks(str(tmp_path / "tasks.yaml"))) == {"questions", "planned"}
     mixture = yaml.safe_load(mixture)
     parts = mixture["datasets"] + mixture["eval_datasets"]
     assert len(parts) == 3 and all(part.keys() <= set(FIELDS) for part in parts)
+    mapper = yaml.safe_load(mapper)
+    assert mapper.pop("output_dir")
+    check_arguments(MapperArguments(**mapper))
 
 
 def test_every_path_linked_in_documents_exists():

@@ -1,5 +1,6 @@
 """The stage of the mapper on pictures of any size, with small random decoders of both kinds."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import yaml
 from decoders import make_stock_pipelines, write_captioned
 from painters import POOLED, WIDTH
 from PIL import Image
@@ -23,6 +25,7 @@ from transformers_unicode2.training.checkpointing import find_last_checkpoint
 from transformers_unicode2.training.mapper import MapperArguments, main
 
 SIZES = {"visual_dim": 192, "hidden_dim": 32, "output_dim": WIDTH, "pooled_dim": POOLED, "num_visual_tokens": 64}
+RECIPES = Path(__file__).parents[2] / "training_recipes"
 CONTRASTIVE = {"flow_matching_weight": 0.0, "images": []}
 
 
@@ -199,3 +202,33 @@ def test_what_cannot_be_trained_is_refused(train, folder, tmp_path, options, mes
     options |= {"decoder": str(folder / "data")} if options.get("decoder") else {}
     with pytest.raises(ValueError, match=message):
         train(**options)
+
+
+MAPPERS = sorted(RECIPES.glob("*/mapper-*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", MAPPERS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipes_train(train, recipe):
+    """With small parts in the places of theirs: every option is one, and losses and pictures come of it."""
+    content = yaml.safe_load(recipe.read_text())
+    fields = {field.name for field in dataclasses.fields(MapperArguments)}
+    training = {name: value for name, value in content.items() if name not in fields}
+    own = {name: value for name, value in content.items() if name in fields}
+    assert training.keys() <= {field.name for field in dataclasses.fields(TrainingArguments)}
+    if recipe.parent.name == "unicode2-tiny":
+        # Its command is run by the tests of its recipe
+        return
+    full = {"flux": ("FLUX.1-dev", 4096, 768), "sdxl": ("xl-base-1.0", 2048, 1280)}
+    kind = recipe.stem.removeprefix("mapper-")
+    name, output_dim, pooled_dim = full[kind]
+    assert own["decoder"].endswith(name) and own["image_size"] == 512 and own["guidance_scale"] == 3.5
+    assert (own["mapper"]["output_dim"], own["mapper"]["pooled_dim"]) == (output_dim, pooled_dim)
+    quantized = own.pop("decoder_quantization", None)
+    assert bool(quantized) == (recipe.parent.name == "unicode2-0.5b" and kind == "flux")
+    small = {name: own[name] for name in ("contrastive_weight", "flow_matching_weight", "temperature", "decoder_dtype")}
+    small |= {"decoder": kind, "held_out": True, "num_validation_images": 2, "validation_steps": 1}
+    training |= {"save_steps": 1, "eval_steps": 1}
+    del training["output_dir"]
+    training["gradient_accumulation_steps"] = min(2, training.get("gradient_accumulation_steps", 1))
+    logged = train(steps=1, training=training, **small)
+    assert {"eval_retrieval_accuracy", "eval_flow"} <= {name for entry in logged for name in entry}

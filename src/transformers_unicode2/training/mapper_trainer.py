@@ -33,7 +33,7 @@ class MapperTrainer(StageTrainer):
             if decoder is None or decoder.painter is None:
                 raise ValueError("`gradient_checkpointing` is of the decoder, and no loss needs it; leave it out.")
             decoder.painter.enable_gradient_checkpointing()
-            args.gradient_checkpointing = False
+            args.gradient_checkpointing = args.activation_checkpointing = False
         super().__init__(model, args, **kwargs)
         self.show, self.parts = show, defaultdict(list)
 
