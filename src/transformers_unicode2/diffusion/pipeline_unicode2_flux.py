@@ -158,6 +158,8 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         text_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        joint_attention_kwargs: dict | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **kwargs,
@@ -185,6 +187,9 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
                 text, or one for each image in front of `num_images_per_prompt`. They must have been loaded.
             prompt_embeds, pooled_prompt_embeds (`torch.Tensor`, *optional*): conditioning to paint as it is,
                 `(batch_size, num_tokens, 4096)` and `(batch_size, 768)` for FLUX.1.
+            latents (`torch.Tensor`, *optional*): noise to start from, packed as FLUX has it, `(num_images, num_patches,
+                64)` for FLUX.1.
+            joint_attention_kwargs (`dict`, *optional*): of the attention layers, such as `{"scale": 0.5}` for a LoRA.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             **kwargs: everything else that [`FluxPipeline`] takes.
         """
@@ -209,7 +214,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             prompt_embeds, pooled_prompt_embeds = self.join_text(
                 text_prompt, num_images_per_prompt, prompt_embeds, **length
             )
-        self.check_latents(kwargs.get("latents"), len(prompt_embeds), height, width)
+        self.check_latents(latents, len(prompt_embeds), height, width)
         if true_cfg_scale > 1:
             self.guide(kwargs, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds, **length)
         images = (
@@ -223,6 +228,8 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
                 guidance_scale=guidance_scale,
                 true_cfg_scale=true_cfg_scale,
                 generator=generator,
+                latents=latents,
+                joint_attention_kwargs=joint_attention_kwargs,
                 output_type=output_type,
                 return_dict=True,
                 **kwargs,

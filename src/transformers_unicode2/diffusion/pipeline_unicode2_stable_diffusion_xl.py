@@ -128,6 +128,8 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
         text_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
         original_size: tuple[int, int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -157,6 +159,8 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
                 `(batch_size, num_tokens, 2048)` and `(batch_size, 1280)` for SDXL.
             original_size (`tuple[int, int]`, defaults to (1024, 1024)): what SDXL is told of the image; smaller ones
                 look blurred.
+            latents (`torch.Tensor`, *optional*): noise to start from, `(num_images, 4, height / 8, width / 8)`.
+            cross_attention_kwargs (`dict`, *optional*): of the attention layers, such as `{"scale": 0.5}` for a LoRA.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             **kwargs: everything else that [`StableDiffusionXLPipeline`] takes.
         """
@@ -193,6 +197,8 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 generator=generator,
+                latents=latents,
+                cross_attention_kwargs=cross_attention_kwargs,
                 original_size=original_size or ORIGINAL_SIZE,
                 output_type=output_type,
                 return_dict=True,
