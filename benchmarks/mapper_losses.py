@@ -12,7 +12,7 @@ The second table asks how many pairs are needed, the third whether a decoder sho
 small): beside redrawing, prompts are drawn from the codes that the language model writes, and by the decoder's own text
 encoders.
 
-Runs are kept in runs.json, so a killed benchmark resumes. `--jobs` runs go side by side, with one thread each.
+Runs are kept in runs.json, so a killed benchmark resumes. `--jobs` runs go side by side.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--fit-steps", type=int, default=2000, help="of the decoders' parts (default: %(default)s)")
     add("--num-scenes", type=int, default=300, help="to redraw, and prompts to draw (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1])
-    add("--jobs", type=int, default=2)
+    add("--threads", type=int, default=os.cpu_count(), help="in all (default: %(default)s)")
+    add("--jobs", type=int, default=2, help="runs side by side, which share the threads (default: %(default)s)")
     add("--tables", nargs="+", choices=("losses", "pairs", "decoders"), default=["losses", "pairs", "decoders"])
     add("--one", help=argparse.SUPPRESS)
     return parser
@@ -80,7 +81,7 @@ def main() -> None:
         name, run = json.loads(args.one)
         Path(args.output, "runs", name, "figures.json").write_text(json.dumps(measure(args, run, name)))
         return
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(args.threads)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     setting = {name: getattr(args, name) for name in ("num_pairs", "steps", "fit_steps", "num_scenes")}
     rows = Rows(f"{args.output}/runs.json", setting)
@@ -175,7 +176,7 @@ def start_run(args: argparse.Namespace, name: str, run: dict) -> dict:
     own |= {"cache_dir": f"{args.output}/cache/{run['decoder']}-{run['pairs']}-{run['seed']}"}
     own |= {**LOSSES[run["loss"]], **TRAINING, "max_steps": args.steps, "seed": run["seed"], **run.get("options", {})}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(own))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, args.threads // args.jobs))}
     words = ["-m", "transformers_unicode2.training.mapper", "--config", str(folder / "recipe.yaml")]
     start = time.perf_counter()
     with open(folder / "log.txt", "w") as log:
@@ -269,7 +270,7 @@ def average(rows: dict, name: str, seeds: list[int], figure: str) -> str:
 
 def print_tables(args: argparse.Namespace, rows: dict) -> None:
     most = args.num_pairs[-1]
-    print(describe_run(max(1, os.cpu_count() // args.jobs), "diffusers"))
+    print(describe_run(max(1, args.threads // args.jobs), "diffusers"))
     for part in ("flux", "sdxl"):
         if part in rows:
             ends = f"{rows[part]['first tenth']:.3f} to {rows[part]['last tenth']:.3f}"
