@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from transformers_unicode2.evaluation.scenes import shares, shuffle
+from transformers_unicode2.evaluation.scenes import main, make_parser, shares, shuffle
+from transformers_unicode2.evaluation.score_card import read_card
 
 
 def test_shares_are_percentages_over_all_and_per_kind():
@@ -16,3 +17,18 @@ def test_shuffled_codes_are_the_same_codes_elsewhere():
     mixed = shuffle(tokens, np.random.default_rng(0))
     assert mixed.shape == tokens.shape and not torch.equal(mixed, tokens)
     assert torch.equal(mixed.flatten().sort().values, tokens.flatten())
+
+
+def test_a_card_has_the_figures_of_the_report_with_their_items(tiny_checkpoint, tmp_path):
+    words = "--num-scenes 6 --steps 1 --num-candidates 1 --true-cfg-scale 1 --utilization-images 50"
+    words = ["--model", str(tiny_checkpoint), *words.split(), "--json", str(tmp_path / "card.json")]
+    report = main(make_parser().parse_args(words))
+    card = read_card(tmp_path / "card.json")
+    figures = {figure.name: figure for figure in card.figures}
+    for task, part in (("understanding", "unseen pairs"), ("drawing", "new scenes"), ("redrawing", "new scenes")):
+        figure = figures[f"{task}, {part}"]
+        assert figure.value == pytest.approx(report[task][part]["all"]) and figure.count == 6
+        assert len(card.items[figure.name]) == 6 and figure.low <= figure.value <= figure.high
+    assert figures["drawing, new scenes, position"].count == 1 and figures["codes in use"].interval == "none"
+    assert card.protocol["steps"] == 1 and card.protocol["language model"]["temperature"] == 0.6
+    assert len(card.subject["quantizer"]) == 64 and card.run["versions"]["torch"]

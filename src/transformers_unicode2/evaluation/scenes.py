@@ -13,7 +13,7 @@ With --clip, their drawings are compared in the space of a CLIP image tower that
 """
 
 import argparse
-import json
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -22,13 +22,15 @@ import torch
 from PIL import Image
 
 from ..cli import SEED, at_least
-from ..files import whole_file, write_file
+from ..files import whole_file
+from ..record import hash_files, hash_source
 from ..scenes import emoji
 from ..scenes.check import check_drawing, same_scene
 from ..scenes.sample import sample_scene
 from ..scenes.scene import SEEN_PAIRS, UNSEEN_PAIRS, Scene, draw_scene
 from ..scenes.texts import CATEGORIES, ScenePrompt, article, questions, sample_prompt
 from .drawing import Painter, answer, encode
+from .score_card import ScoreCard, describe_generation, describe_run, describe_subject
 
 PARTS = {"new scenes": SEEN_PAIRS, "unseen pairs": tuple(sorted(UNSEEN_PAIRS))}
 # The categories whose prompts name a pair
@@ -43,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="checkpoint: folder or Hub name")
     add("--num-scenes", type=at_least(len(CATEGORIES)), default=300, help="per figure (default: %(default)s)")
     add("--seed", type=SEED, default=0, help="decides the scenes and the drawings (default: %(default)s)")
-    add("--json", metavar="FILE", help="also write the figures to a file")
+    add("--json", metavar="FILE", help="also write a score card to a file, and its page beside it")
     add("--steps", type=natural, help="diffusion steps (default: the pipeline's)")
     add("--guidance", type=at_least(0.0), help="guidance of the language model (default: the model's)")
     add("--true-cfg-scale", type=at_least(1.0), help="guidance of the decoder, 1 is none (default: the pipeline's)")
@@ -68,6 +70,7 @@ def main(args: argparse.Namespace) -> dict:
 
     check_arguments(args)
     check_checkpoint(args.model, "model_index.json")
+    start = time.perf_counter()
     pipe = UniCode2FluxPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     num_candidates = pipe.config.num_candidates if args.num_candidates is None else args.num_candidates
@@ -77,6 +80,7 @@ def main(args: argparse.Namespace) -> dict:
     report = {"model": args.model, "seed": args.seed, "num_scenes": args.num_scenes, "num_candidates": num_candidates}
     report |= {"steps": steps, "true_cfg_scale": true_cfg_scale}
     report |= {"understanding": {}, "drawing": {}, "redrawing": {}, "counts": {"understanding": {}, "drawing": {}}}
+    report["items"] = {}
     for number, part in enumerate(PARTS):
         evaluate_part(painter, part, np.random.default_rng([args.seed, number]), report, args.sheet)
         if part == "new scenes":
@@ -87,8 +91,32 @@ def main(args: argparse.Namespace) -> dict:
             report["emoji"] |= judge_emoji(painter, num_candidates, args.emoji_dir, args.clip, args.sheet)
     print_report(report)
     if args.json:
-        write_file(args.json, (json.dumps(report, indent=2) + "\n").encode())
+        make_card(args, report, pipe, start).write(args.json)
     return report
+
+
+def make_card(args: argparse.Namespace, report: dict, pipe, start: float) -> ScoreCard:
+    """The score card of a report."""
+    language = pipe.vision_language_encoder
+    protocol = {"benchmark": "drawn scenes", "num_scenes": args.num_scenes, "seed": args.seed}
+    # All batches of a call share a generator, so the batch size decides about the drawings
+    protocol |= {name: report[name] for name in ("num_candidates", "steps", "true_cfg_scale")}
+    protocol |= {"batch_size": args.batch_size, "language model": describe_generation(language, args.guidance)}
+    protocol |= {"dtype": str(pipe.transformer.dtype), "utilization_images": args.utilization_images}
+    if args.emoji_dir:
+        protocol["emoji"] = hash_files(list(Path(args.emoji_dir).glob("*")), args.emoji_dir)
+    if args.clip:
+        protocol["judge"] = hash_source(args.clip)
+    card = ScoreCard("evaluate scenes", protocol, describe_subject(args.model, deep=True))
+    for name, right in report["items"].items():
+        card.add_share(name, right)
+    card.add_figure("codes in use", report["utilization"]["share"], report["utilization"]["num_images"], "%")
+    for name in ("named", "drawn", "redrawn"):
+        if name in report.get("emoji", {}):
+            count = report["emoji"]["num_renderings" if name == "named" else "num_drawings"]
+            card.add_figure(f"emoji {name}", report["emoji"][name], count, "%")
+    card.run = describe_run(str(pipe.device), start)
+    return card
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -119,7 +147,7 @@ def evaluate_part(painter: Painter, part: str, rng: np.random.Generator, report:
     drawn = evaluate_drawings(painter, part, rng, report)
     redrawn = painter.paint(encode(painter.pipe, images))
     kept = [same_scene(scene, image) for scene, image in zip(scenes, redrawn)]
-    report["redrawing"][part] = shares(["scene"] * len(kept), kept)
+    add_shares(report, "redrawing", part, ["scene"] * len(kept), kept)
     if sheet and part == "new scenes":
         write_sheet(sheet, drawn, images, redrawn)
 
@@ -133,33 +161,42 @@ def evaluate_answers(
     answers = answer(painter.pipe, images, [question.text for question in asked], painter.batch_size)
     right = [given == question.answer for given, question in zip(answers, asked)]
     report["counts"]["understanding"][part] = Counter(kinds)
-    report["understanding"][part] = shares(kinds, right)
+    add_shares(report, "understanding", part, kinds, right)
 
 
 def evaluate_drawings(painter: Painter, part: str, rng: np.random.Generator, report: dict) -> list[Image.Image]:
     """Draws prompts of all categories; for the new scenes, also what chance gives. Returns the drawn prompts."""
-    categories = CATEGORIES if part == "new scenes" else COLOR_CATEGORIES
-    count, figures = report["num_scenes"], report["drawing"]
+    categories, count = CATEGORIES if part == "new scenes" else COLOR_CATEGORIES, report["num_scenes"]
     prompts = [sample_prompt(categories[i % len(categories)], rng, PARTS[part]) for i in range(count)]
     tokens = painter.write([prompt.text for prompt in prompts], report["num_candidates"])
     drawn = painter.paint(tokens)
     report["counts"]["drawing"][part] = Counter(prompt.category for prompt in prompts)
-    figures[part] = score_drawings(prompts, drawn)
+    score_drawings(report, part, prompts, drawn)
     if part == "new scenes":
         if report["num_candidates"] > 1:
             single = painter.paint(painter.write([prompt.text for prompt in prompts], 1))
-            figures["one candidate"] = score_drawings(prompts, single)
+            score_drawings(report, "one candidate", prompts, single)
         # Of the same categories
         other = drawn[len(CATEGORIES) :] + drawn[: len(CATEGORIES)]
-        figures["other prompts"] = score_drawings(prompts, other)
-        figures["shuffled codes"] = score_drawings(prompts, painter.paint(shuffle(tokens, rng)))
+        score_drawings(report, "other prompts", prompts, other)
+        score_drawings(report, "shuffled codes", prompts, painter.paint(shuffle(tokens, rng)))
     return drawn
 
 
-def score_drawings(prompts: list[ScenePrompt], images: list[Image.Image]) -> dict[str, float]:
-    """Percentage of the images that show what was asked for, over all and per category."""
+def score_drawings(report: dict, part: str, prompts: list[ScenePrompt], images: list[Image.Image]) -> None:
+    """Adds the percentage of the images that show what was asked for, over all and per category."""
     right = [check_drawing(prompt, image) for prompt, image in zip(prompts, images)]
-    return shares([prompt.category for prompt in prompts], right)
+    add_shares(report, "drawing", part, [prompt.category for prompt in prompts], right)
+
+
+def add_shares(report: dict, task: str, part: str, kinds: list[str], right: list[bool]) -> None:
+    """Adds percentages to a report, see `shares`, and which items are right, by their numbers."""
+    report[task][part] = shares(kinds, right)
+    for kind in report[task][part]:
+        name = f"{task}, {part}" if kind == "all" else f"{task}, {part}, {kind}"
+        chosen = {str(i): bool(flag) for i, flag in enumerate(right) if kind in ("all", kinds[i])}
+        if kind != "scene":
+            report["items"][name] = chosen
 
 
 def shuffle(tokens: torch.LongTensor, rng: np.random.Generator) -> torch.LongTensor:

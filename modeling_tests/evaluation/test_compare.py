@@ -1,0 +1,56 @@
+"""Paired tests of two cards, and cards that must not be compared."""
+
+import numpy as np
+import pytest
+
+from transformers_unicode2 import cli
+from transformers_unicode2.evaluation.compare import compute_p, main, make_parser
+from transformers_unicode2.evaluation.score_card import ScoreCard
+
+
+def write_card(file, right, scores=(), command="evaluate scenes", **protocol) -> None:
+    card = ScoreCard(command, {"benchmark": "x", "seed": 0, **protocol}, {"model": "m"})
+    card.add_share("right", {str(i): bool(flag) for i, flag in enumerate(right)})
+    if len(scores):
+        card.add_mean("score", {str(i): float(value) for i, value in enumerate(scores)}, "points")
+    card.write(file)
+
+
+def compare(*words):
+    return main(make_parser().parse_args(list(map(str, words))))
+
+
+def test_tests_of_pairs_are_exact():
+    """McNemar's exact p of 2 lost and 10 gained is 2 P(X <= 2), X of Binomial(12, 1/2)."""
+    one, other = [1.0] * 2 + [0.0] * 10 + [1.0] * 30, [0.0] * 2 + [1.0] * 10 + [1.0] * 30
+    assert compute_p(one, other) == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert compute_p(one, one) == 1.0
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=100)
+    assert compute_p(list(values), list(values + rng.normal(scale=0.1, size=100) + 0.1)) < 0.001
+    assert compute_p(list(values), list(values + rng.normal(scale=0.1, size=100))) > 0.05
+
+
+def test_cards_of_one_protocol_are_compared_item_by_item(tmp_path, capsys):
+    write_card(tmp_path / "a.json", [0, 0, 1, 1] * 10, np.zeros(40))
+    write_card(tmp_path / "b.json", [0, 1, 1, 1] * 10, np.ones(40))
+    right, score = compare(tmp_path / "a.json", tmp_path / "b.json", "--json", tmp_path / "out.json")
+    assert (right["A"], right["B"], right["B - A"], right["items"]) == (50.0, 75.0, 25.0, 40)
+    assert right["p"] == pytest.approx(2 / 2**10) and score["p"] < 0.001
+    low, high = map(float, right["95 %"].split(" to "))
+    assert 10 < low < 25 < high < 40 and (tmp_path / "out.json").is_file()
+    assert "| right | 50 | 75 | 25 |" in capsys.readouterr().out
+
+
+def test_cards_of_other_protocols_are_refused(tmp_path):
+    write_card(tmp_path / "a.json", [0, 1])
+    write_card(tmp_path / "b.json", [0, 1], seed=1)
+    write_card(tmp_path / "c.json", [0, 1], command="evaluate generation")
+    with pytest.raises(ValueError, match=r"follow different protocols \(seed was 0 and is 1\); --ignore NAME lets"):
+        compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert compare(tmp_path / "a.json", tmp_path / "b.json", "--ignore", "seed")[0]["p"] == 1.0
+    with pytest.raises(ValueError, match="--ignore sead is no entry of the protocol; those are benchmark, seed"):
+        compare(tmp_path / "a.json", tmp_path / "b.json", "--ignore", "sead")
+    with pytest.raises(ValueError, match="is of `evaluate scenes`, and .* of `evaluate generation`"):
+        compare(tmp_path / "a.json", tmp_path / "c.json")
+    assert cli.COMMANDS["evaluate compare"][0] == "evaluation.compare"

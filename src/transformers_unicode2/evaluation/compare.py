@@ -1,0 +1,112 @@
+"""Two score cards of one protocol beside each other, item by item.
+
+    unicode2 evaluate compare A.json B.json
+
+A difference is tested on the items that both cards have: by McNemar's exact test where items are right or wrong, else
+by flipping signs at random. Its 95 % interval is a bootstrap over the items. Cards of different protocols are refused,
+and what differs is said; `--ignore NAME` lets an entry of the protocol differ, as a setting that is to be compared.
+"""
+
+import argparse
+import json
+from math import comb
+
+import numpy as np
+
+from ..cards import write_table
+from ..files import write_file
+from ..record import compare as compare_entries
+from .score_card import ScoreCard, bootstrap, flatten, read_card
+
+# Random signs of a test
+FLIPS = 10_000
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unicode2 evaluate compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("first", metavar="A.json", help="score card")
+    add("second", metavar="B.json", help="score card of the same protocol")
+    add("--ignore", nargs="+", default=[], metavar="NAME", help="entries of the protocol that may differ")
+    add("--json", metavar="FILE", help="also write the comparison to a file")
+    return parser
+
+
+def main(args: argparse.Namespace) -> list[dict]:
+    first, second = read_card(args.first), read_card(args.second)
+    check_protocols(first, second, args)
+    rows = compare_cards(first, second)
+    if not rows:
+        raise ValueError(f"{args.first} and {args.second} have no figure in common.")
+    print(write_table([{name: write(value) for name, value in row.items()} for row in rows]))
+    if args.json:
+        write_file(args.json, (json.dumps(rows, indent=1) + "\n").encode())
+    return rows
+
+
+def write(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def check_protocols(first: ScoreCard, second: ScoreCard, args: argparse.Namespace) -> None:
+    """Raises `ValueError` on cards that are not comparable, with what differs."""
+    if first.command != second.command:
+        raise ValueError(f"{args.first} is of `{first.command}`, and {args.second} of `{second.command}`.")
+    one, other = flatten(first.protocol), flatten(second.protocol)
+    unknown = [name for name in args.ignore if name not in one and name not in other]
+    if unknown:
+        raise ValueError(f"--ignore {unknown[0]} is no entry of the protocol; those are {', '.join(sorted(one))}.")
+    for name in args.ignore:
+        one.pop(name, None)
+        other.pop(name, None)
+    changes = compare_entries(one, other)
+    if changes:
+        raise ValueError(
+            f"{args.first} and {args.second} follow different protocols ({'; '.join(changes)}); --ignore NAME lets an "
+            "entry differ."
+        )
+
+
+def compare_cards(first: ScoreCard, second: ScoreCard) -> list[dict]:
+    """A row for each figure that both cards have: values, difference, interval, p and number of items."""
+    others = {figure.name: figure for figure in second.figures}
+    rows = []
+    for figure in first.figures:
+        other = others.get(figure.name)
+        if other is None:
+            continue
+        row = {"figure": figure.name, "A": figure.value, "B": other.value, "B - A": other.value - figure.value}
+        one, two = first.items.get(figure.name, {}), second.items.get(figure.name, {})
+        shared = [item for item in one if item in two]
+        row |= {"95 %": None, "p": None, "items": len(shared)}
+        if shared:
+            scale = 100 if figure.unit == "%" and figure.interval == "binomial" else 1
+            differences = {item: scale * (two[item] - one[item]) for item in shared}
+            low, high = bootstrap(differences)
+            row["95 %"] = None if low is None else f"{low:.4g} to {high:.4g}"
+            row["p"] = compute_p([one[item] for item in shared], [two[item] for item in shared])
+        rows.append(row)
+    return rows
+
+
+def compute_p(one: list[float], other: list[float]) -> float:
+    """p of no difference, on two sides: McNemar's exact test of values 0 and 1, else a test of random signs."""
+    if {*one, *other} <= {0.0, 1.0}:
+        gained = sum(b > a for a, b in zip(one, other))
+        lost = sum(b < a for a, b in zip(one, other))
+        count, least = gained + lost, min(gained, lost)
+        return min(1.0, 2 * sum(comb(count, k) for k in range(least + 1)) / 2**count) if count else 1.0
+    differences = np.asarray(other) - np.asarray(one)
+    if not differences.any():
+        return 1.0
+    rng, observed, reached = np.random.default_rng(0), abs(differences.mean()), 0
+    for _ in range(FLIPS // 1000):
+        signs = rng.choice((-1.0, 1.0), (1000, len(differences)))
+        reached += int((abs((signs * differences).mean(1)) >= observed - 1e-12).sum())
+    return (reached + 1) / (FLIPS + 1)
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())

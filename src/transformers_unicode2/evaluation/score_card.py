@@ -1,0 +1,273 @@
+"""The score card of an evaluation: figures with intervals, and everything that they depend on.
+
+A card is a JSON file and a page beside it. Its parts are:
+
+- `protocol`: what was measured and how: data by their SHA-256, scorer, judge, and every setting of the language model
+  and of the decoder. `protocol_hash` is its SHA-256. Figures of two cards may be compared if these are equal.
+- `subject`: which checkpoint, codebook, mapper and decoder, by their digests.
+- `figures`: values with 95 % intervals over the items, and their counts.
+- `items`: what each item got, for paired tests, see `compare.py`.
+- `run`: date, commit, device, versions, seconds, and what changes no figure, such as the batch size.
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from ..cards import name_places, write_table
+from ..files import write_file
+from ..record import shorten
+
+FORMAT = 1
+# Resamples of a bootstrap, and the quantile of a normal distribution for 95 % on two sides
+RESAMPLES, NORMAL = 2000, 1.959963984540054
+# Of them computed at a time
+CHUNK = 50
+LIBRARIES = (
+    "transformers_unicode2",
+    "torch",
+    "transformers",
+    "diffusers",
+    "lmms_eval",
+    "torchmetrics",
+    "numpy",
+    "pillow",
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its 95 % interval, and how many items it is of.
+
+    `interval` is `binomial` (Wilson), `bootstrap`, or `none` where there is nothing to resample.
+    """
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+    unit: str = "%"
+    interval: str = "binomial"
+
+
+@dataclass
+class ScoreCard:
+    """See the head of this file."""
+
+    command: str
+    protocol: dict
+    subject: dict
+    figures: list[Figure] = field(default_factory=list)
+    items: dict[str, dict[str, float]] = field(default_factory=dict)
+    run: dict = field(default_factory=dict)
+
+    @property
+    def protocol_hash(self) -> str:
+        """SHA-256 of command and protocol."""
+        content = json.dumps([FORMAT, self.command, self.protocol], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def add_share(self, name: str, right: dict[str, bool]) -> None:
+        """Adds the percentage of the items that are right, with its Wilson interval."""
+        count = len(right)
+        low, high = (100 * limit for limit in wilson(sum(right.values()), count))
+        value = 100 * sum(right.values()) / count if count else 0.0
+        self.figures.append(Figure(name, value, low, high, count))
+        self.items[name] = {item: float(flag) for item, flag in right.items()}
+
+    def add_mean(self, name: str, values: dict[str, float], unit: str, groups: dict[str, str] | None = None) -> None:
+        """Adds the mean of the items, with its bootstrap interval. Items of a group, as images of a prompt, are
+        resampled inside groups that are resampled themselves."""
+        low, high = bootstrap(values, groups)
+        value = float(np.mean(list(values.values()))) if values else 0.0
+        self.figures.append(Figure(name, value, low, high, len(values), unit, "bootstrap"))
+        self.items[name] = dict(values)
+
+    def add_figure(self, name: str, value: float, count: int, unit: str) -> None:
+        """Adds a figure that no items make up, such as a distance of distributions."""
+        self.figures.append(Figure(name, value, None, None, count, unit, "none"))
+
+    def to_dict(self) -> dict:
+        content = {"format": FORMAT, "command": self.command, "protocol_hash": self.protocol_hash}
+        content |= {"protocol": self.protocol, "subject": self.subject}
+        content |= {"figures": [asdict(figure) for figure in self.figures], "items": self.items, "run": self.run}
+        return json.loads(json.dumps(content, default=str))
+
+    def write(self, file: str | Path) -> None:
+        """Writes the card to a JSON file, and its page beside it, with the suffix `.md`."""
+        file = Path(file)
+        write_file(file, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        write_file(file.with_suffix(".md"), self.make_page().encode())
+
+    def make_page(self) -> str:
+        """The card as Markdown, with the metadata that a model card on the Hub may take over."""
+        rows = [
+            {"figure": f.name, "value": f"{f.value:.4g} {f.unit}", "95 %": write_interval(f), "items": f.count}
+            for f in self.figures
+        ]
+        parts = [f"---\n{make_index(self).to_yaml()}\n---\n", f"# Score card: `unicode2 {self.command}`\n"]
+        parts += [f"Protocol {self.protocol_hash[:12]}. Cards with another protocol are not comparable.\n"]
+        parts += [write_table(rows)] if rows else []
+        for heading in ("subject", "protocol", "run"):
+            values = name_places(flatten(getattr(self, heading)))
+            rows = [{heading: name, "value": shorten(value)} for name, value in values.items()]
+            parts += [f"## {heading.capitalize()}\n", write_table(rows)] if rows else []
+        return "\n".join(parts)
+
+
+def write_interval(figure: Figure) -> str:
+    return "" if figure.low is None else f"{figure.low:.4g} to {figure.high:.4g} ({figure.interval})"
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested entries under names with dots."""
+    flat = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
+
+
+def make_index(card: ScoreCard):
+    """`model-index` of a Hub model card for the figures of a score card, as `ModelCardData`."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    name = Path(card.subject.get("model", "model")).name
+    results = [
+        EvalResult(
+            task_type=card.protocol.get("task_type", "image-text-to-text"),
+            dataset_type=card.protocol.get("benchmark", card.command),
+            dataset_name=card.protocol.get("benchmark", card.command),
+            metric_type=figure.name,
+            metric_name=figure.name,
+            metric_value=round(figure.value, 4),
+            metric_args={"protocol": card.protocol_hash[:12], "interval": [figure.low, figure.high]},
+        )
+        for figure in card.figures
+    ]
+    return ModelCardData(model_name=name, eval_results=results) if results else ModelCardData()
+
+
+def read_card(file: str | Path) -> ScoreCard:
+    """Reads a card. Raises `ValueError` on a file that is none, or whose protocol was changed by hand."""
+    try:
+        content = json.loads(Path(file).read_text())
+        figures = [Figure(**figure) for figure in content["figures"]]
+        names = ("command", "protocol", "subject", "items", "run")
+        card = ScoreCard(**{name: content[name] for name in names}, figures=figures)
+        found = content["protocol_hash"], content["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no score card ({type(error).__name__}: {error}).") from error
+    if found != (card.protocol_hash, FORMAT):
+        raise ValueError(f"{file} was changed by hand, or is of another version: its protocol has another hash.")
+    return card
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a binomial share."""
+    if not count:
+        return 0.0, 1.0
+    share, square = right / count, NORMAL**2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = NORMAL / (1 + square / count) * (share * (1 - share) / count + square / (4 * count**2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap(values: dict[str, float], groups: dict[str, str] | None = None) -> tuple[float | None, float | None]:
+    """
+    A 95 % percentile interval of the mean, by resampling items with replacement, the same in every run.
+
+    Args:
+        values: by item.
+        groups: the group of each item, as the prompt of an image. Groups are resampled, and items inside them.
+
+    Returns:
+        Its limits; `None` of fewer than two items.
+    """
+    if len(values) < 2:
+        return None, None
+    rng, by_group = np.random.default_rng(0), {}
+    for item, value in values.items():
+        by_group.setdefault(groups[item] if groups else item, []).append(value)
+    sizes = np.array([len(part) for part in by_group.values()])
+    table = np.zeros((len(sizes), sizes.max()))
+    for row, part in zip(table, by_group.values()):
+        row[: len(part)] = part
+    means = []
+    for _ in range(RESAMPLES // CHUNK):
+        chosen = rng.integers(len(sizes), size=(CHUNK, len(sizes)))
+        inner = (rng.random((*chosen.shape, table.shape[1])) * sizes[chosen][..., None]).astype(int)
+        kept = np.arange(table.shape[1]) < sizes[chosen][..., None]  # (CHUNK, num_groups, largest_group)
+        means.append((table[chosen[..., None], inner] * kept).sum((1, 2)) / kept.sum((1, 2)))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def describe_run(device: str, start: float, **settings) -> dict:
+    """What a card says of its run, with `settings` that change no figure.
+
+    Args:
+        device: that ran the model.
+        start: `time.perf_counter()` at the beginning.
+    """
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    run = {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "commit": find_commit()}
+    run |= {"seconds": round(time.perf_counter() - start, 1), "device": device, "machine": platform.machine()}
+    return {**run, "python": platform.python_version(), "versions": versions, **settings}
+
+
+def find_commit() -> str | None:
+    """The commit of this package's repository, if it runs out of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def hash_data(*files: str | Path) -> dict[str, str]:
+    """SHA-256 of data files by their last names."""
+    from ..record import hash_file
+
+    return {Path(file).name: hash_file(file) for file in files}
+
+
+def describe_generation(model, guidance_scale: float | None = None, **changes) -> dict:
+    """The settings by which a model writes images, with those of a call.
+
+    Args:
+        model (`UniCode2ForConditionalGeneration`): whose own settings are taken where a call names none.
+        guidance_scale: of the call.
+        **changes: further ones of it.
+    """
+    settings = dict(getattr(model.generation_config, "image_generation", None) or {})
+    given = {"guidance_scale": guidance_scale, **changes}
+    return settings | {name: value for name, value in given.items() if value is not None}
+
+
+def describe_subject(model: str, deep: bool = False) -> dict:
+    """Which checkpoint, by its digest and that of its quantizer.
+
+    Args:
+        model: folder or Hub name.
+        deep: whether it is a pipeline, with parts in subfolders.
+    """
+    from ..record import hash_source
+    from ..tokens import hash_quantizer
+
+    return {"model": model, "checkpoint": hash_source(model, deep=deep), "quantizer": hash_quantizer(model)}
