@@ -1,13 +1,12 @@
 """Likelihoods with a shared cache are those of whole sequences, and a model that reads its images is told apart."""
 
-import json
-
 import pytest
 import torch
 from datasets import Dataset
 
 from transformers_unicode2 import UniCode2ForConditionalGeneration
 from transformers_unicode2.evaluation import captions
+from transformers_unicode2.evaluation.score_card import read_card
 from transformers_unicode2.scenes.sample import sample_scene
 from transformers_unicode2.scenes.scene import draw_scene
 from transformers_unicode2.scenes.texts import dense_caption
@@ -138,8 +137,13 @@ def test_drawings_follow_the_seed_and_the_batch(model, processor):
 
 def test_command_writes_what_it_prints(tiny_checkpoint, folder, capsys):
     words = ("--model", tiny_checkpoint, "--data", folder, "--num-rows", 3, "--num-choices", 3, "--draw")
-    report = run(*words, "--guidance", 1, "--temperature", 0, "--json", folder.parent / "scores.json")
-    assert report == json.loads((folder.parent / "scores.json").read_text())
+    report = run(*words, "--guidance", 1, "--temperature", 0, "--json", folder.parent / "card.json")
+    card = read_card(folder.parent / "card.json")
+    figures = {figure.name: figure for figure in card.figures}
+    assert figures["image_gap"].value == pytest.approx(report["image_gap"]) and figures["image_gap"].count == 3
+    assert figures["chosen"].value == pytest.approx(report["chosen"]["percent"])
+    assert len(card.items["drawn, by counts"]) == 3 and card.protocol["drawing"]["guidance_scale"] == 1
+    assert card.protocol["num_rows"] == 3 and card.run["batch_size"] == 8
     assert report["drawn"]["counts"]["of"] == len(report["examples"]) == 3
     printed = capsys.readouterr().out
     assert f"{report['image_gap']:.3f}, standard error" in printed and "drawn, by vectors | " in printed

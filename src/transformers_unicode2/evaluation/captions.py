@@ -1,6 +1,6 @@
 """Whether a model reads its images, on captioned images that were tokenized and held out from training.
 
-    unicode2 evaluate captions --model outputs/sft --data outputs/tokens-held --num-rows 200 --json scores.json
+    unicode2 evaluate captions --model outputs/sft --data outputs/tokens-held --num-rows 200 --json card.json
     unicode2 evaluate captions --model outputs/sft --data outputs/tokens-held --draw
 
 A row counts when it asks about one image and is answered with one text. Of rows with equal captions or equal codes one
@@ -18,7 +18,7 @@ standardised over the rows (`vectors`).
 
 import argparse
 import glob
-import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from ..cli import SEED, at_least
-from ..files import write_file
 from ..planning_unicode2 import CACHE_NAME
 from ..tokens import check_codes, find_tables
 from .drawing import batches
+from .score_card import ScoreCard, describe_generation, describe_run, describe_subject, hash_data
 
 # Rows whose greedy answers are printed
 NUM_EXAMPLES = 5
@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--draw-prompt", default="{caption}", metavar="TEXT", help="asks for a drawing (default: %(default)s)")
     add("--guidance", type=at_least(0.0), help="guidance of a drawing (default: the model's)")
     add("--temperature", type=at_least(0.0), help="of a drawing; 0 takes the likeliest codes (default: the model's)")
-    add("--json", metavar="FILE", help="also write the figures to a file")
+    add("--json", metavar="FILE", help="also write a score card to a file, and its page beside it")
     return parser
 
 
@@ -72,6 +72,7 @@ def main(args: argparse.Namespace) -> dict:
     from transformers_unicode2.checkpoints import load_model
 
     check_arguments(args)
+    start = time.perf_counter()
     files = find_tables(args.data, args.split, "--data")
     rows = open_rows(files)
     model, processor = load_model(args.model)
@@ -95,8 +96,33 @@ def main(args: argparse.Namespace) -> dict:
         report["drawn"] = compare_bags(drawn, [pair.codes for pair in pairs], model.get_quantizer().codebook.codes)
     print_report(report)
     if args.json:
-        write_file(args.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+        make_card(args, report, model, files, start).write(args.json)
     return report
+
+
+def make_card(args: argparse.Namespace, report: dict, model, files: list[Path], start: float) -> ScoreCard:
+    """The score card of a report. Its items are the rows, in the order that the seed gives them."""
+    protocol = {"benchmark": "captioned images", "data": hash_data(*files)}
+    protocol |= {name: getattr(args, name) for name in ("split", "num_rows", "num_choices", "seed")}
+    protocol["dtype"] = str(model.dtype)
+    card = ScoreCard("evaluate captions", protocol, describe_subject(args.model))
+    for name in ("own_loss", "other_loss", "image_gap"):
+        card.add_mean(name, name_items(report["items"][name]), "nats a token")
+    for name in ("chosen", "chosen_per_token", "named_exactly"):
+        card.add_share(name, name_items(report[name]["items"]))
+    if args.draw:
+        given = {"do_sample": None, "temperature": args.temperature} if args.temperature is not None else {}
+        # A batch shares its random numbers
+        protocol["drawing"] = describe_generation(model, args.guidance, prompt=args.draw_prompt, **given)
+        protocol["batch_size"] = args.batch_size
+        for name, share in report["drawn"].items():
+            card.add_share(f"drawn, by {name}", name_items(share["items"]))
+    card.run = describe_run(str(model.device), start, batch_size=args.batch_size)
+    return card
+
+
+def name_items(values: list) -> dict:
+    return {str(number): value for number, value in enumerate(values)}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -178,6 +204,7 @@ def measure_reading(model, pairs: list[Pair], num_choices: int, batch_size: int)
     own, other = nll[:, 0] / lengths, nll[:, 1].roll(1) / lengths
     gap = other - own
     return {
+        "items": {"own_loss": own.tolist(), "other_loss": other.tolist(), "image_gap": gap.tolist()},
         "own_loss": own.mean().item(),
         "other_loss": other.mean().item(),
         "image_gap": gap.mean().item(),
@@ -190,7 +217,8 @@ def measure_reading(model, pairs: list[Pair], num_choices: int, batch_size: int)
 
 
 def count_right(right: torch.BoolTensor) -> dict:
-    return {"right": int(right.sum()), "of": len(right), "percent": 100 * right.float().mean().item()}
+    percent = 100 * right.float().mean().item()
+    return {"right": int(right.sum()), "of": len(right), "percent": percent, "items": right.tolist()}
 
 
 def batch_by_length(lengths: list[int], size: int, description: str):

@@ -261,13 +261,17 @@ def describe_generation(model, guidance_scale: float | None = None, **changes) -
 
 
 def describe_subject(model: str, deep: bool = False) -> dict:
-    """Which checkpoint, by its digest and that of its quantizer.
+    """Which checkpoint, by its digest and that of its quantizer; of an adapter, also that of its checkpoint.
 
     Args:
         model: folder or Hub name.
         deep: whether it is a pipeline, with parts in subfolders.
     """
+    from ..adapters import find_base, is_adapter
     from ..record import hash_source
     from ..tokens import hash_quantizer
 
-    return {"model": model, "checkpoint": hash_source(model, deep=deep), "quantizer": hash_quantizer(model)}
+    base = find_base(model)[0] if is_adapter(model) else model
+    subject = {"model": model, "checkpoint": hash_source(model, deep=deep)}
+    subject |= {"base": hash_source(base)} if base != model else {}
+    return {**subject, "quantizer": hash_quantizer(base)}
