@@ -13,6 +13,8 @@ COMMANDS = {
     "ask": ("ask", "make_parser", "main", "ask any checkpoint or adapter about images, or draw with it"),
     "evaluate scenes": ("evaluation.scenes", "make_parser", "main", "score a checkpoint on drawn scenes"),
     "evaluate captions": ("evaluation.captions", "make_parser", "main", "whether a checkpoint reads its images"),
+    "evaluate generation": ("evaluation.generation", "make_parser", "main", "draw GenEval or DPG-Bench"),
+    "evaluate geneval": ("evaluation.geneval", "make_parser", "main", "score GenEval by Transformers' Mask2Former"),
     "evaluate compare": ("evaluation.compare", "make_parser", "main", "compare two score cards, item by item"),
     "codebook build": ("codebook.build", "make_parser", "main", "build a codebook from images (Algorithm 1)"),
     "codebook report": ("codebook.report", "make_parser", "main", "write a page about how images use a codebook"),

@@ -1,0 +1,146 @@
+"""Pictures in the folders of the official scorers, the same for any number of processes and after any kill."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizing import stop_at
+
+from transformers_unicode2.evaluation import generation
+from transformers_unicode2.evaluation.score_card import read_card
+
+PROMPTS = [
+    {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a circle"},
+    {"tag": "counting", "include": [{"class": "ring", "count": 2}], "exclude": [{"class": "ring", "count": 3}],
+     "prompt": "two rings"},
+]  # fmt: skip
+QUICK = "--steps 1 --num-candidates 1 --true-cfg-scale 1 --max-plan-tokens 0 --prior-guidance 1 --images-per-prompt 2"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "evaluation_metadata.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in PROMPTS))
+    return file
+
+
+def words(prompts, model, output, *more) -> list[str]:
+    own = ["--benchmark", "geneval", "--prompts", prompts, "--model", model, "--output", output, *QUICK.split(), *more]
+    return list(map(str, own))
+
+
+def run(*args):
+    generation.main(generation.make_parser().parse_args(words(*args)))
+
+
+def read(folder) -> dict:
+    """All files of an output but for the card and its page."""
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("generation.")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if ".unicode2" not in file.parts}
+
+
+@pytest.fixture(scope="module")
+def drawn(prompts, tiny_checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("drawn") / "out"
+    run(prompts, tiny_checkpoint, output)
+    return output
+
+
+def test_folders_are_those_of_the_official_scorer(drawn, capsys, prompts, tiny_checkpoint):
+    names = {f"{i:05d}/samples/{j:05d}.png" for i in range(2) for j in range(2)}
+    assert read(drawn).keys() == names | {"00000/metadata.jsonl", "00001/metadata.jsonl"}
+    assert json.loads((drawn / "00001/metadata.jsonl").read_text()) == PROMPTS[1]
+    pictures = [np.asarray(Image.open(drawn / name)) for name in sorted(names)]
+    assert pictures[0].shape == (64, 64, 3) and not (pictures[0] == pictures[1]).all()
+    card = read_card(drawn / "generation.json")
+    assert card.protocol["decoder"]["num_inference_steps"] == 1 and card.protocol["rewritten"] == "none"
+    assert card.protocol["language model"]["max_plan_tokens"] == 0 and card.protocol["num_candidates"] == 1
+    assert not card.figures and (drawn / "generation.md").is_file()
+    run(prompts, tiny_checkpoint, drawn)
+    assert "is finished; nothing to do" in capsys.readouterr().out
+
+
+def test_a_killed_run_resumes_to_the_same_pictures(prompts, drawn, tiny_checkpoint, tmp_path, monkeypatch):
+    for number in (1, 3):
+        monkeypatch.setattr(generation, "draw", stop_at(generation.draw, number))
+        with pytest.raises(KeyboardInterrupt):
+            run(prompts, tiny_checkpoint, tmp_path / "out")
+        monkeypatch.undo()
+    run(prompts, tiny_checkpoint, tmp_path / "out")
+    assert read(tmp_path / "out") == read(drawn)
+    cards = [read_card(folder / "generation.json") for folder in (tmp_path / "out", drawn)]
+    assert cards[0].protocol_hash == cards[1].protocol_hash and cards[0].subject == cards[1].subject
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_same(prompts, drawn, tiny_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--local-addr", "127.0.0.1", "-m", "transformers_unicode2.evaluation.generation"]
+    command += words(prompts, tiny_checkpoint, tmp_path / "out")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
+    assert read(tmp_path / "out") == read(drawn)
+
+
+def test_grids_of_dpg_have_the_pictures_in_rows(drawn, tiny_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "prompts").mkdir()
+    for name, text in (("a", "a circle"), ("b", "two rings")):
+        (tmp_path / "prompts" / f"{name}.txt").write_text(text)
+    own = ["--benchmark", "dpg", "--prompts", tmp_path / "prompts", "--model", tiny_checkpoint, *QUICK.split()]
+    own = [*map(str, own), "--images-per-prompt", "4", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(generation, "draw", stop_at(generation.draw, 6))
+    with pytest.raises(KeyboardInterrupt):
+        generation.main(generation.make_parser().parse_args(own))
+    monkeypatch.undo()
+    generation.main(generation.make_parser().parse_args(own))
+    assert read(tmp_path / "out").keys() == {"a.png", "b.png"}
+    grid = Image.open(tmp_path / "out/a.png")
+    tiles = [grid.crop(box) for box in ((0, 0, 64, 64), (64, 0, 128, 64))]
+    singles = [Image.open(drawn / f"00000/samples/{j:05d}.png") for j in range(2)]
+    assert grid.size == (128, 128) and [tile.tobytes() for tile in tiles] == [one.tobytes() for one in singles]
+
+
+def test_another_protocol_in_the_same_folder_is_refused(prompts, drawn, tiny_checkpoint, tmp_path):
+    (tmp_path / "texts").write_text("a very round circle\ntwo shiny rings\n")
+    with pytest.raises(ValueError, match="begun with something else .protocol seed was 0 and is 1"):
+        run(prompts, tiny_checkpoint, drawn, "--seed", "1")
+    with pytest.raises(ValueError, match="protocol rewritten was none and is"):
+        run(prompts, tiny_checkpoint, drawn, "--rewritten", tmp_path / "texts")
+    run(prompts, tiny_checkpoint, tmp_path / "out", "--rewritten", tmp_path / "texts")
+    assert json.loads((tmp_path / "out/00000/metadata.jsonl").read_text()) == PROMPTS[0]
+    assert read(tmp_path / "out")["00000/samples/00000.png"] != read(drawn)["00000/samples/00000.png"]
+    shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a circle", "line 1: Expecting value"),
+        ('["a"]', "line 1: it is list, where an object must be"),
+        ('{"prompt": "", "tag": "counting"}', "`prompt` is '', where a text must be"),
+        ('{"prompt": "a", "tag": "count"}', "`tag` is 'count'; it must be one of single_object, two_object"),
+        ('{"prompt": "a", "tag": "counting", "include": []}', r"`include` is \[\], where a list of objects must be"),
+        ('{"prompt": "a", "tag": "counting", "include": [{"class": "a"}]}', r"`include\[0\].count` is None"),
+        (
+            '{"prompt": "a", "tag": "position", "include": [{"class": "a", "count": 1, "position": ["left of", 0]}]}',
+            r"`include\[0\].position` is \['left of', 0\]; it must be one of left of, .* number of an",
+        ),
+    ],
+)
+def test_prompts_of_another_shape_are_refused(tiny_checkpoint, tmp_path, line, message):
+    (tmp_path / "prompts.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "prompts.jsonl", tiny_checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_refusals(prompts, tiny_checkpoint, tmp_path):
+    (tmp_path / "texts").write_text("one\n")
+    with pytest.raises(ValueError, match="texts has 1 lines, and there are 2 prompts; give one for each"):
+        run(prompts, tiny_checkpoint, tmp_path / "out", "--rewritten", tmp_path / "texts")
+    with pytest.raises(ValueError, match="has no .txt files; give the folder dpg_bench/prompts of DPG-Bench"):
+        run(prompts, tiny_checkpoint, tmp_path / "out", "--benchmark", "dpg")

@@ -1,0 +1,228 @@
+"""GenEval without mmdet: its published rules over the detections of a Mask2Former of Transformers.
+
+    unicode2 evaluate geneval --images drawn --detector facebook/mask2former-swin-small-coco-instance \\
+      --clip openai/clip-vit-large-patch14 --json card.json
+
+The rules are those of GenEval (Ghosh et al., 2023): objects above a score of 0.3, or 0.9 where they are counted, at
+most 16 of a class; every object that a prompt includes in its number, its color by a CLIP on the object's crop, its
+position by the centers of boxes, with a tenth of their sizes for tolerance; and none that it excludes. A figure is the
+share of pictures that are right, of a tag and the mean over the tags.
+
+This is `geneval_hf`. The official scorer has another detector, of mmdet, and another CLIP library. How far the two
+differ is not known until somebody measures it on the same pictures; call it by this name.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..files import write_file
+from ..record import hash_source
+from .prompts import RELATIONS, TAGS, check_metadata
+from .score_card import ScoreCard, describe_run, hash_data, read_card
+
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
+MAX_OBJECTS = 16
+# Of the summed sizes of two boxes, within which they are at one place
+TOLERANCE = 0.1
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# As the prompts call what COCO calls otherwise
+RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+RESULT = "geneval_hf.json"
+
+
+@dataclass(frozen=True)
+class Detection:
+    """An object in a picture. `box` is x from, y from, x to, y to in pixels; `mask` is bool `(height, width)`."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+    mask: np.ndarray | None = None
+
+
+def score_picture(
+    metadata: dict, detections: list[Detection], name_color: Callable[[Detection, str], str]
+) -> tuple[bool, list[str]]:
+    """
+    Whether a picture shows what its prompt asks for, by the rules of GenEval.
+
+    Args:
+        metadata: of the prompt, see `prompts.check_metadata`.
+        detections: of the picture, of any score.
+        name_color: the color of an object of a class, one of `COLORS`.
+
+    Returns:
+        Whether it does, and the reasons why not.
+    """
+    found = group_detections(metadata, detections)
+    reasons, matched = [], []
+    for wanted in metadata["include"]:
+        label, count = wanted["class"], wanted["count"]
+        # The best of them, as many as are asked for
+        objects, here = found.get(label, [])[:count], []
+        if len(objects) < count:
+            here.append(f"expected {label} >= {count}, found {len(objects)}")
+        elif "color" in wanted:
+            colors = [name_color(one, label) for one in objects]
+            if colors.count(wanted["color"]) < count:
+                here.append(f"expected {wanted['color']} {label} >= {count}, found {', '.join(colors)}")
+        if "position" in wanted and not here:
+            here += check_position(wanted, objects, matched)
+        reasons += here
+        matched.append(None if here else objects)
+    for unwanted in metadata.get("exclude", []):
+        number = len(found.get(unwanted["class"], []))
+        if number >= unwanted["count"]:
+            reasons.append(f"expected {unwanted['class']} < {unwanted['count']}, found {number}")
+    return not reasons, reasons
+
+
+def group_detections(metadata: dict, detections: list[Detection]) -> dict[str, list[Detection]]:
+    """The detections that count, by their class, the best first."""
+    limit = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
+    found = {}
+    for one in sorted(detections, key=lambda one: -one.score):
+        if one.score > limit and len(found.setdefault(one.label, [])) < MAX_OBJECTS:
+            found[one.label].append(one)
+    return found
+
+
+def check_position(wanted: dict, objects: list[Detection], matched: list[list[Detection] | None]) -> list[str]:
+    """A reason why objects are not where a prompt has them, if there is one."""
+    relation, number = wanted["position"]
+    if matched[number] is None:
+        return [f"no target for {wanted['class']} to be {relation}"]
+    for one in objects:
+        for target in matched[number]:
+            relations = relate(one.box, target.box)
+            if relation not in relations:
+                held = " and ".join(sorted(relations)) or "none of these"
+                return [f"expected {wanted['class']} {relation} target, found {held}"]
+    return []
+
+
+def relate(box: tuple, other: tuple) -> set[str]:
+    """Which of `RELATIONS` a box has to another one: none, one, or two at a corner."""
+    (x, y, to_x, to_y), (x2, y2, to_x2, to_y2) = box, other
+    offset = np.array([(x + to_x) / 2 - (x2 + to_x2) / 2, (y + to_y) / 2 - (y2 + to_y2) / 2])
+    sizes = np.array([abs(to_x - x) + abs(to_x2 - x2), abs(to_y - y) + abs(to_y2 - y2)])
+    beyond = np.maximum(np.abs(offset) - TOLERANCE * sizes, 0) * np.sign(offset)
+    if (np.abs(beyond) < 1e-3).all():
+        return set()
+    across, down = beyond / np.linalg.norm(offset)
+    holds = (across < -0.5, across > 0.5, down < -0.5, down > 0.5)
+    return {relation for relation, flag in zip(RELATIONS, holds) if flag}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unicode2 evaluate geneval", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--images", required=True, help="folder that `unicode2 evaluate generation --benchmark geneval` wrote")
+    add("--detector", required=True, help="Mask2Former of COCO's instances: folder or Hub name")
+    add("--clip", required=True, help="CLIP with both towers: folder or Hub name")
+    add("--json", required=True, metavar="FILE", help="score card to write, and its page beside it")
+    return parser
+
+
+def main(args: argparse.Namespace) -> ScoreCard:
+    import torch
+    from tqdm import tqdm
+
+    from .detectors import ColorNamer, Mask2FormerDetector
+
+    start, folders = time.perf_counter(), find_folders(Path(args.images))
+    if Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json} is no file in a folder that is there.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scorer = {"detector": hash_source(args.detector), "clip": hash_source(args.clip), "rules": "geneval_hf"}
+    judge, results = None, {}
+    for folder in tqdm(folders, unit="prompt", desc="geneval_hf"):
+        pictures = sorted((folder / "samples").glob("*.png"))
+        known = read_result(folder, scorer, pictures)
+        if known is None:
+            judge = judge or (Mask2FormerDetector(args.detector, device), ColorNamer(args.clip, device))
+            known = score_prompt(folder, pictures, *judge)
+            write_file(folder / RESULT, (json.dumps({**scorer, "pictures": hash_data(*pictures), **known})).encode())
+        results[folder.name] = known
+    card = make_card(args, results, scorer)
+    card.run = describe_run(device, start)
+    card.write(args.json)
+    print(card.make_page())
+    return card
+
+
+def find_folders(images: Path) -> list[Path]:
+    """The folders of the prompts. Raises `ValueError` where metadata or pictures are missing, with the numbers."""
+    folders = sorted(path for path in images.glob("[0-9]*") if path.is_dir()) if images.is_dir() else []
+    if not folders:
+        raise ValueError(f"{images} has no folders 00000, 00001 and so on, as GenEval's pictures have them.")
+    counts = {folder: len(list((folder / "samples").glob("*.png"))) for folder in folders}
+    short = [folder.name for folder, count in counts.items() if count < max(counts.values())]
+    if short or not max(counts.values()):
+        raise ValueError(
+            f"{len(short) or len(folders)} of {len(folders)} prompts in {images} lack pictures, the first is "
+            f"{(short or [folders[0].name])[0]}; run `unicode2 evaluate generation` again until it is finished."
+        )
+    for folder in folders:
+        read_metadata(folder)
+    return folders
+
+
+def read_metadata(folder: Path) -> dict:
+    try:
+        content = json.loads((folder / "metadata.jsonl").read_text())
+        check_metadata(content)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}/metadata.jsonl is none of GenEval's: {error}.") from error
+    return content
+
+
+def read_result(folder: Path, scorer: dict, pictures: list[Path]) -> dict | None:
+    """What this scorer said of the same pictures before, if it did."""
+    try:
+        content = json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+    same = content.get("pictures") == hash_data(*pictures) and all(content.get(key) == scorer[key] for key in scorer)
+    return {"tag": content["tag"], "right": content["right"], "reasons": content["reasons"]} if same else None
+
+
+def score_prompt(folder: Path, pictures: list[Path], detect: Callable, namer) -> dict:
+    """What the rules say of each picture of a prompt."""
+    metadata, right, reasons = read_metadata(folder), [], []
+    for file in pictures:
+        image = Image.open(file).convert("RGB")
+        flag, why = score_picture(metadata, detect(image), lambda one, label, image=image: namer(image, one, label))
+        right.append(flag)
+        reasons.append(why)
+    return {"tag": metadata["tag"], "right": right, "reasons": reasons}
+
+
+def make_card(args: argparse.Namespace, results: dict[str, dict], scorer: dict) -> ScoreCard:
+    """Shares of pictures for each tag, and their mean over the tags."""
+    made = Path(args.images, "generation.json")
+    drawn = read_card(made) if made.is_file() else None
+    protocol = {"benchmark": "geneval_hf", "scorer": scorer, "generation": drawn.protocol if drawn else "not known"}
+    card = ScoreCard("evaluate geneval", protocol, drawn.subject if drawn else {"model": "not known"})
+    tags, every = {}, {}
+    for name, result in results.items():
+        for number, flag in enumerate(result["right"]):
+            tags.setdefault(result["tag"], {})[f"{name}/{number}"] = every[f"{name}/{number}"] = flag
+    # The mean over tags, as a mean over pictures that count by the size of their tag
+    weights = {item: len(every) / (len(tags) * len(part)) for part in tags.values() for item in part}
+    groups = {item: item.split("/")[0] for item in every}
+    card.add_mean("overall", {item: 100 * every[item] * weights[item] for item in every}, "%", groups)
+    for tag in (tag for tag in TAGS if tag in tags):
+        flags = {item: 100.0 * flag for item, flag in tags[tag].items()}
+        card.add_mean(tag, flags, "%", {item: groups[item] for item in flags})
+    card.add_share("prompts with a right picture", {name: any(one["right"]) for name, one in results.items()})
+    return card
