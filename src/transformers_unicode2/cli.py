@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate captions": ("evaluation.captions", "make_parser", "main", "whether a checkpoint reads its images"),
     "evaluate generation": ("evaluation.generation", "make_parser", "main", "draw GenEval or DPG-Bench"),
     "evaluate geneval": ("evaluation.geneval", "make_parser", "main", "score GenEval by Transformers' Mask2Former"),
+    "evaluate dpg": ("evaluation.dpg", "make_parser", "main", "score DPG-Bench by a model that answers questions"),
     "evaluate compare": ("evaluation.compare", "make_parser", "main", "compare two score cards, item by item"),
     "codebook build": ("codebook.build", "make_parser", "main", "build a codebook from images (Algorithm 1)"),
     "codebook report": ("codebook.report", "make_parser", "main", "write a page about how images use a codebook"),

@@ -1,0 +1,200 @@
+"""DPG-Bench by any model of Transformers that answers questions about images.
+
+    unicode2 evaluate dpg --images drawn --questions dpg_bench.csv --vqa Qwen/Qwen2.5-VL-7B-Instruct --json card.json
+
+Each picture of a grid is asked the questions of its prompt, to be answered by yes or no. A question whose parent was
+answered by no counts as no, whatever the answer. The score of a picture is the share of yes; that of a prompt the mean
+over its pictures; the figure the mean over prompts. A category is the share of yes of all its questions.
+
+This is `dpg_hf`. The official scorer asks an mPLUG of another library, so the two are not comparable. It also has
+faults that are not repeated here. It passes over the first question of its file. Pictures that it fails on are left out
+of the mean. Categories are those of the last picture of a grid alone.
+"""
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..files import write_file
+from ..record import hash_source
+from .score_card import ScoreCard, describe_run, hash_data, read_card
+
+COLUMNS = ("item_id", "proposition_id", "dependency", "category_broad", "question_natural_language")
+ASK = "{question} Answer with yes or no."
+RESULTS = "dpg_hf"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about the pictures of a prompt. `parents` are the numbers of those that it makes sense after."""
+
+    number: int
+    text: str
+    category: str
+    parents: tuple[int, ...]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unicode2 evaluate dpg", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--images", required=True, help="folder that `unicode2 evaluate generation --benchmark dpg` wrote")
+    add("--questions", required=True, help="dpg_bench.csv of DPG-Bench")
+    add("--vqa", required=True, help="model of `image-text-to-text`: folder or Hub name")
+    add("--ask", default=ASK, metavar="TEXT", help="what is asked (default: %(default)s)")
+    add("--json", required=True, metavar="FILE", help="score card to write, and its page beside it")
+    return parser
+
+
+def main(args: argparse.Namespace) -> ScoreCard:
+    from tqdm import tqdm
+
+    if "{question}" not in args.ask:
+        raise ValueError(f"--ask {args.ask!r} has no {{question}} in it.")
+    if Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json} is no file in a folder that is there.")
+    start, questions = time.perf_counter(), read_questions(args.questions)
+    files = find_grids(Path(args.images), questions)
+    judge = {"vqa": hash_source(args.vqa), "vqa_name": Path(args.vqa).name, "ask": args.ask, "rules": "dpg_hf"}
+    judge["questions"] = hash_data(args.questions)
+    folder, answer, results = Path(args.images) / RESULTS, None, {}
+    folder.mkdir(exist_ok=True)
+    for name in tqdm(questions, unit="prompt", desc="dpg_hf"):
+        known = read_result(folder / f"{name}.json", judge, files[name])
+        if known is None:
+            answer = answer or Judge(args.vqa)
+            known = [ask_all(tile, questions[name], answer, args.ask) for tile in split_grid(files[name])]
+            content = {**judge, "picture": hash_data(files[name]), "answers": known}
+            write_file(folder / f"{name}.json", json.dumps(content).encode())
+        results[name] = known
+    card = make_card(args, questions, results, judge)
+    card.run = describe_run("cuda" if answer and answer.device.type == "cuda" else "cpu", start)
+    card.write(args.json)
+    print(card.make_page())
+    return card
+
+
+def read_questions(file: str | Path) -> dict[str, list[Question]]:
+    """The questions of each prompt by its name. Raises `ValueError` with line and column when the file is another."""
+    try:
+        with open(file, newline="", encoding="utf-8") as content:
+            reader = csv.DictReader(content)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{file} has no column {missing[0]}; give dpg_bench.csv of DPG-Bench.")
+            questions = {}
+            for line, row in enumerate(reader, 2):
+                questions.setdefault(row["item_id"], []).append(read_question(row, f"{file} line {line}"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}).") from error
+    if not questions:
+        raise ValueError(f"{file} has no questions.")
+    for name, asked in questions.items():
+        numbers = {question.number for question in asked}
+        lost = [parent for question in asked for parent in question.parents if parent not in numbers]
+        if lost:
+            raise ValueError(f"{file}: a question of {name} depends on question {lost[0]}, which it does not have.")
+    return questions
+
+
+def read_question(row: dict, where: str) -> Question:
+    try:
+        number = int(row["proposition_id"])
+        parents = tuple(int(part) for part in str(row["dependency"]).split(",") if part.strip() and int(part))
+    except ValueError as error:
+        raise ValueError(f"{where}: proposition_id and dependency must be numbers ({error}).") from error
+    if not row["question_natural_language"]:
+        raise ValueError(f"{where}: question_natural_language is empty.")
+    return Question(number, row["question_natural_language"], row["category_broad"] or "other", parents)
+
+
+def find_grids(images: Path, questions: dict) -> dict[str, Path]:
+    """The grid of each prompt. Raises `ValueError` when some are missing, with the numbers."""
+    files = {name: images / f"{name}.png" for name in questions}
+    lost = [name for name, file in files.items() if not file.is_file()]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of {len(files)} pictures are missing in {images}, the first is {lost[0]}.png; run `unicode2 "
+            "evaluate generation --benchmark dpg` until it is finished."
+        )
+    return files
+
+
+def split_grid(file: Path) -> list[Image.Image]:
+    """The four pictures of a grid: top left, top right, bottom left and bottom right."""
+    grid = Image.open(file).convert("RGB")
+    width, height = grid.width // 2, grid.height // 2
+    return [grid.crop((x, y, x + width, y + height)) for y in (0, height) for x in (0, width)]
+
+
+def ask_all(image: Image.Image, questions: list[Question], answer: Callable, ask: str) -> dict[str, bool]:
+    """Whether each question about a picture is answered by yes, by its number, with its parents taken into account."""
+    yes = {question.number: answer(image, ask.format(question=question.text)) for question in questions}
+    known = {}
+
+    def holds(number: int, above: tuple = ()) -> bool:
+        question = next(one for one in questions if one.number == number)
+        if number not in known:
+            parents = [holds(parent, (*above, number)) for parent in question.parents if parent not in above]
+            known[number] = yes[number] and all(parents)
+        return known[number]
+
+    return {str(question.number): holds(question.number) for question in questions}
+
+
+class Judge:
+    """Whether a chat model answers a question about an image by yes.
+
+    Args:
+        name: folder or Hub name of a model of `image-text-to-text`.
+    """
+
+    def __init__(self, name: str):
+        import torch
+        from transformers import pipeline
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.pipe = pipeline("image-text-to-text", model=name, device=self.device)
+
+    def __call__(self, image: Image.Image, question: str) -> bool:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}]
+        written = self.pipe(text=chat, max_new_tokens=8, do_sample=False, return_full_text=False)
+        return written[0]["generated_text"].strip().lower().startswith("yes")
+
+
+def read_result(file: Path, judge: dict, picture: Path) -> list[dict[str, bool]] | None:
+    """What this judge said of the same picture before, if it did."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    same = content.get("picture") == hash_data(picture) and all(content.get(key) == judge[key] for key in judge)
+    return content["answers"] if same else None
+
+
+def make_card(args: argparse.Namespace, questions: dict, results: dict, judge: dict) -> ScoreCard:
+    """The mean over prompts, and the share of yes of each category."""
+    made = Path(args.images, "generation.json")
+    drawn = read_card(made) if made.is_file() else None
+    protocol = {"benchmark": "dpg_hf", "scorer": judge, "generation": drawn.protocol if drawn else "not known"}
+    card = ScoreCard("evaluate dpg", protocol, drawn.subject if drawn else {"model": "not known"})
+    pictures, categories = {}, {}
+    for name, answers in results.items():
+        for number, one in enumerate(answers):
+            pictures[f"{name}/{number}"] = 100 * float(np.mean(list(one.values())))
+            for question in questions[name]:
+                part = categories.setdefault(question.category, {})
+                part[f"{name}/{number}/{question.number}"] = 100.0 * one[str(question.number)]
+    card.add_mean("overall", pictures, "%", {item: item.split("/")[0] for item in pictures})
+    for category, flags in sorted(categories.items()):
+        card.add_mean(category, flags, "%", {item: item.split("/")[0] for item in flags})
+    return card
