@@ -88,3 +88,19 @@ def test_drawings_are_files_that_the_answers_name(tasks, tiny_checkpoint, tmp_pa
     answers = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
     drawn = [json.loads(answer[0] if isinstance(answer, list) else answer) for answer in answers]
     assert len(drawn) == COUNT and all(Path(one["images"][0]).is_file() for one in drawn)
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_card_and_resumes(tasks, tiny_checkpoint, tmp_path):
+    words = ["--model", str(tiny_checkpoint), "--tasks", "scenes", "--include-path", str(tasks)]
+    command = [sys.executable, "-m", "transformers_unicode2.cli", "evaluate", "understanding", *words]
+    cards = []
+    for name in ("one", "two"):
+        done = subprocess.run([*command, "--output", str(tmp_path / name)], capture_output=True, text=True)
+        assert not done.returncode, done.stderr[-3000:]
+        cards.append(read_card(tmp_path / name / "card.json"))
+    one, two = cards
+    assert one.protocol_hash == two.protocol_hash and one.items == two.items and one.figures == two.figures
+    (figure,) = one.figures
+    assert figure.name == "scenes, exact" and figure.count == COUNT and figure.interval == "binomial"
+    assert one.protocol["tasks"]["scenes"]["questions"] == COUNT

@@ -13,6 +13,7 @@ COMMANDS = {
     "ask": ("ask", "make_parser", "main", "ask any checkpoint or adapter about images, or draw with it"),
     "evaluate scenes": ("evaluation.scenes", "make_parser", "main", "score a checkpoint on drawn scenes"),
     "evaluate captions": ("evaluation.captions", "make_parser", "main", "whether a checkpoint reads its images"),
+    "evaluate understanding": ("evaluation.understanding", "make_parser", "main", "score Table 1 by lmms-eval"),
     "evaluate generation": ("evaluation.generation", "make_parser", "main", "draw GenEval or DPG-Bench"),
     "evaluate geneval": ("evaluation.geneval", "make_parser", "main", "score GenEval by Transformers' Mask2Former"),
     "evaluate dpg": ("evaluation.dpg", "make_parser", "main", "score DPG-Bench by a model that answers questions"),
@@ -36,6 +37,7 @@ EXTRAS = {
     "trl": "training",
     "matplotlib": "codebook",
     "skimage": "evaluation",
+    "lmms_eval": "benchmarks",
 }
 
 
