@@ -123,8 +123,15 @@ def test_captions_of_other_processes_are_negatives(train, folder, tiny_checkpoin
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("decoder", ["flux", "sdxl"])
-@pytest.mark.parametrize("how", ["whole", "lora"])
+@pytest.mark.parametrize(
+    ("decoder", "how"),
+    [
+        ("flux", "lora"),
+        ("sdxl", "whole"),
+        pytest.param("flux", "whole", marks=pytest.mark.slow),
+        pytest.param("sdxl", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_a_decoder_learns_too(train, folder, tiny_checkpoint, tmp_path, decoder, how):
     """What it learnt is saved as Diffusers loads it; what it was stays; a run that is killed ends with the same."""
     options = {"train_decoder": True} if how == "whole" else {"decoder_lora": {"r": 2}}
