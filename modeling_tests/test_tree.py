@@ -37,7 +37,7 @@ OF_SEVERAL = {
 ALLOWED = {
     "codebook": {"search"},
     "diffusion": set(),
-    "evaluation": {"diffusion", "scenes"},
+    "evaluation": {"codebook", "diffusion", "scenes"},
     "hub": {"codebook", "diffusion"},
     "scenes": set(),
     "search": set(),

@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate generation": ("evaluation.generation", "make_parser", "main", "draw GenEval or DPG-Bench"),
     "evaluate geneval": ("evaluation.geneval", "make_parser", "main", "score GenEval by Transformers' Mask2Former"),
     "evaluate dpg": ("evaluation.dpg", "make_parser", "main", "score DPG-Bench by a model that answers questions"),
+    "evaluate reconstruction": ("evaluation.reconstruction", "make_parser", "main", "redraw pictures and compare"),
     "evaluate compare": ("evaluation.compare", "make_parser", "main", "compare two score cards, item by item"),
     "codebook build": ("codebook.build", "make_parser", "main", "build a codebook from images (Algorithm 1)"),
     "codebook report": ("codebook.report", "make_parser", "main", "write a page about how images use a codebook"),
@@ -37,6 +38,7 @@ EXTRAS = {
     "trl": "training",
     "matplotlib": "codebook",
     "skimage": "evaluation",
+    "torchmetrics": "evaluation",
     "lmms_eval": "benchmarks",
 }
 

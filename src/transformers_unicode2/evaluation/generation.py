@@ -147,13 +147,18 @@ def describe(args: argparse.Namespace, pipe) -> ScoreCard:
         pipe.vision_language_encoder, args.prior_guidance, **sampling, **plan
     )
     protocol["num_candidates"] = args.num_candidates or pipe.config.num_candidates
-    own = {name: getattr(args, option) for option, name in DECODER.items()}
-    protocol["decoder"] = {name: value or pipe.config.get(name) for name, value in own.items() if has(pipe, name)}
-    protocol["decoder"] |= {"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__}
+    protocol["decoder"] = describe_decoder(args, pipe)
     protocol["image_size"] = args.image_size or pipe.config.image_size
     protocol["dtype"] = str(pipe.condition_mapper.dtype)
     protocol |= {"threads": args.threads} if pipe.device.type == "cpu" else {}
     return ScoreCard("evaluate generation", protocol, describe_subject(args.model, deep=True))
+
+
+def describe_decoder(args: argparse.Namespace, pipe) -> dict:
+    """The settings of the decoder, with those of a call."""
+    own = {name: getattr(args, option) for option, name in DECODER.items()}
+    settings = {name: value or pipe.config.get(name) for name, value in own.items() if has(pipe, name)}
+    return settings | {"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__}
 
 
 def hash_prompts(args: argparse.Namespace) -> dict[str, str] | str:
