@@ -146,15 +146,16 @@ def write_weights(
     """Writes the weights of all parts, see `ShardWriter`, and returns its report."""
     config = model.config
     writer = ShardWriter(output, {name: value.shape for name, value in model.state_dict().items()})
-    embedding = None
+    embedding, norm = None, {}
     for state in read_language_model(llm, config.tie_word_embeddings, text):
         writer.write("language model", state)
         embedding = state.get("model.language_model.embed_tokens.weight", embedding)
+        norm |= {name: value for name, value in state.items() if name.startswith("model.language_model.norm.")}
     writer.write("vision encoder", {f"model.quantizer.{name}": v for name, v in vision_state.items()})
     writer.write("codebook C1", {f"model.quantizer.codebook.{name}": v for name, v in stored.state_dict().items()})
     writer.write("C2", {"model.visual_embeddings.weight": stored.codes.to(config.dtype)})
     writer.write("projector", make_projector(model, stored.codes, embedding, projector_init))
-    writer.write("visual head", make_visual_head(model, stored.codes, stored.cell_offsets))
+    writer.write("visual head", make_visual_head(model, stored.codes, stored.cell_offsets, norm))
     writer.finish(may_lack={"lm_head.weight"} if config.tie_word_embeddings else set())
     return writer.report
 

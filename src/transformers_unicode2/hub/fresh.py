@@ -1,6 +1,7 @@
 """What a checkpoint has that none of its parts brings: the projector, the visual head, a random codebook."""
 
 import math
+from copy import deepcopy
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from ..projection import calibrate_projector, measure_embeddings
 PROJECTOR_INITS = ("calibrated", "default")
 # Random images whose features a random codebook is drawn like.
 NUM_IMAGES = 8
+# Random hidden states by which the last norm is measured.
+NUM_MEASURED = 256
 
 
 def make_projector(model, codes: torch.Tensor, embedding: torch.Tensor, how: str) -> dict[str, torch.Tensor]:
@@ -38,21 +41,41 @@ def fill_embedding(model, weight: torch.Tensor) -> nn.Embedding:
     return embedding
 
 
-def make_visual_head(model, codes: torch.Tensor, cell_offsets: torch.Tensor) -> dict[str, torch.Tensor]:
+def make_visual_head(
+    model, codes: torch.Tensor, cell_offsets: torch.Tensor, norm: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Starting weights of the visual head, scaled so that the scores of the codes start about one apart.
 
-    That is for normalised hidden states. The first loss is then near ln K, however long the codes are.
+    The first loss is then near ln K, however long the codes are and however large the last norm leaves hidden states.
 
     Args:
         model (`UniCode2ForConditionalGeneration`): on the meta device.
         codes (`torch.Tensor` of shape `(codebook_size, codebook_dim)`): what is scored.
         cell_offsets (`torch.LongTensor` of shape `(num_cells + 1,)`): first code of each cell.
+        norm (`dict[str, torch.Tensor]`): weights of the last norm of the language model, by their names.
     """
     state = initialise(model, "visual_head")
     spread = (codes - codes.mean(0)).square().sum(-1).mean().sqrt()
     weight = state["visual_head.linear.weight"]
-    weight /= weight.float().std() * model.config.text_config.hidden_size**0.5 * spread + 1e-12
+    size = measure_hidden(model, norm) * model.config.text_config.hidden_size**0.5
+    weight /= weight.float().std() * size * spread + 1e-12
     return {name: cell_offsets if name.endswith("cell_offsets") else value for name, value in state.items()}
+
+
+@torch.no_grad()
+def measure_hidden(model, norm: dict[str, torch.Tensor]) -> float:
+    """Root mean square of the hidden states that the last norm of the language model leaves.
+
+    Args:
+        model (`UniCode2ForConditionalGeneration`): on the meta device.
+        norm (`dict[str, torch.Tensor]`): weights of this norm, by their names in the model.
+    """
+    module = deepcopy(model.model.language_model.norm).to_empty(device="cpu").float()
+    prefix = "model.language_model.norm."
+    module.load_state_dict({name.removeprefix(prefix): value.float() for name, value in norm.items()})
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(NUM_MEASURED, model.config.text_config.hidden_size, generator=generator)
+    return module(hidden).square().mean().sqrt().item()
 
 
 def initialise(model, part: str) -> dict[str, torch.Tensor]:
