@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=os.cpu_count(), help="in all (default: %(default)s)")
     add("--jobs", type=int, default=2, help="runs side by side, which share the threads (default: %(default)s)")
     add("--tables", nargs="+", choices=("losses", "pairs", "decoders"), default=["losses", "pairs", "decoders"])
+    add("--plot", metavar="FILE", help="also draw the first two tables")
     add("--one", help=argparse.SUPPRESS)
     return parser
 
@@ -95,6 +96,8 @@ def main() -> None:
         runs = list(list_runs(args).items())
         list(jobs.map(lambda item: rows.measure(item[0], lambda: start_run(args, *item)), runs))
     print_tables(args, rows.rows)
+    if args.plot:
+        draw_plot(args, rows.rows)
 
 
 def data(args: argparse.Namespace) -> Path:
@@ -266,6 +269,33 @@ def average(rows: dict, name: str, seeds: list[int], figure: str) -> str:
     values = [value * shares.get(figure, 1) for value in values]
     digits = 3 if figure.startswith("eval_flow") else 0 if figure == "seconds" else 1
     return f"{np.mean(values):.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
+
+
+def draw_plot(args: argparse.Namespace, rows: dict) -> None:
+    """Scenes that are redrawn right, by loss, and by the number of pairs."""
+    from matplotlib import pyplot
+
+    def values(name: str) -> list[float]:
+        found = [rows.get(f"{name}, seed {seed}") for seed in args.seeds]
+        return [row["redrawn"] for row in found if row] or [0.0]
+
+    most = args.num_pairs[-1]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, width_ratios=(3, 2))
+    for place, (bare, label) in enumerate((("", "with position and scale"), (", bare", "without"))):
+        heights = [np.mean(values(f"{loss}{bare}, {most} pairs")) for loss in LOSSES]
+        bars = left.bar(np.arange(len(LOSSES)) + 0.4 * (place - 0.5), heights, 0.38, label=label)
+        left.bar_label(bars, fmt="%.1f", padding=2)
+    left.set_xticks(range(len(LOSSES)), list(LOSSES), fontsize=8)
+    left.set_ylabel("scenes redrawn right, %")
+    left.legend(frameon=False)
+    right.plot(args.num_pairs, [np.mean(values(f"contrastive + flow, {n} pairs")) for n in args.num_pairs], "o-")
+    right.set_xscale("log", base=2)
+    right.set_xticks(args.num_pairs, [f"{n:,}" for n in args.num_pairs])
+    right.set_xlabel("pairs, contrastive + flow")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(args.plot, dpi=150)
 
 
 def print_tables(args: argparse.Namespace, rows: dict) -> None:
