@@ -161,9 +161,11 @@ def test_data_that_changed_are_refused(inputs, wanted, tmp_path):
     # As after a copy of the visible files. Each of them records what made it.
     shutil.rmtree(output / ".unicode2")
     assert execute("sft", train_on(output, inputs, tmp_path / "sft.yaml"), tmp_path / "stage") == (0, "")
-    words = commands["mapper"].replace(str(folder / "tokenize"), str(output)).replace(str(folder / "scenes"), str(data))
+    recipe = (folder / "mapper.yaml").read_text().replace(str(folder / "tokenize"), str(output))
+    (tmp_path / "mapper.yaml").write_text(recipe.replace(str(folder / "scenes"), str(data)))
+    words = commands["mapper"].replace(str(folder / "mapper.yaml"), str(tmp_path / "mapper.yaml"))
     code, said = execute("mapper", words, tmp_path / "mapper")
-    assert code == 2 and f"{output} was not made of what {data} holds now" in said
+    assert code == 2 and f"{output} was not made of what source 1 of `images` holds now" in said
 
 
 def test_what_is_not_finished_is_no_input(inputs, tmp_path):
