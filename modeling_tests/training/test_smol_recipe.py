@@ -130,7 +130,7 @@ def test_every_command_of_the_smol_recipe_runs_in_order(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "image gap | " in done.stdout and "drawn, by vectors | " in done.stdout
-    assert json.loads((tmp_path / "outputs/unicode2-smol/held.json").read_text())["num_rows"] == 6
+    assert json.loads((tmp_path / "outputs/unicode2-smol/held.json").read_text())["protocol"]["num_rows"] == 6
 
 
 @pytest.mark.parametrize("kind", ["turned", "turned and transparent", "grey of 16 bits"])
