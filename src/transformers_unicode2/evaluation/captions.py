@@ -29,7 +29,7 @@ from ..cli import SEED, at_least
 from ..planning_unicode2 import CACHE_NAME
 from ..tokens import check_codes, find_tables
 from .drawing import batches
-from .score_card import ScoreCard, describe_generation, describe_run, describe_subject, hash_data
+from .score_card import ScoreCard, check_card_file, describe_generation, describe_run, describe_subject, hash_data
 
 # Rows whose greedy answers are printed
 NUM_EXAMPLES = 5
@@ -127,10 +127,8 @@ def name_items(values: list) -> dict:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises `ValueError` before any work on what would fail after it."""
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}.")
-    if args.json and Path(args.json).is_dir():
-        raise ValueError(f"--json {args.json} is a folder; give a file.")
+    if args.json:
+        check_card_file(args.json)
     if args.num_rows < args.num_choices:
         raise ValueError(f"--num-rows is {args.num_rows}; {args.num_choices} choices need at least as many.")
     if "{caption}" not in args.draw_prompt:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..files import write_file
 from ..record import hash_source
-from .score_card import ScoreCard, describe_run, hash_data, read_card
+from .score_card import ScoreCard, check_card_file, describe_run, hash_data, read_card
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "category_broad", "question_natural_language")
 ASK = "{question} Answer with yes or no."
@@ -59,8 +59,7 @@ def main(args: argparse.Namespace) -> ScoreCard:
 
     if "{question}" not in args.ask:
         raise ValueError(f"--ask {args.ask!r} has no {{question}} in it.")
-    if Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json} is no file in a folder that is there.")
+    check_card_file(args.json)
     start, questions = time.perf_counter(), read_questions(args.questions)
     files = find_grids(Path(args.images), questions)
     judge = {"vqa": hash_source(args.vqa), "vqa_name": Path(args.vqa).name, "ask": args.ask, "rules": "dpg_hf"}

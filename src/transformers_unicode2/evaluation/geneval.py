@@ -25,7 +25,7 @@ from PIL import Image
 from ..files import write_file
 from ..record import hash_source
 from .prompts import RELATIONS, TAGS, check_metadata
-from .score_card import ScoreCard, describe_run, hash_data, read_card
+from .score_card import ScoreCard, check_card_file, describe_run, hash_data, read_card
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16
@@ -140,8 +140,7 @@ def main(args: argparse.Namespace) -> ScoreCard:
     from .detectors import ColorNamer, Mask2FormerDetector
 
     start, folders = time.perf_counter(), find_folders(Path(args.images))
-    if Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json} is no file in a folder that is there.")
+    check_card_file(args.json)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scorer = {"detector": hash_source(args.detector), "clip": hash_source(args.clip), "rules": "geneval_hf"}
     judge, results = None, {}

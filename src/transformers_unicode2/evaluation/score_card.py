@@ -172,6 +172,14 @@ def read_card(file: str | Path) -> ScoreCard:
     return card
 
 
+def check_card_file(file: str) -> None:
+    """Raises `ValueError`, before any work, when a card cannot be written to the file of the option `--json`."""
+    if not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"--json {file}: there is no folder {Path(file).absolute().parent}.")
+    if Path(file).is_dir():
+        raise ValueError(f"--json {file} is a folder; give a file.")
+
+
 def wilson(right: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a binomial share."""
     if not count:
