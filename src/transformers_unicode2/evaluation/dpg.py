@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..files import write_file
 from ..record import hash_source
-from .score_card import ScoreCard, check_card_file, describe_run, hash_data, read_card
+from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_data
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "category_broad", "question_natural_language")
 ASK = "{question} Answer with yes or no."
@@ -182,10 +182,7 @@ def read_result(file: Path, judge: dict, picture: Path) -> list[dict[str, bool]]
 
 def make_card(args: argparse.Namespace, questions: dict, results: dict, judge: dict) -> ScoreCard:
     """The mean over prompts, and the share of yes of each category."""
-    made = Path(args.images, "generation.json")
-    drawn = read_card(made) if made.is_file() else None
-    protocol = {"benchmark": "dpg_hf", "scorer": judge, "generation": drawn.protocol if drawn else "not known"}
-    card = ScoreCard("evaluate dpg", protocol, drawn.subject if drawn else {"model": "not known"})
+    card = begin_card("evaluate dpg", "dpg_h", judge, args.images)
     pictures, categories = {}, {}
     for name, answers in results.items():
         for number, one in enumerate(answers):

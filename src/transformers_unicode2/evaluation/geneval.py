@@ -25,7 +25,7 @@ from PIL import Image
 from ..files import write_file
 from ..record import hash_source
 from .prompts import RELATIONS, TAGS, check_metadata
-from .score_card import ScoreCard, check_card_file, describe_run, hash_data, read_card
+from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_data
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16
@@ -208,10 +208,7 @@ def score_prompt(folder: Path, pictures: list[Path], detect: Callable, namer) ->
 
 def make_card(args: argparse.Namespace, results: dict[str, dict], scorer: dict) -> ScoreCard:
     """Shares of pictures for each tag, and their mean over the tags."""
-    made = Path(args.images, "generation.json")
-    drawn = read_card(made) if made.is_file() else None
-    protocol = {"benchmark": "geneval_hf", "scorer": scorer, "generation": drawn.protocol if drawn else "not known"}
-    card = ScoreCard("evaluate geneval", protocol, drawn.subject if drawn else {"model": "not known"})
+    card = begin_card("evaluate geneval", "geneval_h", scorer, args.images)
     tags, every = {}, {}
     for name, result in results.items():
         for number, flag in enumerate(result["right"]):

@@ -172,6 +172,14 @@ def read_card(file: str | Path) -> ScoreCard:
     return card
 
 
+def begin_card(command: str, benchmark: str, scorer: dict, images: str | Path) -> ScoreCard:
+    """The card of drawn pictures, with how they were drawn, as `unicode2 evaluate generation` left it beside them."""
+    file = Path(images, "generation.json")
+    drawn = read_card(file) if file.is_file() else None
+    protocol = {"benchmark": benchmark, "scorer": scorer, "generation": drawn.protocol if drawn else "not known"}
+    return ScoreCard(command, protocol, drawn.subject if drawn else {"model": "not known"})
+
+
 def check_card_file(file: str) -> None:
     """Raises `ValueError`, before any work, when a card cannot be written to the file of the option `--json`."""
     if not Path(file).absolute().parent.is_dir():
