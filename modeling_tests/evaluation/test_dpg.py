@@ -73,6 +73,7 @@ def test_all_pictures_of_all_grids_count(place, monkeypatch, tiny_checkpoint):
         "overall": (75.0, 8), "attribute": (50.0, 4), "entity": (75.0, 8), "relation": (50.0, 4)
     }  # fmt: skip
     assert read_card(place / "card.json").protocol["scorer"]["rules"] == "dpg_hf"
+    assert card.protocol["benchmark"] == "dpg_hf"
     # What was answered is kept
     assert run(place, "--vqa", tiny_checkpoint, "--ask", "{question} yes or no?").figures == card.figures
     assert len(seen) == 16

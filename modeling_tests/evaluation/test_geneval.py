@@ -203,6 +203,7 @@ def test_pictures_are_scored_by_the_models_of_transformers(judges, tmp_path, mon
     card = run(tmp_path / "drawn", judges, tmp_path / "card.json")
     assert [figure.name for figure in card.figures] == ["overall", "colors", "position", "prompts with a right picture"]
     assert card.figures[0].count == 4 and card.protocol["generation"] == "not known"
+    assert card.protocol["benchmark"] == "geneval_hf"
     assert read_card(tmp_path / "card.json").protocol_hash == card.protocol_hash
     found = detectors.Mask2FormerDetector(judges / "detector")(Image.open(tmp_path / "drawn/00000/samples/00000.png"))
     assert found and {one.label for one in found} <= {"cat", "computer mouse"}

@@ -182,7 +182,7 @@ def read_result(file: Path, judge: dict, picture: Path) -> list[dict[str, bool]]
 
 def make_card(args: argparse.Namespace, questions: dict, results: dict, judge: dict) -> ScoreCard:
     """The mean over prompts, and the share of yes of each category."""
-    card = begin_card("evaluate dpg", "dpg_h", judge, args.images)
+    card = begin_card("evaluate dpg", "dpg_hf", judge, args.images)
     pictures, categories = {}, {}
     for name, answers in results.items():
         for number, one in enumerate(answers):

@@ -208,7 +208,7 @@ def score_prompt(folder: Path, pictures: list[Path], detect: Callable, namer) ->
 
 def make_card(args: argparse.Namespace, results: dict[str, dict], scorer: dict) -> ScoreCard:
     """Shares of pictures for each tag, and their mean over the tags."""
-    card = begin_card("evaluate geneval", "geneval_h", scorer, args.images)
+    card = begin_card("evaluate geneval", "geneval_hf", scorer, args.images)
     tags, every = {}, {}
     for name, result in results.items():
         for number, flag in enumerate(result["right"]):
