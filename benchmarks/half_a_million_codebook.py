@@ -236,12 +236,14 @@ def limit_phases(args, count: int, size: int, cells: int, dim: int, extract: tup
     codes = 2 * count * dim * size / cells * (per_point + 1 / rates.float32)
     moved = 2 * count * dim * (1 / rates.read + 1 / rates.write)
     products = 2 * count * cells * dim / rates.bfloat16
+    # A sample of all features is read before the cells are trained, and for the recall when the codes are saved
+    read = 2 * count * dim / rates.read
     return {
         "extract": extract,
-        "train_cells": (2 * sampled * cells * dim * per_point, "products"),
+        "train_cells": (2 * sampled * cells * dim * per_point + read, "products, disk"),
         "sort": (max(moved, products), "disk" if moved > products else "products"),
-        "train_codes": (codes, "products"),
-        "save": (4 * size * dim / rates.write, "disk"),
+        "train_codes": (codes + read, "products, disk"),
+        "save": (4 * size * dim / rates.write + read, "disk"),
     }
 
 
@@ -297,7 +299,8 @@ def use_synthetic(args: argparse.Namespace) -> list[dict]:
 
 def link_images(args: argparse.Namespace) -> tuple[Path, Path, int]:
     """Two folders with links to the images, to fit and held out, and the number of the former."""
-    files = sorted(file for file in Path(args.images).rglob("*") if file.suffix.lower() in (".png", ".jpg", ".webp"))
+    places = (Path(place, name) for place, _, names in os.walk(args.images, followlinks=True) for name in names)
+    files = sorted(file for file in places if file.suffix.lower() in (".png", ".jpg", ".webp"))
     parts = [Path(args.output) / name for name in ("fit", "held")]
     for part in parts:
         part.mkdir(exist_ok=True)

@@ -8,6 +8,9 @@ import numpy as np
 
 # Float32 scores that stay in the cache of a CPU core between two steps.
 CACHED_SCORES = 2**19
+# Rows of a bfloat16 product on a CPU. For 10,000 points, 500 centroids and 1152 values a Xeon with AMX takes 12 ms, and
+# 16 to 19 ms with 512 to 1,024 rows.
+FAST_ROWS = 256
 
 
 class Backend(Protocol):
@@ -136,7 +139,8 @@ class TorchBackend:
         weights = centroids.to(queries.dtype).T
         rows = max(1, self.max_scores // len(centroids))
         if self.device.type == "cpu":
-            rows = min(rows, max(64, CACHED_SCORES // len(centroids)))
+            cached = max(64, CACHED_SCORES // len(centroids))
+            rows = min(rows, cached if queries.dtype == torch.float32 else FAST_ROWS)
         # Each of (rows, num_centroids).
         best = [
             ((queries[start : start + rows] @ weights).float() - half_norms).max(1)
