@@ -37,7 +37,7 @@ def work(command: str, words: list[str], log: Path) -> None:
         elif command == "mapper":
             run(mapper.main, mapper.MapperArguments, TrainingArguments)
         else:
-            sys.argv = ["unicode2", command, *words]
+            sys.argv = ["unicode2", *command.split(), *words]
             cli.main()
     except SystemExit as stop:
         code = int(stop.code or 0)
@@ -93,14 +93,23 @@ def start(command: str, words: list[str], output: Path, kill_at: int = sys.maxsi
 
 
 def read(output: Path) -> dict[str, bytes]:
-    """The result in an output, without the files of a single run and without copied code."""
+    """The result in an output, without the files of a single run and without copied code; of score cards, what does not
+    depend on the moment.
+    """
     files = [path for path in output.rglob("*") if path.is_file() and path.suffix != ".py"]
     names = {path: path.relative_to(output) for path in files}
     return {
-        str(name): path.read_bytes()
+        str(name): read_file(path)
         for path, name in names.items()
         if not any(part.startswith((".unicode2", "checkpoint-")) for part in name.parts)
     }
+
+
+def read_file(path: Path) -> bytes:
+    card = path.with_suffix(".json")
+    if path.suffix in (".json", ".md") and card.is_file() and b'"protocol_hash"' in card.read_bytes():
+        return json.dumps({**json.loads(card.read_text()), "run": None}).encode()
+    return path.read_bytes()
 
 
 def main(command: str, num_kills: int, folder: Path, words: list[str]) -> dict:

@@ -42,7 +42,7 @@ def test_the_first_question_counts_and_a_no_passes_on_to_what_depends_on_it():
 
     def ask(*yes):
         answer = lambda image, text: text.split("?")[0] in yes  # noqa: E731
-        return dpg.ask_all(None, asked, answer, "{question}")
+        return dpg.apply_dependencies(dpg.ask_all(None, asked, answer, "{question}"), asked)
 
     assert ask("cat", "red", "mat") == {"1": True, "2": True, "3": True}
     assert ask("red", "mat") == {"1": False, "2": False, "3": False}
@@ -70,13 +70,16 @@ def test_all_pictures_of_all_grids_count(place, monkeypatch, tiny_checkpoint):
     )
     figures = {figure.name: (figure.value, figure.count) for figure in card.figures}
     assert figures == {
-        "overall": (75.0, 8), "attribute": (50.0, 4), "entity": (75.0, 8), "relation": (50.0, 4)
+        "overall": (75.0, 8), "attribute": (100.0, 4), "entity": (75.0, 8), "relation": (100.0, 4)
     }  # fmt: skip
-    assert read_card(place / "card.json").protocol["scorer"]["rules"] == "dpg_hf"
+    assert read_card(place / "card.json").protocol["scorer"]["rules"] == dpg.RULES
     assert card.protocol["benchmark"] == "dpg_hf"
     # What was answered is kept
     assert run(place, "--vqa", tiny_checkpoint, "--ask", "{question} yes or no?").figures == card.figures
     assert len(seen) == 16
+    # Files of one picture each are not cut; other braces are a text
+    card = run(place, "--vqa", tiny_checkpoint, "--ask", "{question} {x}?", "--pictures", 1)
+    assert len(seen) == 20 and card.figures[0].count == 2 and "Is the cat red? {x}?" in [text for _, text in seen]
 
 
 def test_a_model_of_transformers_is_asked(place, tiny_checkpoint):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from transformers_unicode2 import cli
+from transformers_unicode2.evaluation import geneval
 from transformers_unicode2.evaluation.detectors import find_box
 from transformers_unicode2.evaluation.geneval import Detection, main, make_parser, relate, score_picture
 from transformers_unicode2.evaluation.score_card import read_card
@@ -165,7 +166,8 @@ def judges(tmp_path_factory):
     )  # fmt: skip
     sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 16}
     sizes |= {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "dim_feedforward": 16}
-    labels = {"id2label": {0: "cat", 1: "mouse"}, "label2id": {"cat": 0, "mouse": 1}}
+    names = ("cat", "mouse", "dog")
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     config = Mask2FormerConfig(backbone_config=backbone, num_queries=5, **sizes, **labels)
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder / "detector")
     Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "detector")
@@ -206,7 +208,7 @@ def test_pictures_are_scored_by_the_models_of_transformers(judges, tmp_path, mon
     assert card.protocol["benchmark"] == "geneval_hf"
     assert read_card(tmp_path / "card.json").protocol_hash == card.protocol_hash
     found = detectors.Mask2FormerDetector(judges / "detector")(Image.open(tmp_path / "drawn/00000/samples/00000.png"))
-    assert found and {one.label for one in found} <= {"cat", "computer mouse"}
+    assert found and {one.label for one in found} <= {"cat", "computer mouse", "dog"}
     assert all(one.mask.shape == (48, 64) and one.box == find_box(one.mask) for one in found)
     namer = detectors.ColorNamer(judges / "clip")
     assert namer(Image.new("RGB", (64, 48), "red"), found[0], "cat") in detectors.COLORS
@@ -214,11 +216,13 @@ def test_pictures_are_scored_by_the_models_of_transformers(judges, tmp_path, mon
     monkeypatch.setattr(detectors, "Mask2FormerDetector", None)
     again = run(tmp_path / "drawn", judges, tmp_path / "again.json")
     assert again.figures == card.figures and again.items == card.items
+    # Other metadata are another question
+    (tmp_path / "drawn/00001/metadata.jsonl").write_text(json.dumps({**LEFT, "prompt": "a dog"}))
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        run(tmp_path / "drawn", judges, tmp_path / "again.json")
 
 
 def test_overall_is_the_mean_of_the_tags(judges, tmp_path, monkeypatch):
-    from transformers_unicode2.evaluation import geneval
-
     write_pictures(tmp_path / "drawn")
     flags = {"colors": [True, True], "position": [True, False]}
     scored = iter([{"tag": tag, "right": right, "reasons": [[], []]} for tag, right in flags.items()])
@@ -240,4 +244,15 @@ def test_what_cannot_be_scored_is_refused(judges, tmp_path):
     (tmp_path / "other/00001/metadata.jsonl").write_text('{"prompt": "a", "tag": "x"}')
     with pytest.raises(ValueError, match="metadata.jsonl is none of GenEval's: `tag` is 'x'"):
         run(tmp_path / "other", judges, tmp_path / "card.json")
+    for wanted, message in (
+        (
+            {**CAT, "class": "unicorn"},
+            "has the class 'unicorn', which the detector does not know; its 3 classes",
+        ),
+        ({**CAT, "color": "grey"}, "has the color 'grey'; it must be one of red, orange"),
+    ):
+        content = {"prompt": "a", "tag": "colors", "include": [wanted]}
+        (tmp_path / "other/00001/metadata.jsonl").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "other", judges, tmp_path / "card.json")
     assert "evaluate geneval" in cli.COMMANDS

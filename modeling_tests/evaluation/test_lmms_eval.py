@@ -4,19 +4,23 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
 
 from transformers_unicode2.evaluation.scenes import main, make_parser
-from transformers_unicode2.evaluation.score_card import read_card
+from transformers_unicode2.evaluation.score_card import ScoreCard, read_card
 from transformers_unicode2.scenes.sample import sample_scene
 from transformers_unicode2.scenes.scene import SEEN_PAIRS, draw_scene
 from transformers_unicode2.scenes.texts import questions
 
 pytest.importorskip("lmms_eval")
+from transformers_unicode2.evaluation.lmms_eval import KeptAnswers, UniCode2, hash_request  # noqa: E402
+from transformers_unicode2.evaluation.understanding import add_mmbench, read_number  # noqa: E402
 
 TASK = """
 task: scenes
@@ -90,17 +94,85 @@ def test_drawings_are_files_that_the_answers_name(tasks, tiny_checkpoint, tmp_pa
     assert len(drawn) == COUNT and all(Path(one["images"][0]).is_file() for one in drawn)
 
 
+def write_mmbench(folder: Path) -> list[dict]:
+    """Two questions in two orders each: the first is right in both, the second in one."""
+    rows = []
+    for index, order, prediction, answer in ((0, 0, "A", "A"), (0, 1, "B", "B"), (7, 0, "A. x", "A"), (7, 1, "A", "B")):
+        row = {"index": index + order * 1_000_000, "prediction": prediction, "answer": answer, "question": "?"}
+        row |= {"hint": "nan", "source": "", "split": "dev", "category": "c", "L2-category": "d"}
+        rows.append({"gpt_eval_score": row | {"A": "x", "B": "y", "C": "nan", "D": "nan", "E": "nan"}})
+    return rows
+
+
+def test_mmbench_is_scored_circular_and_not(tmp_path):
+    card = ScoreCard("evaluate understanding", {}, {"model": "m"})
+    add_mmbench(card, "mmbench_en_dev_static", write_mmbench(tmp_path))
+    assert {figure.name.split(", ")[1]: figure.value for figure in card.figures} == {
+        "circular": 50,
+        "not circular": 100,
+    }
+
+
+def test_answers_of_mmmu_are_read_by_its_own_rules():
+    one = {"id": "v_Art_1", "question_type": "multiple-choice", "answer": "B", "parsed_pred": ["B"]}
+    assert read_number(one) == 1.0 and read_number({**one, "parsed_pred": ["A"]}) == 0.0
+
+
+def test_pictures_and_earlier_turns_are_not_drawn_over(tiny_checkpoint, tmp_path):
+    model = UniCode2(str(tiny_checkpoint), mode="draw", output_dir=str(tmp_path))
+    text = {"role": "user", "content": [{"type": "text", "text": "a cat"}]}
+    picture = {"role": "user", "content": [{"type": "image", "url": PIL.Image.new("RGB", (8, 8))}, *text["content"]]}
+    for messages, message in (([picture], "1 turns and 1 pictures"), ([text, text], "2 turns and 0 pictures")):
+        with pytest.raises(ValueError, match=f"wise, request 3 has {message}; the mode draw takes one text"):
+            model.draw(messages, "wise", 3)
+    with pytest.raises(ValueError, match="`dtype` is float; it must be auto, float32"):
+        UniCode2(str(tiny_checkpoint), dtype="float")
+
+
+def test_answers_are_kept_for_what_was_asked_of_what_alone(tmp_path):
+    first, second = PIL.Image.new("RGB", (8, 8), "red"), PIL.Image.new("RGB", (8, 8), "blue")
+    assert hash_request([first]) == hash_request([first.copy()]) != hash_request([second])
+    kept = KeptAnswers(tmp_path, 0)
+    kept["a"] = "one\u2028line"
+    kept.file.write('{"key": "b", "ans')
+    kept.file.flush()
+    again = KeptAnswers(tmp_path, 1)
+    assert again == {"a": "one\u2028line"}
+    again["b"] = "two"
+    assert KeptAnswers(tmp_path, 0) == {"a": "one\u2028line", "b": "two"}
+
+
 @pytest.mark.slow
 def test_the_command_writes_a_card_and_resumes(tasks, tiny_checkpoint, tmp_path):
+    """By one process, by two, and behind a kill: with equal answers, of which none is asked for twice."""
     words = ["--model", str(tiny_checkpoint), "--tasks", "scenes", "--include-path", str(tasks)]
-    command = [sys.executable, "-m", "transformers_unicode2.cli", "evaluate", "understanding", *words]
+    words += ["--system-prompt", "Answer briefly, please."]
+    module = ["-m", "transformers_unicode2.evaluation.understanding", *words]
+    alone, two = [sys.executable, *module], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    two += ["--master_port", "0", *module]
     cards = []
-    for name in ("one", "two"):
-        done = subprocess.run([*command, "--output", str(tmp_path / name)], capture_output=True, text=True)
+    for name, command in (("one", alone), ("two", two), ("killed", alone)):
+        output = tmp_path / name
+        if name == "killed":
+            process = subprocess.Popen([*command, "--output", str(output)], stderr=subprocess.DEVNULL)
+            while not count_answers(output):
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.kill()
+            process.wait()
+            assert count_answers(output) < COUNT
+        done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
         assert not done.returncode, done.stderr[-3000:]
-        cards.append(read_card(tmp_path / name / "card.json"))
-    one, two = cards
-    assert one.protocol_hash == two.protocol_hash and one.items == two.items and one.figures == two.figures
+        cards.append(read_card(output / "card.json"))
+        assert count_answers(output) == COUNT
+    one = cards[0]
+    for other in cards[1:]:
+        assert other.protocol_hash == one.protocol_hash and other.items == one.items and other.figures == one.figures
+    assert one.protocol["system_prompt"] == "Answer briefly, please." and one.protocol["dtype"] == "torch.float32"
     (figure,) = one.figures
     assert figure.name == "scenes, exact" and figure.count == COUNT and figure.interval == "binomial"
     assert one.protocol["tasks"]["scenes"]["questions"] == COUNT
+
+
+def count_answers(output: Path) -> int:
+    return sum('"key"' in line for file in output.glob("answers/*.jsonl") for line in file.read_text().splitlines())

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from transformers_unicode2.evaluation.score_card import ScoreCard, bootstrap, read_card, wilson
+from transformers_unicode2.evaluation.score_card import ScoreCard, bootstrap, check_card_file, read_card, wilson
 
 
 def make_card(**changes) -> ScoreCard:
@@ -31,12 +31,57 @@ def test_bootstrap_covers_the_mean_and_respects_groups():
     low, high = bootstrap(values)
     spread = np.std(list(values.values())) / 200**0.5
     assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.1)
-    copied = {f"{i}-{j}": value for i, value in values.items() for j in range(4)}
-    grouped = bootstrap(copied, {item: item.split("-")[0] for item in copied})
+    grouped = bootstrap({f"{i}/{j}": value for i, value in values.items() for j in range(4)})
     assert grouped[1] - grouped[0] == pytest.approx(high - low, rel=0.1)
-    alone = bootstrap(copied)
+    alone = bootstrap({f"{i}-{j}": value for i, value in values.items() for j in range(4)})
     assert alone[1] - alone[0] == pytest.approx((high - low) / 2, rel=0.1)
-    assert bootstrap({"0": 1.0}) == (None, None)
+    assert bootstrap({"0": 1.0}) == (None, None) == bootstrap({"0/0": 1.0, "0/1": 2.0})
+
+
+def test_a_mean_over_strata_keeps_their_sizes():
+    """GenEval's tags: their mix is fixed, so it adds no noise. The spread is that of each stratum, by theory."""
+    rng, sizes, shares = np.random.default_rng(0), {"a": 80, "b": 300}, {"a": 0.9, "b": 0.2}
+    values, strata = {}, {}
+    for tag, size in sizes.items():
+        for i in range(size):
+            strata[f"{tag}{i}"] = tag
+            values |= {f"{tag}{i}/{j}": 100.0 * (rng.random() < shares[tag]) for j in range(4)}
+    card = ScoreCard("c", {}, {})
+    card.add_mean("overall", values, "%", strata)
+    (figure,) = card.figures
+    found = {tag: [value for item, value in values.items() if item.startswith(tag)] for tag in sizes}
+    assert figure.value == pytest.approx(np.mean([np.mean(part) for part in found.values()]))
+    by_theory = sum(np.var(part) / len(part) / 4 for part in found.values()) ** 0.5
+    assert (figure.high - figure.low) / 2 == pytest.approx(1.96 * by_theory, rel=0.15)
+    assert figure.high <= 100
+
+
+def test_all_right_is_no_certainty():
+    """Its interval is Wilson's of the 10 prompts, not of their 40 pictures."""
+    for value, limits in ((100.0, (72.25, 100.0)), (0.0, (0.0, 27.75))):
+        card = ScoreCard("c", {}, {})
+        card.add_mean("overall", {f"{i}/{j}": value for i in range(10) for j in range(4)}, "%")
+        assert (card.figures[0].low, card.figures[0].high) == pytest.approx(limits, abs=0.01)
+
+
+def test_a_card_takes_the_place_of_a_card_alone(tmp_path):
+    make_card().write(tmp_path / "card.json")
+    check_card_file(tmp_path / "card.json")
+    (tmp_path / "notes.md").write_text("# Notes")
+    (tmp_path / "data.json").write_text("{}")
+    for name, message in (
+        ("card.md", "must end in .json; the page of the card is written beside it"),
+        ("notes.json", "notes.md is there, and is no page of a score card"),
+        ("data.json", "data.json is there, and is no score card; it is not replaced"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_card_file(tmp_path / name)
+
+
+def test_tasks_are_data_sets_of_their_own():
+    card = ScoreCard("evaluate understanding", {"tasks": {"gqa": {}}}, {"model": "m"})
+    card.add_share("gqa, exact_match", {"0": True})
+    assert "name: gqa\n" in card.make_page() and "name: exact_match\n" in card.make_page()
 
 
 def test_a_card_is_written_and_read(tmp_path):

@@ -52,14 +52,15 @@ def find_safetensors(source: str) -> list[Path]:
     return files
 
 
-def load_model(name: str, base: str | None = None) -> tuple:
+def load_model(name: str, base: str | None = None, dtype: str = "auto") -> tuple:
     """Loads a model with its processor, for use: a checkpoint, or an adapter merged into the one that it names.
 
-    The model keeps the dtype of its checkpoint, and goes to the accelerator if there is one.
+    The model keeps the dtype of its checkpoint unless another one is named. It goes to the accelerator if there is one.
 
     Args:
         name (`str`): folder or Hub name.
         base (`str`, *optional*): of the checkpoint of an adapter, if it is not where the adapter says.
+        dtype (`str` or `torch.dtype`, defaults to `"auto"`): of the weights; codebook and encoder keep their own.
 
     Returns:
         The `UniCode2ForConditionalGeneration` and its `UniCode2Processor`.
@@ -76,12 +77,12 @@ def load_model(name: str, base: str | None = None) -> tuple:
 
     if is_adapter(name):
         base, _, note = find_base(name, base)
-        model, processor = load_merged(name, base, note)
+        model, processor = load_merged(name, base, note, dtype)
     else:
         if base is not None:
             raise ValueError(f"{name} is a whole checkpoint; leave --base, the checkpoint of an adapter, out.")
         check_model(name)
-        model = UniCode2ForConditionalGeneration.from_pretrained(name)
+        model = UniCode2ForConditionalGeneration.from_pretrained(name, dtype=dtype)
         processor = UniCode2Processor.from_pretrained(name)
     device = torch.accelerator.current_accelerator(check_available=True)
     return model.to(device or "cpu").eval(), processor

@@ -2,9 +2,10 @@
 
     unicode2 evaluate compare A.json B.json
 
-A difference is tested on the items that both cards have: by McNemar's exact test where items are right or wrong, else
-by flipping signs at random. Its 95 % interval is a bootstrap over the items. Cards of different protocols are refused,
-and what differs is said; `--ignore NAME` lets an entry of the protocol differ, as a setting that is to be compared.
+Values and difference are those of the items that both cards have. The difference is tested by McNemar's exact test
+where items are right or wrong and independent. Else the signs of groups, such as the pictures of a prompt, are flipped
+at random. Its 95 % interval is a bootstrap over the groups. Cards of different protocols are refused, and what differs
+is said; `--ignore NAME` lets an entry of the protocol differ, as a setting that is to be compared.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import numpy as np
 from ..cards import write_table
 from ..files import write_file
 from ..record import compare as compare_entries
-from .score_card import ScoreCard, bootstrap, flatten, read_card
+from .score_card import ScoreCard, bootstrap, flatten, group_of, mean_of, read_card
 
 # Random signs of a test
 FLIPS = 10_000
@@ -77,34 +78,52 @@ def compare_cards(first: ScoreCard, second: ScoreCard) -> list[dict]:
         other = others.get(figure.name)
         if other is None:
             continue
-        row = {"figure": figure.name, "A": figure.value, "B": other.value, "B - A": other.value - figure.value}
         one, two = first.items.get(figure.name, {}), second.items.get(figure.name, {})
-        shared = [item for item in one if item in two]
+        shared, strata = [item for item in one if item in two], first.strata.get(figure.name)
+        values = figure.value, other.value
+        if shared:
+            one, two = ({item: part[item] for item in shared} for part in (one, two))
+            values = mean_of(one, strata), mean_of(two, strata)
+        row = {"figure": figure.name, "A": values[0], "B": values[1], "B - A": values[1] - values[0]}
         row |= {"95 %": None, "p": None, "items": len(shared)}
         if shared:
-            scale = 100 if figure.unit == "%" and figure.interval == "binomial" else 1
-            differences = {item: scale * (two[item] - one[item]) for item in shared}
-            low, high = bootstrap(differences)
+            low, high = bootstrap({item: two[item] - one[item] for item in shared}, strata)
             row["95 %"] = None if low is None else f"{low:.4g} to {high:.4g}"
-            row["p"] = compute_p([one[item] for item in shared], [two[item] for item in shared])
+            row["p"] = compute_p(one, two, strata)
         rows.append(row)
     return rows
 
 
-def compute_p(one: list[float], other: list[float]) -> float:
-    """p of no difference, on two sides: McNemar's exact test of values 0 and 1, else a test of random signs."""
-    if {*one, *other} <= {0.0, 1.0}:
-        gained = sum(b > a for a, b in zip(one, other))
-        lost = sum(b < a for a, b in zip(one, other))
-        count, least = gained + lost, min(gained, lost)
-        return min(1.0, 2 * sum(comb(count, k) for k in range(least + 1)) / 2**count) if count else 1.0
-    differences = np.asarray(other) - np.asarray(one)
+def compute_p(one: dict[str, float], other: dict[str, float], strata: dict[str, str] | None = None) -> float:
+    """
+    p of no difference of `mean_of`, on two sides.
+
+    McNemar's exact test where every item is a group of its own and has one of two values, else a test of random signs
+    of the groups.
+
+    Args:
+        one, other: values of the same items.
+        strata: the stratum of each group.
+    """
+    groups, sizes = {}, {}
+    for item in one:
+        stratum = strata[group_of(item)] if strata else ""
+        sizes[stratum] = sizes.get(stratum, 0) + 1
+    for item in one:
+        group = group_of(item)
+        weight = sizes[strata[group] if strata else ""]
+        groups[group] = groups.get(group, 0.0) + (other[item] - one[item]) / weight
+    differences = np.array([*groups.values()])
     if not differences.any():
         return 1.0
-    rng, observed, reached = np.random.default_rng(0), abs(differences.mean()), 0
+    if not strata and len(groups) == len(one) and len({*one.values(), *other.values()}) == 2:
+        gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+        count, least = gained + lost, min(gained, lost)
+        return min(1.0, 2 * sum(comb(count, k) for k in range(least + 1)) / 2**count)
+    rng, observed, reached = np.random.default_rng(0), abs(differences.sum()), 0
     for _ in range(FLIPS // 1000):
         signs = rng.choice((-1.0, 1.0), (1000, len(differences)))
-        reached += int((abs((signs * differences).mean(1)) >= observed - 1e-12).sum())
+        reached += int((abs((signs * differences).sum(1)) >= observed - 1e-12).sum())
     return (reached + 1) / (FLIPS + 1)
 
 

@@ -18,9 +18,6 @@ class Mask2FormerDetector:
     Args:
         name: folder or Hub name of a `Mask2FormerForUniversalSegmentation`.
         device: to run it on.
-
-    Raises:
-        `ValueError`: when it knows none of COCO's classes.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
@@ -28,7 +25,7 @@ class Mask2FormerDetector:
 
         self.processor = AutoImageProcessor.from_pretrained(name)
         self.model = Mask2FormerForUniversalSegmentation.from_pretrained(name).to(device).eval()
-        self.labels = {number: RENAMED.get(label, label) for number, label in self.model.config.id2label.items()}
+        self.labels = rename(self.model.config)
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> list[Detection]:
@@ -46,6 +43,21 @@ class Mask2FormerDetector:
                 label = self.labels[info["label_id"]]
                 detections.append(Detection(label, float(info["score"]), find_box(mask), mask))
         return detections
+
+
+def rename(config) -> dict[int, str]:
+    """The classes of a detector by their numbers, as prompts call them."""
+    return {number: RENAMED.get(label, label) for number, label in config.id2label.items()}
+
+
+def find_labels(name: str) -> set[str]:
+    """The classes that a detector knows. Raises `ValueError` when it is no Mask2Former."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "mask2former":
+        raise ValueError(f"--detector {name} is a {config.model_type}; give a Mask2Former.")
+    return {*rename(config).values()}
 
 
 def find_box(mask: np.ndarray) -> tuple[float, float, float, float]:

@@ -4,7 +4,8 @@
 
 Each picture of a grid is asked the questions of its prompt, to be answered by yes or no. A question whose parent was
 answered by no counts as no, whatever the answer. The score of a picture is the share of yes; that of a prompt the mean
-over its pictures; the figure the mean over prompts. A category is the share of yes of all its questions.
+over its pictures; the figure the mean over prompts. A category is the share of yes of all its questions, without that
+rule.
 
 This is `dpg_hf`. The official scorer asks an mPLUG of another library, so the two are not comparable. It also has
 faults that are not repeated here. It passes over the first question of its file. Pictures that it fails on are left out
@@ -23,12 +24,14 @@ import numpy as np
 from PIL import Image
 
 from ..files import write_file
-from ..record import hash_source
+from ..record import hash_file, hash_source
 from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_data
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "category_broad", "question_natural_language")
 ASK = "{question} Answer with yes or no."
 RESULTS = "dpg_hf"
+# Of what is in it; answers by other rules are not read again
+RULES = "dpg_hf 1"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--images", required=True, help="folder that `unicode2 evaluate generation --benchmark dpg` wrote")
     add("--questions", required=True, help="dpg_bench.csv of DPG-Bench")
     add("--vqa", required=True, help="model of `image-text-to-text`: folder or Hub name")
+    add("--pictures", type=int, choices=(1, 4), default=4, help="pictures in a file: a grid of 4, or 1 (default: 4)")
     add("--ask", default=ASK, metavar="TEXT", help="what is asked (default: %(default)s)")
     add("--json", required=True, metavar="FILE", help="score card to write, and its page beside it")
     return parser
@@ -62,20 +66,20 @@ def main(args: argparse.Namespace) -> ScoreCard:
     check_card_file(args.json)
     start, questions = time.perf_counter(), read_questions(args.questions)
     files = find_grids(Path(args.images), questions)
-    judge = {"vqa": hash_source(args.vqa), "vqa_name": Path(args.vqa).name, "ask": args.ask, "rules": "dpg_hf"}
-    judge["questions"] = hash_data(args.questions)
+    judge = {"vqa": hash_source(args.vqa), "ask": args.ask, "rules": RULES, "pictures": args.pictures}
+    judge["questions"] = hash_file(args.questions)
     folder, answer, results = Path(args.images) / RESULTS, None, {}
     folder.mkdir(exist_ok=True)
     for name in tqdm(questions, unit="prompt", desc="dpg_hf"):
         known = read_result(folder / f"{name}.json", judge, files[name])
         if known is None:
             answer = answer or Judge(args.vqa)
-            known = [ask_all(tile, questions[name], answer, args.ask) for tile in split_grid(files[name])]
+            known = [ask_all(tile, questions[name], answer, args.ask) for tile in split(files[name], args.pictures)]
             content = {**judge, "picture": hash_data(files[name]), "answers": known}
             write_file(folder / f"{name}.json", json.dumps(content).encode())
         results[name] = known
     card = make_card(args, questions, results, judge)
-    card.run = describe_run("cuda" if answer and answer.device.type == "cuda" else "cpu", start)
+    card.run = describe_run("cuda" if answer and answer.device.type == "cuda" else "cpu", start, vqa=args.vqa)
     card.write(args.json)
     print(card.make_page())
     return card
@@ -84,7 +88,7 @@ def main(args: argparse.Namespace) -> ScoreCard:
 def read_questions(file: str | Path) -> dict[str, list[Question]]:
     """The questions of each prompt by its name. Raises `ValueError` with line and column when the file is another."""
     try:
-        with open(file, newline="", encoding="utf-8") as content:
+        with open(file, newline="", encoding="utf-8-sig") as content:
             reader = csv.DictReader(content)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
@@ -92,8 +96,8 @@ def read_questions(file: str | Path) -> dict[str, list[Question]]:
             questions = {}
             for line, row in enumerate(reader, 2):
                 questions.setdefault(row["item_id"], []).append(read_question(row, f"{file} line {line}"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}).") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}).") from error
     if not questions:
         raise ValueError(f"{file} has no questions.")
     for name, asked in questions.items():
@@ -127,23 +131,29 @@ def find_grids(images: Path, questions: dict) -> dict[str, Path]:
     return files
 
 
-def split_grid(file: Path) -> list[Image.Image]:
-    """The four pictures of a grid: top left, top right, bottom left and bottom right."""
+def split(file: Path, count: int) -> list[Image.Image]:
+    """The pictures of a file: itself, or the four of a grid, top left, top right, bottom left and bottom right."""
     grid = Image.open(file).convert("RGB")
+    if count == 1:
+        return [grid]
     width, height = grid.width // 2, grid.height // 2
     return [grid.crop((x, y, x + width, y + height)) for y in (0, height) for x in (0, width)]
 
 
 def ask_all(image: Image.Image, questions: list[Question], answer: Callable, ask: str) -> dict[str, bool]:
-    """Whether each question about a picture is answered by yes, by its number, with its parents taken into account."""
-    yes = {question.number: answer(image, ask.format(question=question.text)) for question in questions}
+    """Whether each question about a picture is answered by yes, by its number."""
+    return {str(one.number): answer(image, ask.replace("{question}", one.text)) for one in questions}
+
+
+def apply_dependencies(yes: dict[str, bool], questions: list[Question]) -> dict[str, bool]:
+    """The same answers, with no where a question that another one depends on was answered by no."""
     known = {}
 
     def holds(number: int, above: tuple = ()) -> bool:
         question = next(one for one in questions if one.number == number)
         if number not in known:
             parents = [holds(parent, (*above, number)) for parent in question.parents if parent not in above]
-            known[number] = yes[number] and all(parents)
+            known[number] = yes[str(number)] and all(parents)
         return known[number]
 
     return {str(question.number): holds(question.number) for question in questions}
@@ -186,11 +196,12 @@ def make_card(args: argparse.Namespace, questions: dict, results: dict, judge: d
     pictures, categories = {}, {}
     for name, answers in results.items():
         for number, one in enumerate(answers):
-            pictures[f"{name}/{number}"] = 100 * float(np.mean(list(one.values())))
+            counted = apply_dependencies(one, questions[name])
+            pictures[f"{name}/{number}"] = 100 * float(np.mean([*counted.values()]))
             for question in questions[name]:
                 part = categories.setdefault(question.category, {})
                 part[f"{name}/{number}/{question.number}"] = 100.0 * one[str(question.number)]
-    card.add_mean("overall", pictures, "%", {item: item.split("/")[0] for item in pictures})
+    card.add_mean("overall", pictures, "%")
     for category, flags in sorted(categories.items()):
-        card.add_mean(category, flags, "%", {item: item.split("/")[0] for item in flags})
+        card.add_mean(category, flags, "%")
     return card

@@ -4,7 +4,7 @@
     unicode2 evaluate generation --benchmark dpg --prompts dpg_bench/prompts --model pipe --output drawn
     accelerate launch -m transformers_unicode2.evaluation.generation --benchmark geneval ...
 
-GenEval: OUTPUT/00000/metadata.jsonl and OUTPUT/00000/samples/0000.png. DPG-Bench: OUTPUT/ID.png, a grid of 2 x 2.
+GenEval: OUTPUT/00000/metadata.jsonl and OUTPUT/00000/samples/00000.png. DPG-Bench: OUTPUT/ID.png, a grid of 2 x 2.
 Every picture is written and painted alone, with a seed of its own, made of --seed, its prompt and its number. So it
 does not depend on the number of processes, nor on what was drawn before. A run that was killed resumes. On a CPU,
 another number of --threads rounds in another way, and so draws other pictures.
@@ -28,10 +28,11 @@ from PIL import Image
 from ..checkpoints import check_checkpoint
 from ..cli import SEED, at_least
 from ..files import explained, make_folders, remove, whole_file, write_file
+from ..planning_unicode2 import first_given
 from ..processes import agree, follow_launcher, join
-from ..record import Record
+from ..record import Record, hash_file
 from .prompts import BenchmarkPrompt, read_dpg, read_geneval, replace_texts
-from .score_card import ScoreCard, describe_generation, describe_run, describe_subject, hash_data
+from .score_card import ScoreCard, describe_generation, describe_run, describe_subject
 
 CARD = "generation.json"
 # Single pictures of DPG-Bench, until their grid is there
@@ -93,18 +94,27 @@ def run(args: argparse.Namespace, state) -> None:
                 print(f"{output} is finished; nothing to do")
             return
         benchmark = BENCHMARKS[args.benchmark](output, args)
-        todo = [(i, j) for i in range(len(prompts)) for j in range(args.images_per_prompt)]
-        todo = [pair for pair in todo if not benchmark.has(prompts[pair[0]], pair[1])]
+        # One process looks, since the others may be drawing by the time that a slow one does
+        todo = agree(lambda: list_missing(benchmark, prompts, args.images_per_prompt))
         mine = todo[state.process_index :: state.num_processes]
         for i, j in tqdm(mine, unit="picture", desc="drawing", disable=not state.is_main_process):
             benchmark.write(prompts[i], j, draw(pipe, prompts[i].text, (args.seed, i, j), args))
         state.wait_for_everyone()
         if state.is_main_process:
+            missing = list_missing(benchmark, prompts, args.images_per_prompt)
+            if missing:
+                raise ValueError(f"{len(missing):,} pictures are missing in {output}; run the command again.")
             benchmark.finish(prompts)
             card.run = describe_run(str(state.device), start, processes=state.num_processes, drawn=len(todo))
             card.write(output / CARD)
     if state.is_main_process:
         print(f"{output}: {len(prompts) * args.images_per_prompt:,} pictures of {len(prompts):,} prompts")
+
+
+def list_missing(benchmark, prompts: list[BenchmarkPrompt], count: int) -> list[tuple[int, int]]:
+    """Numbers of the prompts and of their pictures that are not there."""
+    every = ((i, j) for i in range(len(prompts)) for j in range(count))
+    return [(i, j) for i, j in every if not benchmark.has(prompts[i], j)]
 
 
 def read_prompts(args: argparse.Namespace) -> list[BenchmarkPrompt]:
@@ -140,8 +150,9 @@ def describe(args: argparse.Namespace, pipe) -> ScoreCard:
     """The card of the pictures, without figures: what they depend on."""
     sampling = {} if args.temperature is None else {"do_sample": args.temperature > 0, "temperature": args.temperature}
     plan = {"max_plan_tokens": args.max_plan_tokens}
-    protocol = {"benchmark": args.benchmark, "prompts": hash_prompts(args), "seed": args.seed}
-    protocol["rewritten"] = hash_data(args.rewritten) if args.rewritten else "none"
+    protocol = {"benchmark": args.benchmark, "task_type": "text-to-image", "prompts": hash_prompts(args)}
+    protocol["seed"] = args.seed
+    protocol["rewritten"] = hash_file(args.rewritten) if args.rewritten else "none"
     protocol["images_per_prompt"] = args.images_per_prompt
     protocol["language model"] = describe_generation(
         pipe.vision_language_encoder, args.prior_guidance, **sampling, **plan
@@ -155,17 +166,21 @@ def describe(args: argparse.Namespace, pipe) -> ScoreCard:
 
 
 def describe_decoder(args: argparse.Namespace, pipe) -> dict:
-    """The settings of the decoder, with those of a call."""
-    own = {name: getattr(args, option) for option, name in DECODER.items()}
-    settings = {name: value or pipe.config.get(name) for name, value in own.items() if has(pipe, name)}
+    """The settings of the decoder: of a call, else of the pipeline, else the default of its `__call__`."""
+    from inspect import signature
+
+    defaults, settings = signature(type(pipe).__call__).parameters, {}
+    for option, name in DECODER.items():
+        if has(pipe, name):
+            settings[name] = first_given(getattr(args, option), pipe.config.get(name), defaults[name].default)
     return settings | {"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__}
 
 
-def hash_prompts(args: argparse.Namespace) -> dict[str, str] | str:
+def hash_prompts(args: argparse.Namespace) -> str:
     from ..record import hash_files
 
     if args.benchmark == "geneval":
-        return hash_data(args.prompts)
+        return hash_file(args.prompts)
     return hash_files(Path(args.prompts).glob("*.txt"), args.prompts)
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from ..files import write_file
 from ..record import hash_source
 from .prompts import RELATIONS, TAGS, check_metadata
-from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_data
+from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_content, hash_data
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16
@@ -35,6 +35,8 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 # As the prompts call what COCO calls otherwise
 RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 RESULT = "geneval_hf.json"
+# Of what is in it; verdicts of other rules are not read again
+RULES = "geneval_hf 1"
 
 
 @dataclass(frozen=True)
@@ -137,23 +139,25 @@ def main(args: argparse.Namespace) -> ScoreCard:
     import torch
     from tqdm import tqdm
 
-    from .detectors import ColorNamer, Mask2FormerDetector
+    from .detectors import ColorNamer, Mask2FormerDetector, find_labels
 
     start, folders = time.perf_counter(), find_folders(Path(args.images))
     check_card_file(args.json)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorer = {"detector": hash_source(args.detector), "clip": hash_source(args.clip), "rules": "geneval_hf"}
+    scorer = {"detector": hash_source(args.detector), "clip": hash_source(args.clip), "rules": RULES}
+    check_wanted(folders, find_labels(args.detector))
     judge, results = None, {}
     for folder in tqdm(folders, unit="prompt", desc="geneval_hf"):
         pictures = sorted((folder / "samples").glob("*.png"))
-        known = read_result(folder, scorer, pictures)
+        asked = {**scorer, "metadata": read_metadata(folder), "pictures": hash_data(*pictures)}
+        known = read_result(folder, asked)
         if known is None:
             judge = judge or (Mask2FormerDetector(args.detector, device), ColorNamer(args.clip, device))
             known = score_prompt(folder, pictures, *judge)
-            write_file(folder / RESULT, (json.dumps({**scorer, "pictures": hash_data(*pictures), **known})).encode())
+            write_file(folder / RESULT, (json.dumps({**asked, **known})).encode())
         results[folder.name] = known
-    card = make_card(args, results, scorer)
-    card.run = describe_run(device, start)
+    card = make_card(args, results, scorer, [read_metadata(folder) for folder in folders])
+    card.run = describe_run(device, start, detector=args.detector, clip=args.clip)
     card.write(args.json)
     print(card.make_page())
     return card
@@ -185,13 +189,32 @@ def read_metadata(folder: Path) -> dict:
     return content
 
 
-def read_result(folder: Path, scorer: dict, pictures: list[Path]) -> dict | None:
-    """What this scorer said of the same pictures before, if it did."""
+def check_wanted(folders: list[Path], labels: set[str]) -> None:
+    """Raises `ValueError` on a class that the detector does not know, or a color that is not told apart: every picture
+    would be wrong.
+    """
+    for folder in folders:
+        metadata = read_metadata(folder)
+        for wanted in (*metadata["include"], *metadata.get("exclude", [])):
+            if wanted["class"] not in labels:
+                known = ", ".join(sorted(labels)[:5])
+                raise ValueError(
+                    f"{folder}/metadata.jsonl has the class {wanted['class']!r}, which the detector does not know; its "
+                    f"{len(labels)} classes begin with {known}. Give a Mask2Former of COCO's instances."
+                )
+            if wanted.get("color", COLORS[0]) not in COLORS:
+                raise ValueError(
+                    f"{folder}/metadata.jsonl has the color {wanted['color']!r}; it must be one of {', '.join(COLORS)}."
+                )
+
+
+def read_result(folder: Path, asked: dict) -> dict | None:
+    """What this scorer said before of the same pictures and the same metadata, if it did."""
     try:
         content = json.loads((folder / RESULT).read_text())
     except (OSError, ValueError):
         return None
-    same = content.get("pictures") == hash_data(*pictures) and all(content.get(key) == scorer[key] for key in scorer)
+    same = all(content.get(key) == asked[key] for key in asked)
     return {"tag": content["tag"], "right": content["right"], "reasons": content["reasons"]} if same else None
 
 
@@ -206,19 +229,17 @@ def score_prompt(folder: Path, pictures: list[Path], detect: Callable, namer) ->
     return {"tag": metadata["tag"], "right": right, "reasons": reasons}
 
 
-def make_card(args: argparse.Namespace, results: dict[str, dict], scorer: dict) -> ScoreCard:
+def make_card(args: argparse.Namespace, results: dict[str, dict], scorer: dict, metadata: list[dict]) -> ScoreCard:
     """Shares of pictures for each tag, and their mean over the tags."""
     card = begin_card("evaluate geneval", "geneval_hf", scorer, args.images)
-    tags, every = {}, {}
+    pictures = {name: len(result["right"]) for name, result in results.items()}
+    card.protocol |= {"prompts": hash_content(metadata), "num_pictures": sum(pictures.values())}
+    tags, groups = {}, {name: result["tag"] for name, result in results.items()}
     for name, result in results.items():
         for number, flag in enumerate(result["right"]):
-            tags.setdefault(result["tag"], {})[f"{name}/{number}"] = every[f"{name}/{number}"] = flag
-    # The mean over tags, as a mean over pictures that count by the size of their tag
-    weights = {item: len(every) / (len(tags) * len(part)) for part in tags.values() for item in part}
-    groups = {item: item.split("/")[0] for item in every}
-    card.add_mean("overall", {item: 100 * every[item] * weights[item] for item in every}, "%", groups)
+            tags.setdefault(result["tag"], {})[f"{name}/{number}"] = 100.0 * flag
+    card.add_mean("overall", {item: value for part in tags.values() for item, value in part.items()}, "%", groups)
     for tag in (tag for tag in TAGS if tag in tags):
-        flags = {item: 100.0 * flag for item, flag in tags[tag].items()}
-        card.add_mean(tag, flags, "%", {item: groups[item] for item in flags})
+        card.add_mean(tag, tags[tag], "%")
     card.add_share("prompts with a right picture", {name: any(one["right"]) for name, one in results.items()})
     return card

@@ -41,7 +41,8 @@ def read_geneval(file: str | Path) -> list[BenchmarkPrompt]:
 def read_lines(file: str | Path) -> list[str]:
     """Lines of a text file, without empty ones at the end. Raises `ValueError` when there are none."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").rstrip().splitlines()
+        # Not `splitlines`, which also cuts at characters inside a prompt; some editors begin a file with a mark
+        lines = Path(file).read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}).") from error
     if not lines:

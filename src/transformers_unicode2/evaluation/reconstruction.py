@@ -8,8 +8,8 @@ what a picture shows, not its pixels, so both are low. With --clip, `likeness` i
 original and redrawn picture, and `frechet_clip` the Fréchet distance of the two sets of embeddings. `fid` is that of
 Inception features and needs the packages torch-fidelity and torchvision; `lpips` needs torchvision.
 
-Each original is resized to fill the square that is painted, and its middle is compared. Redrawn pictures stay in
-OUTPUT, and a run that was killed resumes. Picture i has a seed of its own, made of --seed and i.
+Each original is resized to fill the square that is painted. Its middle is what is encoded and compared. Redrawn
+pictures stay in OUTPUT, and a run that was killed resumes. Picture i has a seed of its own, made of --seed and i.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> ScoreCard:
     with explained(output), ExitStack() as stack:
         if not stack.enter_context(record.making()):
             redraw(args, pipe, source, output)
-    compare(args, source, output, pipe.config.image_size, metrics, card)
+    compare(args, source, output, metrics, card)
     card.run = describe_run(str(device), start)
     card.write(output / "card.json")
     print(card.make_page())
@@ -107,7 +107,7 @@ def list_originals(source: ImageSource) -> Iterator[tuple[int, Image.Image]]:
 
 
 def redraw(args: argparse.Namespace, pipe, source: ImageSource, output: Path) -> None:
-    """Writes OUTPUT/{number:06d}.png of each picture that is not there yet."""
+    """Writes OUTPUT/{number:06d}.png of each picture that is not there yet. Its middle is redrawn."""
     from tqdm import tqdm
 
     given = {name: getattr(args, option) for option, name in DECODER.items()}
@@ -117,7 +117,13 @@ def redraw(args: argparse.Namespace, pipe, source: ImageSource, output: Path) ->
         file = output / f"{number:06d}.png"
         if not file.is_file():
             seed = int(np.random.SeedSequence([args.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+            image = fit(image, args.image_size or pipe.config.image_size)
             save_picture(file, pipe(image=image, generator=torch.Generator().manual_seed(seed), **given).images[0])
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """The middle of a picture, `size` pixels wide and high."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
 class Metrics:
@@ -185,16 +191,15 @@ class ClipEmbeddings(torch.nn.Module):
         return self.model(inputs).image_embeds.float()
 
 
-def compare(
-    args: argparse.Namespace, source: ImageSource, output: Path, size: int, metrics: Metrics, card: ScoreCard
-) -> None:
+def compare(args: argparse.Namespace, source: ImageSource, output: Path, metrics: Metrics, card: ScoreCard) -> None:
     """Adds the figures of all pictures to a card. Raises `ValueError` when none could be read."""
     from tqdm import tqdm
 
-    values, size = {}, args.image_size or size
+    values = {}
     for number, image in tqdm(list_originals(source), total=len(source), unit="picture", desc="comparing"):
-        original = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         redrawn = Image.open(output / f"{number:06d}.png").convert("RGB")
+        # Decoders round the size that they are asked for
+        original = fit(image, redrawn.width)
         for name, value in metrics.compare(to_tensor(original), to_tensor(redrawn)).items():
             values.setdefault(name, {})[str(number)] = value
     if not values:

@@ -86,9 +86,10 @@ def main(args: argparse.Namespace) -> dict:
         if part == "new scenes":
             report["utilization"] = measure_utilization(painter, args.utilization_images, args.emoji_dir)
     if args.emoji_dir:
-        report["emoji"] = name_emoji(painter, args.num_scenes, args.emoji_dir)
+        report["emoji"] = name_emoji(painter, args.num_scenes, args.emoji_dir, report["items"])
         if args.clip:
-            report["emoji"] |= judge_emoji(painter, num_candidates, args.emoji_dir, args.clip, args.sheet)
+            options = {"folder": args.emoji_dir, "clip": args.clip, "sheet": args.sheet}
+            report["emoji"] |= judge_emoji(painter, num_candidates, items=report["items"], **options)
     print_report(report)
     if args.json:
         make_card(args, report, pipe, start).write(args.json)
@@ -111,10 +112,6 @@ def make_card(args: argparse.Namespace, report: dict, pipe, start: float) -> Sco
     for name, right in report["items"].items():
         card.add_share(name, right)
     card.add_figure("codes in use", report["utilization"]["share"], report["utilization"]["num_images"], "%")
-    for name in ("named", "drawn", "redrawn"):
-        if name in report.get("emoji", {}):
-            count = report["emoji"]["num_renderings" if name == "named" else "num_drawings"]
-            card.add_figure(f"emoji {name}", report["emoji"][name], count, "%")
     card.run = describe_run(str(pipe.device), start)
     return card
 
@@ -241,17 +238,21 @@ def render_emoji(names: list[str], rng: np.random.Generator, folder: str, image_
     return [emoji.draw_emoji_scene(scene, folder, image_size) for scene in scenes]
 
 
-def name_emoji(painter: Painter, num_renderings: int, folder: str) -> dict:
-    """Percentage of held-out renderings, at least one of each emoji, that are named right."""
+def name_emoji(painter: Painter, num_renderings: int, folder: str, items: dict) -> dict:
+    """Percentage of held-out renderings, at least one of each emoji, that are named right. Adds them to the items."""
     names = [emoji.NAMES[i % len(emoji.NAMES)] for i in range(max(num_renderings, len(emoji.NAMES)))]
     images = render_emoji(names, np.random.default_rng([painter.seed, 2]), folder, painter.image_size)
     answers = answer(painter.pipe, images, ["what is this?"] * len(images), painter.batch_size)
     right = [given == article(name) for given, name in zip(answers, names)]
+    items["emoji named"] = {str(number): flag for number, flag in enumerate(right)}
     return {"named": 100 * float(np.mean(right)), "num_renderings": len(names)}
 
 
-def judge_emoji(painter: Painter, num_candidates: int, folder: str, clip: str, sheet: str | None) -> dict:
-    """Percentage of drawn names, and of redrawn emoji, that are nearest to the right emoji in the space of a CLIP."""
+def judge_emoji(painter: Painter, num_candidates: int, items: dict, folder: str, clip: str, sheet: str | None) -> dict:
+    """Percentage of drawn names, and of redrawn emoji, that are nearest to the right emoji in the space of a CLIP.
+
+    Adds them to the items.
+    """
     prompts = [f"{article(f'big {name}')} on a white ground" for name in emoji.NAMES]
     drawn = painter.paint(painter.write(prompts, num_candidates))
     scenes = [emoji.EmojiScene(name, "big", 0.5, 0.5, 0.9, 0.0, "white") for name in emoji.NAMES]
@@ -259,7 +260,9 @@ def judge_emoji(painter: Painter, num_candidates: int, folder: str, clip: str, s
     known, result = clip_embeddings(clip, references).T, {}
     for name, painted in (("drawn", drawn), ("redrawn", painter.paint(encode(painter.pipe, references)))):
         nearest = (clip_embeddings(clip, painted) @ known).argmax(-1)  # (num_names,)
-        result[name] = 100 * (nearest == torch.arange(len(nearest))).float().mean().item()
+        right = (nearest == torch.arange(len(nearest))).tolist()
+        items[f"emoji {name}"] = {str(number): flag for number, flag in enumerate(right)}
+        result[name] = 100 * float(np.mean(right))
     if sheet:
         write_sheet(str(Path(sheet).with_suffix(".emoji.png")), drawn, references, [])
     return {**result, "num_drawings": len(drawn)}

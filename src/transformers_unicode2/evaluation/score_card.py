@@ -6,7 +6,9 @@ A card is a JSON file and a page beside it. Its parts are:
   and of the decoder. `protocol_hash` is its SHA-256. Figures of two cards may be compared if these are equal.
 - `subject`: which checkpoint, codebook, mapper and decoder, by their digests.
 - `figures`: values with 95 % intervals over the items, and their counts.
-- `items`: what each item got, for paired tests, see `compare.py`.
+- `items`: what each item got, for paired tests, see `compare.py`. Items that depend on each other, as the pictures of a
+  prompt do, are a group: what their names have before the first slash.
+- `strata`: of figures that are means of means, such as GenEval's over its tags, the stratum of each group.
 - `run`: date, commit, device, versions, seconds, and what changes no figure, such as the batch size.
 """
 
@@ -24,13 +26,16 @@ import numpy as np
 
 from ..cards import name_places, write_table
 from ..files import write_file
+from ..planning_unicode2 import IMAGE_OPTIONS
 from ..record import shorten
 
-FORMAT = 1
+FORMAT = 2
 # Resamples of a bootstrap, and the quantile of a normal distribution for 95 % on two sides
 RESAMPLES, NORMAL = 2000, 1.959963984540054
 # Of them computed at a time
 CHUNK = 50
+# Settings by which image mode draws ids, beside its own
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 LIBRARIES = (
     "transformers_unicode2",
     "torch",
@@ -68,29 +73,40 @@ class ScoreCard:
     subject: dict
     figures: list[Figure] = field(default_factory=list)
     items: dict[str, dict[str, float]] = field(default_factory=dict)
+    strata: dict[str, dict[str, str]] = field(default_factory=dict)
     run: dict = field(default_factory=dict)
 
     @property
     def protocol_hash(self) -> str:
         """SHA-256 of command and protocol."""
-        content = json.dumps([FORMAT, self.command, self.protocol], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hash_content([FORMAT, self.command, self.protocol])
 
     def add_share(self, name: str, right: dict[str, bool]) -> None:
         """Adds the percentage of the items that are right, with its Wilson interval."""
+        check_items(name, right)
         count = len(right)
         low, high = (100 * limit for limit in wilson(sum(right.values()), count))
         value = 100 * sum(right.values()) / count if count else 0.0
         self.figures.append(Figure(name, value, low, high, count))
-        self.items[name] = {item: float(flag) for item, flag in right.items()}
+        self.items[name] = {item: 100.0 * flag for item, flag in right.items()}
 
-    def add_mean(self, name: str, values: dict[str, float], unit: str, groups: dict[str, str] | None = None) -> None:
-        """Adds the mean of the items, with its bootstrap interval. Items of a group, as images of a prompt, are
-        resampled inside groups that are resampled themselves."""
-        low, high = bootstrap(values, groups)
-        value = float(np.mean(list(values.values()))) if values else 0.0
-        self.figures.append(Figure(name, value, low, high, len(values), unit, "bootstrap"))
+    def add_mean(self, name: str, values: dict[str, float], unit: str, strata: dict[str, str] | None = None) -> None:
+        """Adds the mean of the items, or the mean over strata of their means, with its bootstrap interval over groups.
+
+        Where all shares are 0 % or all are 100 %, there is nothing to resample, and the interval is Wilson's of the
+        groups.
+        """
+        check_items(name, values)
+        interval, (low, high) = "bootstrap", bootstrap(values, strata)
+        if unit == "%" and values and {*values.values()} in ({0.0}, {100.0}):
+            number = len({group_of(item) for item in values})
+            right = number if max(values.values()) else 0
+            interval, (low, high) = "binomial", (100 * limit for limit in wilson(right, number))
+        value = mean_of(values, strata) if values else 0.0
+        self.figures.append(Figure(name, value, low, high, len(values), unit, interval))
         self.items[name] = dict(values)
+        if strata:
+            self.strata[name] = dict(strata)
 
     def add_figure(self, name: str, value: float, count: int, unit: str) -> None:
         """Adds a figure that no items make up, such as a distance of distributions."""
@@ -99,7 +115,8 @@ class ScoreCard:
     def to_dict(self) -> dict:
         content = {"format": FORMAT, "command": self.command, "protocol_hash": self.protocol_hash}
         content |= {"protocol": self.protocol, "subject": self.subject}
-        content |= {"figures": [asdict(figure) for figure in self.figures], "items": self.items, "run": self.run}
+        content |= {"figures": [asdict(figure) for figure in self.figures], "items": self.items}
+        content |= {"strata": self.strata, "run": self.run}
         return json.loads(json.dumps(content, default=str))
 
     def write(self, file: str | Path) -> None:
@@ -145,16 +162,24 @@ def make_index(card: ScoreCard):
     results = [
         EvalResult(
             task_type=card.protocol.get("task_type", "image-text-to-text"),
-            dataset_type=card.protocol.get("benchmark", card.command),
-            dataset_name=card.protocol.get("benchmark", card.command),
-            metric_type=figure.name,
-            metric_name=figure.name,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=metric,
             metric_value=round(figure.value, 4),
             metric_args={"protocol": card.protocol_hash[:12], "interval": [figure.low, figure.high]},
         )
         for figure in card.figures
+        for dataset, metric in [name_dataset(card, figure)]
     ]
     return ModelCardData(model_name=name, eval_results=results) if results else ModelCardData()
+
+
+def name_dataset(card: ScoreCard, figure: Figure) -> tuple[str, str]:
+    """Data set and metric of a figure: of several tasks, its name begins with the one that it is of."""
+    if "tasks" in card.protocol:
+        return tuple(figure.name.split(", ", 1))
+    return card.protocol.get("benchmark", card.command), figure.name
 
 
 def read_card(file: str | Path) -> ScoreCard:
@@ -162,7 +187,7 @@ def read_card(file: str | Path) -> ScoreCard:
     try:
         content = json.loads(Path(file).read_text())
         figures = [Figure(**figure) for figure in content["figures"]]
-        names = ("command", "protocol", "subject", "items", "run")
+        names = ("command", "protocol", "subject", "items", "strata", "run")
         card = ScoreCard(**{name: content[name] for name in names}, figures=figures)
         found = content["protocol_hash"], content["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -176,16 +201,46 @@ def begin_card(command: str, benchmark: str, scorer: dict, images: str | Path) -
     """The card of drawn pictures, with how they were drawn, as `unicode2 evaluate generation` left it beside them."""
     file = Path(images, "generation.json")
     drawn = read_card(file) if file.is_file() else None
-    protocol = {"benchmark": benchmark, "scorer": scorer, "generation": drawn.protocol if drawn else "not known"}
+    protocol = {"benchmark": benchmark, "task_type": "text-to-image", "scorer": scorer}
+    protocol["generation"] = drawn.protocol if drawn else "not known"
     return ScoreCard(command, protocol, drawn.subject if drawn else {"model": "not known"})
 
 
 def check_card_file(file: str) -> None:
-    """Raises `ValueError`, before any work, when a card cannot be written to the file of the option `--json`."""
-    if not Path(file).absolute().parent.is_dir():
-        raise ValueError(f"--json {file}: there is no folder {Path(file).absolute().parent}.")
-    if Path(file).is_dir():
+    """Raises `ValueError`, before any work, when a card cannot be written to the file of the option `--json`, or
+    would take the place of something else. A card that is there is replaced.
+    """
+    path, page = Path(file), Path(file).with_suffix(".md")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--json {file}: there is no folder {path.absolute().parent}.")
+    if path.is_dir():
         raise ValueError(f"--json {file} is a folder; give a file.")
+    if path.suffix != ".json":
+        raise ValueError(f"--json {file} must end in .json; the page of the card is written beside it, to .md.")
+    if path.is_file() and '"protocol_hash"' not in path.read_text(errors="replace"):
+        raise ValueError(f"--json {file} is there, and is no score card; it is not replaced.")
+    if page.is_file() and "# Score card: " not in page.read_text(errors="replace"):
+        raise ValueError(f"{page} is there, and is no page of a score card; --json {file} would replace it.")
+
+
+def check_items(name: str, items: dict) -> None:
+    """Raises `ValueError` when an item has no name before its slash, so that it would be in no group."""
+    unnamed = [item for item in items if not group_of(item)]
+    if unnamed:
+        raise ValueError(f"{name}: the item {unnamed[0]!r} has no name before its first slash.")
+
+
+def group_of(item: str) -> str:
+    """The group of an item: what its name has before the first slash, or all of it."""
+    return item.split("/", 1)[0]
+
+
+def mean_of(values: dict[str, float], strata: dict[str, str] | None = None) -> float:
+    """The mean of the items, or the mean over strata of their means."""
+    parts = {}
+    for item, value in values.items():
+        parts.setdefault(strata[group_of(item)] if strata else "", []).append(value)
+    return float(np.mean([np.mean(part) for part in parts.values()]))
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -198,33 +253,33 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def bootstrap(values: dict[str, float], groups: dict[str, str] | None = None) -> tuple[float | None, float | None]:
+def bootstrap(values: dict[str, float], strata: dict[str, str] | None = None) -> tuple[float | None, float | None]:
     """
-    A 95 % percentile interval of the mean, by resampling items with replacement, the same in every run.
+    A 95 % percentile interval of `mean_of`, the same in every run: groups of items are resampled with replacement,
+    within their strata.
 
     Args:
         values: by item.
-        groups: the group of each item, as the prompt of an image. Groups are resampled, and items inside them.
+        strata: the stratum of each group.
 
     Returns:
-        Its limits; `None` of fewer than two items.
+        Its limits; `None` of fewer than two groups.
     """
-    if len(values) < 2:
-        return None, None
-    rng, by_group = np.random.default_rng(0), {}
+    groups = {}
     for item, value in values.items():
-        by_group.setdefault(groups[item] if groups else item, []).append(value)
-    sizes = np.array([len(part) for part in by_group.values()])
-    table = np.zeros((len(sizes), sizes.max()))
-    for row, part in zip(table, by_group.values()):
-        row[: len(part)] = part
-    means = []
-    for _ in range(RESAMPLES // CHUNK):
-        chosen = rng.integers(len(sizes), size=(CHUNK, len(sizes)))
-        inner = (rng.random((*chosen.shape, table.shape[1])) * sizes[chosen][..., None]).astype(int)
-        kept = np.arange(table.shape[1]) < sizes[chosen][..., None]  # (CHUNK, num_groups, largest_group)
-        means.append((table[chosen[..., None], inner] * kept).sum((1, 2)) / kept.sum((1, 2)))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+        total = groups.setdefault(group_of(item), np.zeros(2))
+        total += value, 1
+    if len(groups) < 2:
+        return None, None
+    rng, parts = np.random.default_rng(0), {}
+    for group, total in groups.items():
+        parts.setdefault(strata[group] if strata else "", []).append(total)
+    means = np.zeros(RESAMPLES)
+    for part in map(np.array, parts.values()):
+        for start in range(0, RESAMPLES, CHUNK):
+            drawn = part[rng.integers(len(part), size=(CHUNK, len(part)))].sum(1)  # sums and counts
+            means[start : start + CHUNK] += drawn[:, 0] / drawn[:, 1] / len(parts)
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -256,6 +311,11 @@ def find_commit() -> str | None:
     return found.stdout.strip() or None
 
 
+def hash_content(content) -> str:
+    """SHA-256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def hash_data(*files: str | Path) -> dict[str, str]:
     """SHA-256 of data files by their last names."""
     from ..record import hash_file
@@ -264,14 +324,17 @@ def hash_data(*files: str | Path) -> dict[str, str]:
 
 
 def describe_generation(model, guidance_scale: float | None = None, **changes) -> dict:
-    """The settings by which a model writes images, with those of a call.
+    """The settings by which a model writes images, those of a call before its own.
 
     Args:
         model (`UniCode2ForConditionalGeneration`): whose own settings are taken where a call names none.
         guidance_scale: of the call.
         **changes: further ones of it.
     """
-    settings = dict(getattr(model.generation_config, "image_generation", None) or {})
+    config = model.generation_config
+    settings = {name: getattr(config, name, None) for name in (*SAMPLING, *IMAGE_OPTIONS)}
+    settings |= getattr(config, "image_generation", None) or {}
+    settings = {name: value for name, value in settings.items() if value is not None}
     given = {"guidance_scale": guidance_scale, **changes}
     return settings | {name: value for name, value in given.items() if value is not None}
 

@@ -1,21 +1,21 @@
 """The paper's understanding benchmarks by lmms-eval, with a score card.
 
-    unicode2 evaluate understanding --model org/unicode2-7b --tasks paper --output scores
+    unicode2 evaluate understanding --model org/unicode2-7b --tasks paper --judge gpt-4o --output scores
     accelerate launch -m transformers_unicode2.evaluation.understanding --model org/unicode2-7b --tasks mmstar ...
 
 `paper` stands for the ten of Table 1: SEED-Bench, MM-Vet, MMStar, GQA, TextVQA, AI2D, RealWorldQA, MMMU, MMBench and
-MME. MMBench is given twice, circular and not, since the two differ by more than ten points. MM-Vet is graded by a
-judge, whose name and date are on the card: --judge NAME, with its key in OPENAI_API_KEY.
+MME. MMBench is given twice, circular and not: circular, a question is right if it is in every order of its choices. The
+two may differ by more than ten points. MM-Vet is graded by a judge, whose name and date are on the card: --judge NAME,
+with its key in OPENAI_API_KEY. MME's total is the sum of its two scores.
 
 lmms-eval runs them, by our entry point; its data come from the Hub. `--include-path` adds a folder of own tasks. Every
-question is answered alone, so batches change nothing. A run that was killed resumes from OUTPUT/answers.
+question is answered alone, so batches change nothing. Answers are kept in OUTPUT/answers, and a run that was killed
+resumes from there.
 
 lmms-eval needs packages that pin others, see benchmarks/paper.md for how to install it beside this one.
 """
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 import time
@@ -28,7 +28,9 @@ import numpy as np
 from ..checkpoints import check_checkpoint
 from ..cli import at_least
 from ..files import make_folders
-from .score_card import ScoreCard, describe_run, describe_subject
+from ..processes import follow_launcher
+from ..record import hash_files
+from .score_card import ScoreCard, describe_run, describe_subject, hash_content, mean_of
 
 # Tasks of lmms-eval for the columns of Table 1
 PAPER = {
@@ -40,11 +42,14 @@ PAPER = {
     "AI2D": ("ai2d",),
     "RealWorldQA": ("realworldqa",),
     "MMMU": ("mmmu_val",),
-    "MMBench": ("mmbench_en_dev", "mmbench_en_dev_static"),
+    # Letters are read by rules; `mmbench_en_dev` asks a judge, and guesses where that fails
+    "MMBench": ("mmbench_en_dev_static",),
     "MME": ("mme",),
 }
-# Tasks whose answers a judge grades
-JUDGED = ("mmvet",)
+# Beginnings of the names of tasks whose answers a judge grades, but for those that end in `_static`
+JUDGED = ("mmvet", "mmbench")
+# An index of MMBench is that of the question, and this times the number of the order of its choices
+ORDER = 1_000_000
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -56,49 +61,52 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", required=True, help="paper, or names of tasks of lmms-eval")
     add("--output", required=True, help="folder for answers and the score card")
     add("--include-path", metavar="DIR", help="folder with own tasks of lmms-eval")
-    add("--judge", metavar="NAME", help="model of OpenAI's interface that grades MM-Vet")
+    add("--judge", metavar="NAME", help="model of OpenAI's interface that grades MM-Vet, and other tasks that ask one")
     add("--system-prompt", default="", metavar="TEXT", help="first turn of every chat, or a file of it (default: none)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (default: the checkpoint's)")
     add("--limit", type=at_least(1), help="questions of each task, for a trial (default: all)")
     return parser
 
 
 def main(args: argparse.Namespace) -> ScoreCard | None:
+    follow_launcher()
     start, tasks = time.perf_counter(), list_tasks(args)
     check_judge(args, tasks)
     check_checkpoint(args.model)
     # Before lmms-eval is imported, which reads them then
     os.environ |= {"MODEL_VERSION": args.judge} if args.judge else {}
+    from accelerate.utils import gather_object
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
 
+    from .lmms_eval import UniCode2
+
     manager = TaskManager(include_path=args.include_path)
     check_tasks(tasks, manager.all_tasks)
-    make_folders(Path(args.output))
-    arguments = f"pretrained={args.model}" + (f",system_prompt={args.system_prompt}" if args.system_prompt else "")
+    output = Path(args.output)
+    make_folders(output)
+    options = {"dtype": args.dtype or "auto", "system_prompt": args.system_prompt}
+    model = UniCode2(args.model, answers=str(output / "answers"), **options)
     results = evaluator.simple_evaluate(
-        model="unicode2",
-        model_args=arguments,
+        model=model,
         tasks=tasks,
         task_manager=manager,
         batch_size=1,
         limit=args.limit,
-        use_cache=str(Path(args.output) / "answers"),
-        cli_args=argparse.Namespace(process_with_media=False, output_path=str(args.output)),
+        cli_args=argparse.Namespace(process_with_media=False, output_path=str(output)),
     )
+    parts = gather_object([model.asked])
     if results is None:
         # Not the first of several processes
         return None
-    card = make_card(args, results)
-    card.run = describe_run("cuda" if has_gpu() else "cpu", start)
+    asked = {task: {n: one for part in parts for n, one in part.get(task, {}).items()} for task in results["samples"]}
+    check_graded(results["samples"], args)
+    card = make_card(args, results, asked, model)
+    card.run = describe_run(str(model.device), start, processes=model.world_size)
+    card.run |= {"judge_date": str(date.today())} if args.judge else {}
     card.write(Path(args.output) / "card.json")
     print(card.make_page())
     return card
-
-
-def has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def list_tasks(args: argparse.Namespace) -> list[str]:
@@ -108,11 +116,11 @@ def list_tasks(args: argparse.Namespace) -> list[str]:
 
 def check_judge(args: argparse.Namespace, tasks: list[str]) -> None:
     """Raises `ValueError` when a task has no judge, or it no key."""
-    judged = [task for task in tasks if task in JUDGED]
+    judged = [task for task in tasks if task.startswith(JUDGED) and not task.endswith("_static")]
     if judged and not (args.judge and os.environ.get("OPENAI_API_KEY")):
         lacks = "--judge NAME" if not args.judge else "a key in OPENAI_API_KEY"
         raise ValueError(f"{judged[0]} is graded by a judge and needs {lacks}; without one, its score would be 0.")
-    if args.judge and not judged:
+    if args.judge and {*tasks} <= {*sum(PAPER.values(), ())} - {*judged}:
         raise ValueError(f"--judge {args.judge}: none of the tasks has a judge.")
 
 
@@ -125,42 +133,127 @@ def check_tasks(tasks: list[str], known: list[str]) -> None:
         raise ValueError(f"lmms-eval has no task {unknown[0]}; {instead}")
 
 
-def make_card(args: argparse.Namespace, results: dict) -> ScoreCard:
-    """Figures of each task. Items are its questions where a metric has a number for each."""
-    protocol = {"benchmark": "lmms-eval", "lmms_eval": find_version(), "limit": args.limit}
-    protocol |= {"system_prompt": args.system_prompt, "task_type": "image-text-to-text", "tasks": {}}
-    if args.judge:
-        protocol |= {"judge": args.judge, "judge_date": str(date.today())}
+def check_graded(samples: dict[str, list[dict]], args: argparse.Namespace) -> None:
+    """Raises `ValueError` on answers without a grade, which lmms-eval counts as wrong."""
+    for task, ones in samples.items():
+        grades = [value for sample in ones for value in sample.values() if isinstance(value, dict)]
+        missing = sum(grade.get("eval_model") == "" for grade in grades)
+        if missing:
+            raise ValueError(
+                f"{missing} of {len(ones)} answers of {task} got no grade from {args.judge}, and would count as wrong. "
+                f"Answers are kept in {args.output}; run the command again."
+            )
+
+
+def make_card(args: argparse.Namespace, results: dict, asked: dict[str, dict[int, str]], model) -> ScoreCard:
+    """
+    Figures of each task, in percent where they are shares. Items are its questions.
+
+    Args:
+        args: options of the command.
+        results: of lmms-eval.
+        asked: digests of what was asked, by task and number of the question.
+        model: that of lmms-eval.
+    """
+    protocol = {"benchmark": "lmms-eval", "task_type": "image-text-to-text", "lmms_eval": find_version()}
+    protocol |= {"limit": args.limit, "system_prompt": model.system_prompt, "dtype": str(model.model.dtype)}
+    protocol |= {"judge": args.judge} if args.judge else {}
+    if args.include_path:
+        files = [file for ending in ("py", "yaml") for file in Path(args.include_path).rglob(f"*.{ending}")]
+        protocol["include_path"] = hash_files(files, args.include_path)
+    protocol["tasks"] = {}
     card = ScoreCard("evaluate understanding", protocol, describe_subject(args.model))
     for task, samples in results["samples"].items():
-        protocol["tasks"][task] = describe_task(task, samples, results)
+        protocol["tasks"][task] = describe_task(task, samples, results, asked.get(task, {}))
+        if task.startswith("mmbench") and task.endswith("_static"):
+            add_mmbench(card, task, samples)
+            continue
+        totals = []
         for name, value in results["results"][task].items():
-            metric = name.split(",")[0]
+            metric, _, kind = name.partition(",")
             if isinstance(value, int | float) and "stderr" not in name and metric not in ("alias", "samples"):
-                add_metric(card, f"{task}, {metric}", metric, float(value), samples)
+                shown = f"{task}, {metric}" + (f" ({kind})" if kind not in ("", "none") else "")
+                add_metric(card, shown, metric, float(value), samples)
+                totals += [float(value)] * metric.startswith("mme_")
+        if task == "mme" and len(totals) == 2:
+            card.add_figure("mme, total", sum(totals), len(samples), "points")
     return card
 
 
 def add_metric(card: ScoreCard, name: str, metric: str, value: float, samples: list[dict]) -> None:
-    """Adds a figure with its items, if their mean is what lmms-eval made of them, else its value alone."""
-    items = {str(sample["doc_id"]): sample.get(metric) for sample in samples}
-    numeric = all(isinstance(item, int | float | np.number) for item in items.values())
-    if not numeric or not np.isclose(np.mean(list(items.values())), value):
-        card.add_figure(name, value, len(items), "")
-    elif set(items.values()) <= {0, 1}:
-        card.add_share(name, {item: bool(flag) for item, flag in items.items()})
-    else:
-        card.add_mean(name, {item: float(number) for item, number in items.items()}, "")
+    """Adds a figure with its items, if lmms-eval made it of their mean or of the mean over strata, else alone.
+
+    lmms-eval gives shares of 1 or of 100; here they are in percent.
+    """
+    given = {str(sample["doc_id"]): sample[metric] for sample in samples if metric in sample}
+    items = {item: read_number(one) for item, one in given.items()}
+    if items and None not in items.values():
+        is_share = min(items.values()) >= 0 and max(items.values()) <= 1
+        values = {item: 100 * number if is_share else number for item, number in items.items()}
+        for strata in (None, read_strata(given)):
+            mean = mean_of(values, strata)
+            if np.isclose(mean, value) or is_share and np.isclose(mean / 100, value, atol=1e-5):
+                if strata is None and {*values.values()} <= {0.0, 100.0}:
+                    card.add_share(name, {item: bool(number) for item, number in values.items()})
+                else:
+                    card.add_mean(name, values, "%" if is_share else "points", strata)
+                return
+    card.add_figure(name, value, len(given), "points")
 
 
-def describe_task(task: str, samples: list[dict], results: dict) -> dict:
-    """What the scores of a task depend on: its version, its settings, and the SHA-256 of its questions."""
+def read_number(one) -> float | None:
+    """What a question got, of what a task of lmms-eval keeps of it; `None` if that is something else."""
+    if isinstance(one, int | float | np.number):
+        return float(one)
+    if not isinstance(one, dict):
+        return None
+    if isinstance(one.get("score"), int | float):
+        return float(one["score"])
+    if {"pred", "answer"} <= {*one}:
+        return float(str(one["pred"]).lower().strip() == str(one["answer"]).lower().strip())
+    if "parsed_pred" in one:
+        from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
+
+        return float(evaluate_mmmu([one])[1]["acc"])
+    return None
+
+
+def read_strata(given: dict[str, dict]) -> dict[str, str] | None:
+    """The finer category of each question, where a task has one and takes the mean over them."""
+    has_strata = all(isinstance(one, dict) and "l2_category" in one for one in given.values())
+    return {item: str(one["l2_category"]) for item, one in given.items()} if has_strata else None
+
+
+def add_mmbench(card: ScoreCard, task: str, samples: list[dict]) -> None:
+    """Adds the shares of questions that are right in every order of their choices, and in the first one."""
+    import pandas as pd
+    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
+
+    rows = pd.DataFrame([sample["gpt_eval_score"] for sample in samples]).sort_values("index")
+    rows = rows.rename(columns={name: name if name in "ABCD" else name.lower() for name in rows.columns})
+    rows["prediction"] = rows["prediction"].astype(str)
+    answers, evaluator = dict(zip(rows["index"], rows["answer"])), MMBench_Evaluator()
+    circular, plain = {}, {}
+    for index, orders in rows.groupby(rows["index"] % ORDER):
+        first = orders[orders["index"] == index]
+        if len(first):
+            circular[str(index)] = bool(evaluator.eval_sub_data(orders, answers, static_only=True))
+            plain[str(index)] = bool(evaluator.eval_sub_data(first, answers, static_only=True))
+    card.add_share(f"{task}, circular", circular)
+    card.add_share(f"{task}, not circular", plain)
+
+
+def describe_task(task: str, samples: list[dict], results: dict, asked: dict[int, str]) -> dict:
+    """What the scores of a task depend on: version, settings, and SHA-256 of what was asked and of its targets.
+
+    What was asked holds the pictures, all texts around a question, and the settings of generation.
+    """
     config = results.get("configs", {}).get(task, {})
     kept = {name: config.get(name) for name in ("dataset_path", "dataset_name", "test_split", "generation_kwargs")}
-    asked = [[sample["doc_id"], sample.get("doc_hash"), str(sample.get("target"))] for sample in samples]
-    digest = hashlib.sha256(json.dumps(sorted(asked, key=lambda one: one[0]), default=str).encode()).hexdigest()
-    return {**kept, "version": results.get("versions", {}).get(task), "num_fewshot": config.get("num_fewshot"),
-            "questions": len(samples), "data": digest}  # fmt: skip
+    kept |= {"version": results.get("versions", {}).get(task), "num_fewshot": config.get("num_fewshot")}
+    targets = sorted((str(sample["doc_id"]), str(sample.get("target"))) for sample in samples)
+    requests = sorted((str(number), one) for number, one in asked.items())
+    return {**kept, "questions": len(samples), "requests": hash_content(requests), "targets": hash_content(targets)}
 
 
 def find_version() -> str:
