@@ -39,10 +39,11 @@ WITH_MODEL = ("C1 and C2", "mapper", "language model")
 WITH_FOUR_BITS = ("C1 and C2", "mapper", "language model/4")
 # GiB of a GPU, the decoder, how it is loaded, and the weights that are there at once; see `print_ladder`
 LADDER = (
-    (8, "SDXL", "float16; the language model offloaded, `pipe.enable_model_cpu_offload()`", ("sdxl",)),
-    (16, "SDXL", "float16; the language model in 4 bits", ("sdxl", *WITH_FOUR_BITS)),
-    (16, "FLUX.1-dev", "4 bits; the language model offloaded", ("flux/4",)),
-    (24, "FLUX.1-dev", "4 bits, and so is the language model", ("flux/4", *WITH_FOUR_BITS)),
+    (8, "SDXL", "float16, from `prompt_embeds`; `UniCode2PriorPipeline` stays on the CPU", ("sdxl",)),
+    (16, "SDXL", "float16; the language model in 4 bits, all at once", ("sdxl", *WITH_FOUR_BITS)),
+    (16, "FLUX.1-dev", "4 bits, from `prompt_embeds`; `UniCode2PriorPipeline` stays on the CPU", ("flux/4",)),
+    (16, "FLUX.1-dev", "4 bits, and so is the language model; `pipe.enable_model_cpu_offload()`", WITH_FOUR_BITS),
+    (24, "FLUX.1-dev", "4 bits, and so is the language model, all at once", ("flux/4", *WITH_FOUR_BITS)),
     (48, "FLUX.1-dev", "bfloat16, all at once", ("flux", *WITH_MODEL)),
     (80, "FLUX.1-dev", "bfloat16, all at once, with its own text encoders", ("flux", *WITH_MODEL, "flux texts")),
 )

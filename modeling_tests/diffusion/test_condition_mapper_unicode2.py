@@ -108,6 +108,13 @@ def test_redux_is_computed_exactly(redux, embeds, tmp_path, form):
     assert torch.equal(again(embeds).prompt_embeds, prompt_embeds)
 
 
+def test_layers_in_a_mapper_of_redux_begin_as_none(redux, embeds, tmp_path):
+    redux.save_pretrained(tmp_path)
+    fields = {"num_visual_tokens": embeds.shape[1], "num_attention_heads": 2}
+    mapper = UniCode2ConditionMapper.from_redux(tmp_path, num_layers=2, **fields)
+    torch.testing.assert_close(mapper(embeds).prompt_embeds, redux(embeds).image_embeds)
+
+
 def test_positions_begin_as_none_in_a_mapper_of_redux(redux, embeds, tmp_path):
     redux.save_pretrained(tmp_path)
     mapper = UniCode2ConditionMapper.from_redux(

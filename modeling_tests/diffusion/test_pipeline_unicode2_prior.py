@@ -101,7 +101,9 @@ def test_parts_of_two_repositories_without_text_encoders(tiny_checkpoint, prior,
     "make, mapper, message",
     [
         (lambda: diffusers.DDPMPipeline(None, None), {}, "DDPMPipeline takes no `prompt_embeds`. Supported are"),
-        (make_flux, {"output_dim": 16}, "FluxPipeline takes conditioning 32 wide, and the mapper makes 16"),
+        (make_flux, {"output_dim": 16}, "FluxPipeline takes `prompt_embeds` 32 wide, and the mapper makes 16"),
+        (make_flux, {"pooled_dim": 8}, f"takes `pooled_prompt_embeds` {POOLED} wide, and the mapper makes 8"),
+        (make_sdxl, {"pooled_dim": 8}, f"takes `pooled_prompt_embeds` {POOLED} wide, and the mapper makes 8"),
         (make_sdxl, {"pooled_dim": None}, "StableDiffusionXLPipeline takes `pooled_prompt_embeds`, which this mapper"),
     ],
 )

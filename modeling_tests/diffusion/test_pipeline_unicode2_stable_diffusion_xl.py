@@ -1,12 +1,19 @@
 """SDXL painting visual tokens: what is its own, beside what all pipelines share with FLUX."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
 from decoders import make_stock_pipelines
 from painters import NO_TEXTS, POOLED, WIDTH, make_sdxl_parts
 
-from transformers_unicode2 import UniCode2ConditionMapper, UniCode2FluxPipeline, UniCode2StableDiffusionXLPipeline
+from transformers_unicode2 import (
+    UniCode2ConditionMapper,
+    UniCode2FluxPipeline,
+    UniCode2PriorPipeline,
+    UniCode2StableDiffusionXLPipeline,
+)
 from transformers_unicode2.hub.assemble import assemble_pipeline
 
 IDS = torch.arange(800, 864)[None]
@@ -87,6 +94,151 @@ def test_a_saved_pipeline_paints_the_same(pipe, tmp_path):
         again.set_progress_bar_config(disable=True)
         assert type(again) is UniCode2StableDiffusionXLPipeline
         assert torch.equal(paint(again, visual_token_ids=IDS), paint(pipe, visual_token_ids=IDS))
+
+
+@pytest.mark.parametrize("decoder", ["sdxl", "flux"])
+def test_negative_embeddings_go_to_the_images_of_their_prompts(tiny_checkpoint, folders, decoder):
+    """One for all, one for each prompt, or one for each image, as the stock pipelines repeat them."""
+    pipe, ids = load(tiny_checkpoint, folders, decoder), torch.cat([IDS, IDS + 5000])
+    negative = pipe.encode_visual_tokens(IDS + 900)[0].repeat(2, 1, 1) * torch.tensor([1.0, 2.0])[:, None, None]
+    pooled = torch.ones(2, POOLED)
+    guided = {"true_cfg_scale": 2.0} if decoder == "flux" else {"guidance_scale": 2.0}
+
+    def draw(rows, dtype=torch.float32):
+        given = {"negative_prompt_embeds": negative[rows].to(dtype), "negative_pooled_prompt_embeds": pooled[rows]}
+        latents = {"generator": [torch.Generator().manual_seed(1) for _ in range(4)]}
+        return paint(pipe, visual_token_ids=ids, num_images_per_prompt=2, **given, **guided, **latents)
+
+    each, every = draw([0, 1]), draw([0, 0, 1, 1])
+    assert torch.equal(each, every) and not torch.allclose(each[2:], draw([0])[2:], atol=1e-6)
+    assert torch.equal(draw([0]), draw([0, 0])) and draw([0], torch.float16).isfinite().all()
+
+
+@pytest.mark.parametrize("decoder", ["sdxl", "flux"])
+def test_conditioning_of_another_shape_is_refused(tiny_checkpoint, folders, decoder):
+    pipe = load(tiny_checkpoint, folders, decoder)
+    embeds, pooled = torch.zeros(2, 8, WIDTH), torch.zeros(2, POOLED)
+    pair = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    guided = {"true_cfg_scale": 2.0} if decoder == "flux" else {"guidance_scale": 2.0}
+    for given, message in (
+        (
+            {"prompt_embeds": embeds[..., :-1]},
+            rf"`prompt_embeds` is \(2, 8, {WIDTH - 1}\); it must be a floating-point",
+        ),
+        ({"prompt_embeds": embeds[0]}, rf"`prompt_embeds` is \(8, {WIDTH}\); it must be"),
+        ({"prompt_embeds": embeds.numpy()}, "`prompt_embeds` is ndarray; it must be"),
+        ({"prompt_embeds": embeds.long()}, r"a floating-point tensor of shape \(batch_size, num_tokens, "),
+        ({"pooled_prompt_embeds": pooled[:1]}, "`prompt_embeds` has 2 and `pooled_prompt_embeds` has 1 rows"),
+        ({"pooled_prompt_embeds": pooled[:, :3]}, r"`pooled_prompt_embeds` is \(2, 3\)"),
+        (
+            {
+                "negative_prompt_embeds": torch.zeros(3, 8, WIDTH),
+                "negative_pooled_prompt_embeds": torch.zeros(3, POOLED),
+            },
+            "`negative_prompt_embeds` has 3 rows, and 2 images are drawn; give one, or one for each",
+        ),
+    ):
+        arguments = {**pair, **guided, **given}
+        with pytest.raises(ValueError, match=message):
+            paint(pipe, **arguments)
+    # In the decoder's dtype, whatever they come in
+    given = {"prompt_embeds": embeds.bfloat16(), "pooled_prompt_embeds": pooled.bfloat16()}
+    assert paint(pipe, **given).isfinite().all()
+
+
+@pytest.mark.parametrize("decoder", ["sdxl", "flux"])
+def test_what_a_call_needs_is_there(tiny_checkpoint, folders, decoder, photo):
+    """A pipeline may be loaded without what its calls do not use."""
+    part = "unet" if decoder == "sdxl" else "transformer"
+    whole = load(tiny_checkpoint, folders, decoder)
+    parts = dict(whole.components)
+    for missing, source, output_type in (
+        (part, {"visual_token_ids": IDS}, "pil"),
+        ("vision_language_encoder", {"visual_token_ids": IDS}, "pil"),
+        ("condition_mapper", {"image": photo}, "pil"),
+        ("processor", {"prompt": "a cat"}, "pil"),
+        ("vae", {"visual_token_ids": IDS}, "pt"),
+    ):
+        pipe = type(whole)(**{**parts, missing: None})
+        with pytest.raises(ValueError, match=f"cannot be painted: this pipeline was loaded without `{missing}`"):
+            paint(pipe, **source, output_type=output_type)
+    embeds, pooled = whole.encode_visual_tokens(IDS)
+    pipe = type(whole)(**{**parts, **dict.fromkeys(("vision_language_encoder", "processor", "condition_mapper"))})
+    pipe.set_progress_bar_config(disable=True)
+    painted = paint(pipe, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    assert torch.equal(painted, paint(whole, visual_token_ids=IDS))
+
+
+def test_decoders_of_other_kinds_are_refused(tiny_checkpoint, folders, tmp_path):
+    for kind, decoder, message in (
+        (
+            UniCode2FluxPipeline,
+            folders / "sdxl",
+            "sdxl is a StableDiffusionXLPipeline, and UniCode2FluxPipeline paints",
+        ),
+        (UniCode2StableDiffusionXLPipeline, folders / "flux", "with the decoder of a StableDiffusionXLPipeline. Other"),
+        (UniCode2FluxPipeline, None, "UniCode2FluxPipeline needs the decoder of a FluxPipeline; give its folder"),
+        (UniCode2PriorPipeline, folders / "flux", "UniCode2PriorPipeline has no decoder; leave .*flux out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kind.from_unicode2(tiny_checkpoint, decoder, folders / "mapper")
+
+
+def test_options_of_loading_reach_all_parts(tiny_checkpoint, folders, monkeypatch):
+    from transformers_unicode2.diffusion import repository_unicode2
+
+    seen, stock = {}, repository_unicode2.VisionLanguageEncoder.from_pretrained
+
+    def note(folder, **kwargs):
+        seen.update(kwargs)
+        return stock(folder, **{k: v for k, v in kwargs.items() if k != "quantization_config"})
+
+    monkeypatch.setattr(repository_unicode2.VisionLanguageEncoder, "from_pretrained", note)
+    load(tiny_checkpoint, folders, local_files_only=True, dtype=torch.bfloat16)
+    assert seen == {"local_files_only": True, "dtype": torch.bfloat16}
+    prior = UniCode2PriorPipeline.from_unicode2(tiny_checkpoint, mapper=folders / "mapper", local_files_only=True)
+    assert prior.condition_mapper is not None
+
+
+def test_quantization_is_for_the_language_model_too():
+    from transformers_unicode2.diffusion.repository_unicode2 import split_quantization
+
+    class Config(SimpleNamespace):
+        def _resolve_quant_config(self, is_diffusers, module_name):
+            wanted = self.components_to_quantize
+            return (is_diffusers, module_name) if not wanted or module_name in wanted else None
+
+    def split(named):
+        config = Config(quant_mapping=None, components_to_quantize=named)
+        return [part.get("quantization_config") for part in split_quantization(config)]
+
+    model, mapper, decoder = split(None)
+    assert model == (False, "vision_language_encoder") and mapper is None and decoder.components_to_quantize is None
+    model, mapper, decoder = split(["vision_language_encoder", "condition_mapper", "transformer"])
+    assert model and mapper == (True, "condition_mapper") and decoder.components_to_quantize == ["transformer"]
+    assert split(["vision_language_encoder"])[1:] == [None, None] and split(["transformer"])[0] is None
+
+
+@pytest.mark.parametrize("decoder", ["sdxl", "flux"])
+def test_painting_can_be_interrupted_and_cached(tiny_checkpoint, folders, decoder):
+    from diffusers import FirstBlockCacheConfig
+
+    pipe, steps = load(tiny_checkpoint, folders, decoder), []
+
+    def stop(pipe, step, timestep, values):
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return values
+
+    paint(pipe, visual_token_ids=IDS, num_inference_steps=6, callback_on_step_end=stop)
+    assert steps == [0, 1]
+    if decoder == "flux":
+        pipe._interrupt, calls = False, []
+        pipe.transformer.single_transformer_blocks[-1].attn.register_forward_hook(lambda *_: calls.append(1))
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+        paint(pipe, visual_token_ids=IDS, num_inference_steps=6)
+        assert len(calls) < 6
+        pipe.transformer.disable_cache()
 
 
 @pytest.mark.parametrize("decoder", ["sdxl", "flux"])

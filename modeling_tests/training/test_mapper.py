@@ -6,7 +6,13 @@ import torch
 from transformers_unicode2 import UniCode2ConditionMapper, UniCode2ForConditionalGeneration
 from transformers_unicode2.images_unicode2 import decode_image
 from transformers_unicode2.training.mapper import MapperArguments, check_arguments, main, make_mapper, start_from
-from transformers_unicode2.training.mapper_losses import MapperWithLosses, NearCodes, contrastive_loss, find_own
+from transformers_unicode2.training.mapper_losses import (
+    MapperWithLosses,
+    NearCodes,
+    compare_texts,
+    contrastive_loss,
+    find_own,
+)
 
 PARTS = {"model": "m", "datasets": [{"path": "tokens"}], "images": ["data"]}
 
@@ -24,6 +30,17 @@ def test_contrastive_loss_is_lowest_for_matching_pairs():
     assert contrastive_loss(text[:4], text[:4], 0.07) < more and contrastive_loss(
         text[4:], text, 0.07, torch.arange(4, 8)
     ) == pytest.approx(contrastive_loss(text, text, 0.07).item() * 2 - more.item(), rel=1e-4)
+
+
+def test_equal_captions_are_told_in_mixed_precision():
+    """Products in bfloat16 would give near captions the same cosine, and two equal ones less than 1."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.ones(64, 256) + 0.04 * torch.randn(64, 256, generator=generator)
+    text[63] = text[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        cosines, twins, _ = compare_texts(text, text)
+        right = find_own(text, text)
+    assert cosines.dtype == torch.float32 and twins.nonzero().tolist() == [[0, 63], [63, 0]] and right.all()
 
 
 def test_mapper_starts_from_image_prompts():
@@ -97,6 +114,21 @@ def test_a_mapper_that_continues_begins_as_it_was(tiny_checkpoint, tmp_path):
             torch.testing.assert_close(one, other)
     with pytest.raises(ValueError, match=r"`start` has .* which these fields of `mapper` leave out"):
         make_mapper(MapperArguments(**places, mapper={"hidden_dim": 32}), {}, None)
+
+
+def test_what_a_redux_does_not_pool_can_learn(tmp_path):
+    """Zeros have no direction: the gradient of a cosine would be beyond all bounds."""
+    sizes = {"visual_dim": 8, "hidden_dim": 12, "output_dim": 8, "pooled_dim": 4, "num_visual_tokens": 4}
+    redux = UniCode2ConditionMapper(**sizes, output_norm=False)
+    for parameter in redux.pool.parameters():
+        torch.nn.init.zeros_(parameter)
+    redux.save_pretrained(tmp_path)
+    args = MapperArguments(**PARTS, start=str(tmp_path), flow_matching_weight=0.0, mapper={"output_norm": False})
+    mapper = make_mapper(args, {}, None)
+    pooled = mapper(torch.randn(4, 4, 8)).pooled_prompt_embeds
+    contrastive_loss(pooled, torch.randn(4, 4), 0.07).backward()
+    assert 0 < mapper.pool.weight.grad.norm() < 1e3
+    assert torch.equal(mapper.down.weight, redux.down.weight)
 
 
 def test_mapper_learns_image_prompts_without_a_decoder(tiny_checkpoint, tmp_path):

@@ -6,8 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +26,8 @@ from transformers_unicode2.hub.assemble import assemble_pipeline
 from transformers_unicode2.training import decoder_cache, mapper_data
 from transformers_unicode2.training.checkpointing import find_last_checkpoint
 from transformers_unicode2.training.mapper import MapperArguments, main
+from transformers_unicode2.training.mapper_trainer import MapperTrainer
+from transformers_unicode2.training.stage import StageTrainer
 
 SIZES = {"visual_dim": 192, "hidden_dim": 32, "output_dim": WIDTH, "pooled_dim": POOLED, "num_visual_tokens": 64}
 RECIPES = Path(__file__).parents[2] / "training_recipes"
@@ -134,7 +139,8 @@ def test_captions_of_other_processes_are_negatives(train, folder, tiny_checkpoin
 )
 def test_a_decoder_learns_too(train, folder, tiny_checkpoint, tmp_path, decoder, how):
     """What it learnt is saved as Diffusers loads it; what it was stays; a run that is killed ends with the same."""
-    options = {"train_decoder": True} if how == "whole" else {"decoder_lora": {"r": 2}}
+    alpha = {"lora_alpha": 6} if decoder == "flux" else {}
+    options = {"train_decoder": True} if how == "whole" else {"decoder_lora": {"r": 2, **alpha}}
     options |= {"decoder": decoder, "steps": 4, "learning_rates": {"decoder": 1e-2}, "contrastive_weight": 0.0}
     before = diffusers.DiffusionPipeline.from_pretrained(folder / decoder)
     part = "transformer" if decoder == "flux" else "unet"
@@ -154,6 +160,8 @@ def test_a_decoder_learns_too(train, folder, tiny_checkpoint, tmp_path, decoder,
         before.load_lora_weights(tmp_path / "whole")
         module = old.get_submodule(weight.removesuffix(".weight"))
         assert torch.equal(module.base_layer.weight, before_weight) and module.lora_B.default_0.weight.any()
+        # As strong as it learnt
+        assert module.scaling["default_0"] == options["decoder_lora"].get("lora_alpha", 2) / 2
         # Frozen weights are in no checkpoint
         assert (tmp_path / "whole/checkpoint-2/model.safetensors").stat().st_size < 400_000
     assemble_pipeline(str(tiny_checkpoint), str(tmp_path / "whole"), str(folder / decoder), str(tmp_path / "pipe"), 32)
@@ -162,6 +170,38 @@ def test_a_decoder_learns_too(train, folder, tiny_checkpoint, tmp_path, decoder,
     torch.testing.assert_close(painter.get_parameter(weight), expected, rtol=1e-2, atol=1e-3)
     assert not torch.allclose(painter.get_parameter(weight), before_weight, rtol=1e-2, atol=1e-3)
     assert ("load_lora_weights" in (tmp_path / "whole/README.md").read_text()) == (how == "lora")
+
+
+def test_processes_paint_over_noise_of_their_own():
+    """But all of them pass through the decoder, or none."""
+    batches = []
+    for rank in (0, 1):
+        trainer = object.__new__(MapperTrainer)
+        trainer.args, trainer.state = SimpleNamespace(seed=0, device="cpu"), SimpleNamespace(global_step=3)
+        trainer.model = SimpleNamespace(args=SimpleNamespace(flow_matching_share=0.5))
+        trainer.accelerator = SimpleNamespace(process_index=rank)
+        with mock.patch.object(StageTrainer, "get_batch_samples", lambda *_: ([{} for _ in range(16)], 1)):
+            batches.append(trainer.get_batch_samples(None, 16, "cpu")[0])
+    first, second = ([batch["with_flow"] for batch in part] for part in batches)
+    assert first == second and 0 < sum(first) < 16
+    assert len({batch["seed"] for part in batches for batch in part}) == 32
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_latents_show_what_the_codes_are_of(train, folder, tiny_checkpoint, tmp_path, monkeypatch, crop):
+    """All of a picture, squeezed into a square as the codes were made, or its middle (`--center-crop`)."""
+    (tmp_path / "data").mkdir()
+    pixels = np.full((40, 80, 3), 255, np.uint8)
+    pixels[:, :20] = 0
+    for number in range(4):
+        Image.fromarray(pixels).save(tmp_path / f"data/{number}.png")
+    (tmp_path / "data/captions.tsv").write_text("".join(f"{number}.png\tnumber {number}\n" for number in range(4)))
+    tokenize(tmp_path / "data", tiny_checkpoint, tmp_path / "tokens", "--task", "draw", *["--center-crop"] * crop)
+    seen, stock = [], decoder_cache.decode_pictures
+    monkeypatch.setattr(decoder_cache, "decode_pictures", lambda *args: seen.extend(stock(*args)) or stock(*args))
+    train(datasets=[{"path": str(tmp_path / "tokens")}], images=[str(tmp_path / "data")], contrastive_weight=0.0)
+    dark = [float((np.asarray(image) < 128).mean()) for image in seen]
+    assert dark == pytest.approx([0.0 if crop else 0.25] * 4, abs=0.02)
 
 
 def test_a_cache_is_filled_once(train, monkeypatch):
@@ -187,6 +227,7 @@ def test_a_cache_is_filled_once(train, monkeypatch):
     ("options", "message"),
     [
         ({"image_size": None}, r"Images of one size are needed; these are \(40, 48\) and \(42, 48\) pixels"),
+        ({"image_size": 33}, "Pictures are 33 pixels wide and 33 high; the decoder paints multiples of 2"),
         ({"images": []}, "The loss of flow matching needs the pictures; name in `images` what `unicode2 tokenize`"),
         ({"images": ["{data}", "{data}"]}, "was made of 1 sources, and `images` names 2; name those that"),
         ({"images": ["{other}"]}, "was not made of what source 1 of `images` holds now"),

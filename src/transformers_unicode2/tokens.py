@@ -89,6 +89,10 @@ def read_schema(file: Path):
         raise ValueError(f"{file} is damaged ({error}); delete it and run `unicode2 tokenize` again.") from error
 
 
+# Of a note: whether codes are those of the middle square of each picture
+CROP = "center crop"
+
+
 def read_note(file: Path) -> dict | None:
     """What made the codes of a parquet file, `None` when it does not say. Raises `ValueError` when it is damaged."""
     metadata = read_schema(file).metadata or {}

@@ -4,6 +4,7 @@ import math
 import numbers
 
 import torch
+from PIL import Image
 
 # The numbers that a pipeline keeps, their types and least values.
 NUMBERS = {
@@ -95,6 +96,57 @@ def check_pairs(embeds: dict, kwargs: dict) -> None:
     for negative, pair in (("", embeds), ("negative_", {name: kwargs.get(f"negative_{name}") for name in embeds})):
         if len([value for value in pair.values() if value is not None]) == 1:
             raise ValueError(f"Give {' and '.join(f'`{negative}{name}`' for name in pair)}, or neither.")
+
+
+def check_embeds(embeds: dict, kwargs: dict, widths: dict[str, int]) -> None:
+    """Raises `ValueError` on embeddings, or negative ones in `kwargs`, of other shapes than a decoder reads.
+
+    Args:
+        embeds: `prompt_embeds` and `pooled_prompt_embeds`.
+        kwargs: with the negative ones under the same names behind `negative_`.
+        widths: of the decoder, `output_dim` and `pooled_dim`.
+    """
+    for negative in ("", "negative_"):
+        given = {
+            f"{negative}{name}": (kwargs.get(f"negative_{name}") if negative else value)
+            for name, value in embeds.items()
+        }
+        for (name, value), shape in zip(given.items(), ((None, widths["output_dim"]), (widths["pooled_dim"],))):
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            fits = isinstance(value, torch.Tensor) and value.ndim == 1 + len(shape) and value.shape[-1] == shape[-1]
+            if value is not None and not (fits and value.is_floating_point() and len(value)):
+                expected = f"(batch_size, {'num_tokens, ' if len(shape) > 1 else ''}{shape[-1]})"
+                raise ValueError(f"`{name}` is {found}; it must be a floating-point tensor of shape {expected}.")
+        counts = {name: len(value) for name, value in given.items() if value is not None}
+        if len({*counts.values()}) > 1:
+            said = " and ".join(f"`{name}` has {count}" for name, count in counts.items())
+            raise ValueError(f"{said} rows; give one row of each for an image.")
+
+
+def count_prompts(sources: dict) -> int | None:
+    """How many prompts, images, rows of tokens or of embeddings are given; `None` when only reading them tells."""
+    ((name, value),) = ((name, value) for name, value in sources.items() if value is not None)
+    if isinstance(value, (list, tuple)):
+        return len(value)
+    if name == "prompt" or isinstance(value, Image.Image):
+        return 1
+    return len(value) if name != "image" and isinstance(value, torch.Tensor) and value.ndim else None
+
+
+def repeat_rows(name: str, value: torch.Tensor, num_images_per_prompt: int, num_images: int) -> torch.Tensor:
+    """One row for each of `num_images`, of one row, one for each prompt or one for each image.
+
+    Raises `ValueError` when there is another number of them.
+    """
+    if len(value) == 1:
+        return value.expand(num_images, *value.shape[1:])
+    if len(value) * num_images_per_prompt == num_images:
+        return value.repeat_interleave(num_images_per_prompt, dim=0)
+    if len(value) != num_images:
+        raise ValueError(
+            f"`{name}` has {len(value)} rows, and {num_images} images are drawn; give one, or one for each."
+        )
+    return value
 
 
 def check_negatives(kwargs: dict) -> None:

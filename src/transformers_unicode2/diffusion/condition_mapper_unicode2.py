@@ -183,7 +183,15 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
         pool = {name: torch.zeros_like(value) for name, value in state.items() if name.startswith("pool")}
         place = {name: torch.zeros_like(value) for name, value in state.items() if name.endswith("_embedding")}
         mapper.load_state_dict({**state, **pool, **place, **{k: v.float() for k, v in weights.items()}})
+        mapper.make_identity()
         return mapper
+
+    def make_identity(self, first: int = 0) -> None:
+        """Makes the transformer layers from `first` on pass on what they get, until they learn."""
+        for layer in self.layers[first:]:
+            for last in (layer.self_attn.out_proj, layer.linear2):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
 
     def save_redux(self, file: str | Path) -> None:
         r"""

@@ -117,7 +117,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         if "max_sequence_length" in given and not texts:
             raise ValueError("`max_sequence_length` is of texts that FLUX reads, and none is given; leave it out.")
         adapters = [name for name in given if "ip_adapter_image" in name]
-        if adapters and "encoder_hid_proj" not in dict(self.transformer.named_children()):
+        if adapters and getattr(self.transformer, "encoder_hid_proj", None) is None:
             raise ValueError(f"`{adapters[0]}` needs an IP adapter; load one with `load_ip_adapter`, or leave it out.")
         if any(not name.endswith("embeds") for name in adapters) and self.image_encoder is None:
             raise ValueError(f"`{adapters[0]}` needs the `image_encoder` of an IP adapter; load it with the pipeline.")
@@ -133,10 +133,15 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             raise ValueError(f"`latents` is {found}; {num_images} images of {height} x {width} pixels need {shape}.")
 
     def encode_texts(
-        self, texts: list[str], texts_2: list[str] | None = None, max_sequence_length: int | None = None
+        self,
+        texts: list[str],
+        texts_2: list[str] | None = None,
+        max_sequence_length: int | None = None,
+        lora_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the text encoders of FLUX make of texts (the second one of `texts_2`): embeddings, pooled ones."""
         options = {"device": self._execution_device, "max_sequence_length": max_sequence_length or 512}
+        options["lora_scale"] = lora_scale
         return self.encode_prompt(texts, texts_2, **options)[:2]
 
     @torch.no_grad()
@@ -184,7 +189,8 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
                 the pipeline's own number. Needs a FLUX trained with prompt dropout: it is guided away from a prompt of
                 zeros, unless `negative_prompt_embeds` or `negative_prompt` say something else. The paper has none.
             text_prompt (`str` or `list[str]`, *optional*): what FLUX's own text encoders read beside the tokens; one
-                text, or one for each image in front of `num_images_per_prompt`. They must have been loaded.
+                text, or one for each image in front of `num_images_per_prompt`. They must have been loaded. The
+                pooled embedding is then that of the text.
             prompt_embeds, pooled_prompt_embeds (`torch.Tensor`, *optional*): conditioning to paint as it is,
                 `(batch_size, num_tokens, 4096)` and `(batch_size, 768)` for FLUX.1.
             latents (`torch.Tensor`, *optional*): noise to start from, packed as FLUX has it, `(num_images, num_patches,
@@ -203,13 +209,16 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
         true_cfg_scale = self.choose_number("true_cfg_scale", true_cfg_scale)
         generator = list(generator) if isinstance(generator, tuple) else generator
         embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+        self.check_parts(sources, "transformer", "scheduler", *(() if output_type == "latent" else ("vae",)))
         self.check_arguments(text_prompt, embeds, kwargs, true_cfg_scale)
+        self.check_call(sources, embeds, kwargs, num_images_per_prompt, text_prompt)
         prior = {"prior_guidance_scale": prior_guidance_scale, "prior_generation_kwargs": prior_generation_kwargs}
         prior["num_candidates"] = num_candidates
         visual_token_ids, prompt_embeds, pooled_prompt_embeds = self.make_condition(
             sources, pooled_prompt_embeds, num_images_per_prompt, generator, prior
         )
         length = {"max_sequence_length": kwargs.get("max_sequence_length")}
+        length["lora_scale"] = (joint_attention_kwargs or {}).get("scale")
         if text_prompt is not None:
             prompt_embeds, pooled_prompt_embeds = self.join_text(
                 text_prompt, num_images_per_prompt, prompt_embeds, **length

@@ -15,7 +15,14 @@ from .prior_unicode2 import UniCode2PriorMixin
 from .repository_unicode2 import UniCode2RepositoryMixin
 
 # Where the configuration of a decoder says how wide its conditioning is.
-WIDTHS = ("joint_attention_dim", "caption_channels", "cap_feat_dim", "cross_attention_dim")
+WIDTHS = (
+    "joint_attention_dim",
+    "caption_channels",
+    "cap_feat_dim",
+    "text_embed_dim",
+    "text_dim",
+    "cross_attention_dim",
+)
 MASKS = ("prompt_attention_mask", "prompt_embeds_mask")
 # Pipelines that take a list of embeddings, one `(num_tokens, width)` for each image.
 LISTS = ("ZImage",)
@@ -53,14 +60,17 @@ class UniCode2PriorOutput(BaseOutput):
                 "pooled ones: those of FLUX, SDXL, Chroma, Z-Image, Qwen-Image, SANA, Stable Diffusion and others."
             )
         decoder = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
-        width = next((decoder.config[key] for key in WIDTHS if decoder and decoder.config.get(key)), None)
-        if width not in (None, self.prompt_embeds.shape[-1]):
-            raise ValueError(
-                f"{name} takes conditioning {width} wide, and the mapper makes {self.prompt_embeds.shape[-1]}; take a "
-                "mapper for this decoder."
-            )
         if "pooled_prompt_embeds" in accepted and self.pooled_prompt_embeds is None:
             raise ValueError(f"{name} takes `pooled_prompt_embeds`, which this mapper does not make (`pooled_dim`).")
+        widths = {"prompt_embeds": find_width(decoder.config)} if decoder else {}
+        if decoder and "pooled_prompt_embeds" in accepted:
+            widths["pooled_prompt_embeds"] = find_pooled_width(decoder.config)
+        for key, width in widths.items():
+            if width not in (None, getattr(self, key).shape[-1]):
+                raise ValueError(
+                    f"{name} takes `{key}` {width} wide, and the mapper makes {getattr(self, key).shape[-1]}; take a "
+                    "mapper for this decoder."
+                )
         made = {"prompt_embeds": self.prompt_embeds, "pooled_prompt_embeds": self.pooled_prompt_embeds}
         made = {
             key: value if decoder is None else value.to(decoder.dtype) for key, value in made.items() if key in accepted
@@ -75,6 +85,21 @@ class UniCode2PriorOutput(BaseOutput):
         if name.startswith(LISTS):
             made = {key: list(value) for key, value in made.items()}
         return made
+
+
+def find_width(config: dict) -> int | None:
+    """How wide the conditioning of a decoder is, if its configuration says so."""
+    if config.get("encoder_hid_dim_type") == "text_proj":
+        return config["encoder_hid_dim"]
+    width = next((config[key] for key in WIDTHS if config.get(key)), None)
+    return width if isinstance(width, int) else None
+
+
+def find_pooled_width(config: dict) -> int | None:
+    """How wide its pooled conditioning is, if its configuration says so."""
+    if config.get("addition_embed_type") == "text_time":
+        return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return config.get("pooled_projection_dim")
 
 
 class UniCode2PriorPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, DiffusionPipeline):
@@ -139,6 +164,7 @@ class UniCode2PriorPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, Diffusi
         """
         sources = {"prompt": prompt, "image": image, "visual_token_ids": visual_token_ids}
         check_sources(**sources)
+        self.check_parts(sources)
         num_images_per_prompt = to_number("num_images_per_prompt", num_images_per_prompt, int, 1)
         generator = list(generator) if isinstance(generator, tuple) else generator
         prior = {"prior_guidance_scale": prior_guidance_scale, "prior_generation_kwargs": prior_generation_kwargs}

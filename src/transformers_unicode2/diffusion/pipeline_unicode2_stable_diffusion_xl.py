@@ -39,7 +39,8 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
             a call names another; 1 is none.
         num_inference_steps (`int`, *optional*, defaults to 50): steps of SDXL, unless a call names another number.
         vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder, feature_extractor,
-            force_zeros_for_empty_prompt, add_watermarker: as in [`StableDiffusionXLPipeline`].
+            add_watermarker: as in [`StableDiffusionXLPipeline`].
+        force_zeros_for_empty_prompt (`bool`): of the stock pipeline; codes are always guided away from zeros.
     """
 
     model_cpu_offload_seq = (
@@ -102,11 +103,31 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
         if adapters and self.unet.encoder_hid_proj is None:
             raise ValueError(f"`{adapters[0]}` needs an IP adapter; load one with `load_ip_adapter`, or leave it out.")
 
+    def check_sizes(self, height: int, width: int) -> None:
+        """Raises `ValueError` on sizes that are no multiples of the pixels of a latent."""
+        factor = self.vae_scale_factor
+        if height % factor or width % factor:
+            raise ValueError(f"`height` is {height} and `width` {width}; both must be multiples of {factor}.")
+
+    def check_latents(self, latents, num_images: int, height: int, width: int) -> None:
+        """Raises `ValueError` unless latents are those of `num_images` images."""
+        if latents is None:
+            return
+        factor = self.vae_scale_factor
+        shape = (num_images, self.unet.config.in_channels, height // factor, width // factor)
+        if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
+            found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f"`latents` is {found}; {num_images} images of {height} x {width} pixels need {shape}.")
+
     def encode_texts(
-        self, texts: list[str], texts_2: list[str] | None = None, clip_skip: int | None = None
+        self,
+        texts: list[str],
+        texts_2: list[str] | None = None,
+        clip_skip: int | None = None,
+        lora_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the text encoders of SDXL make of texts (the second one of `texts_2`): embeddings, pooled ones."""
-        options = {"do_classifier_free_guidance": False, "clip_skip": clip_skip}
+        options = {"do_classifier_free_guidance": False, "clip_skip": clip_skip, "lora_scale": lora_scale}
         embeds, _, pooled, _ = self.encode_prompt(texts, texts_2, device=self._execution_device, **options)
         return embeds, pooled
 
@@ -154,7 +175,8 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
             num_candidates (`int`, *optional*): images written for each. The one from which the prompt is read back best
                 is painted. By default the pipeline's own number.
             text_prompt (`str` or `list[str]`, *optional*): what SDXL's own text encoders read beside the tokens; one
-                text, or one for each image in front of `num_images_per_prompt`. They must have been loaded.
+                text, or one for each image in front of `num_images_per_prompt`. They must have been loaded. The
+                pooled embedding is then that of the text.
             prompt_embeds, pooled_prompt_embeds (`torch.Tensor`, *optional*): conditioning to paint as it is,
                 `(batch_size, num_tokens, 2048)` and `(batch_size, 1280)` for SDXL.
             original_size (`tuple[int, int]`, defaults to (1024, 1024)): what SDXL is told of the image; smaller ones
@@ -173,20 +195,23 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
         guidance_scale = self.choose_number("guidance_scale", guidance_scale)
         generator = list(generator) if isinstance(generator, tuple) else generator
         embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+        self.check_parts(sources, "unet", "scheduler", *(() if output_type == "latent" else ("vae",)))
+        self.check_sizes(height, width)
         self.check_arguments(text_prompt, embeds, kwargs, guidance_scale)
+        self.check_call(sources, embeds, kwargs, num_images_per_prompt, text_prompt)
         prior = {"prior_guidance_scale": prior_guidance_scale, "prior_generation_kwargs": prior_generation_kwargs}
         prior["num_candidates"] = num_candidates
         visual_token_ids, prompt_embeds, pooled_prompt_embeds = self.make_condition(
             sources, pooled_prompt_embeds, num_images_per_prompt, generator, prior
         )
+        options = {"clip_skip": kwargs.get("clip_skip"), "lora_scale": (cross_attention_kwargs or {}).get("scale")}
         if text_prompt is not None:
             prompt_embeds, pooled_prompt_embeds = self.join_text(
-                text_prompt, num_images_per_prompt, prompt_embeds, clip_skip=kwargs.get("clip_skip")
+                text_prompt, num_images_per_prompt, prompt_embeds, **options
             )
+        self.check_latents(latents, len(prompt_embeds), height, width)
         if guidance_scale > 1:
-            self.guide(
-                kwargs, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds, clip_skip=kwargs.get("clip_skip")
-            )
+            self.guide(kwargs, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds, **options)
         images = (
             super()
             .__call__(

@@ -7,9 +7,12 @@ from diffusers.utils import BaseOutput
 
 from .arguments_unicode2 import (
     NUMBERS,
+    check_embeds,
     check_generator,
     check_weights,
+    count_prompts,
     gather_options,
+    repeat_rows,
     repeat_texts,
     to_number,
 )
@@ -59,8 +62,9 @@ class UniCode2PriorMixin:
         encoder, mapper = self.vision_language_encoder, self.condition_mapper
         if mapper is None:
             return
-        decoder = getattr(self, self.decoder_part).config if self.decoder_part else {}
-        expected = {name: (width, "the decoder reads") for name, width in self.read_widths(decoder).items()}
+        decoder = getattr(self, self.decoder_part, None) if self.decoder_part else None
+        widths = {} if decoder is None else self.read_widths(decoder.config)
+        expected = {name: (width, "the decoder reads") for name, width in widths.items()}
         if encoder is not None:
             expected["visual_dim"] = encoder.config.codebook_config.codebook_dim, "the codes have"
             expected["num_visual_tokens"] = encoder.config.num_image_tokens, "an image has"
@@ -70,6 +74,37 @@ class UniCode2PriorMixin:
                     f"`{name}` of the condition mapper is {mapper.config[name]}, and {owner} {width}; take the mapper "
                     "that was trained with these parts."
                 )
+
+    def check_parts(self, sources: dict, *painting: str) -> None:
+        """Raises `ValueError` when the pipeline was loaded without a component that a call needs.
+
+        Args:
+            sources: of the call, see `check_sources`.
+            painting: components that paint.
+        """
+        source = next(name for name, value in sources.items() if value is not None)
+        needed = [] if source == "prompt_embeds" else ["vision_language_encoder", "condition_mapper"]
+        needed += ["processor"] if source in ("prompt", "image") else []
+        missing = [name for name in (*needed, *painting) if getattr(self, name, None) is None]
+        if missing:
+            raise ValueError(f"`{source}` cannot be painted: this pipeline was loaded without `{missing[0]}`.")
+
+    def check_call(
+        self, sources: dict, embeds: dict, kwargs: dict, num_images_per_prompt: int, text_prompt: str | list[str] | None
+    ) -> None:
+        """Raises `ValueError` before any work on embeddings of other shapes, and on other numbers of rows and texts."""
+        check_embeds(embeds, kwargs, self.read_widths(getattr(self, self.decoder_part).config))
+        count = count_prompts(sources)
+        if count is None:
+            return
+        count *= num_images_per_prompt
+        for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
+            if kwargs.get(name) is not None:
+                repeat_rows(name, kwargs[name], num_images_per_prompt, count)
+        texts = {name: kwargs.get(name) for name in ("negative_prompt", "negative_prompt_2")}
+        for name, text in {**texts, "text_prompt": text_prompt}.items():
+            if text is not None:
+                repeat_texts(name, text, num_images_per_prompt, count)
 
     def choose_number(self, name: str, value: float | None, default: str | None = None) -> float:
         """A number of a call, or the pipeline's own under the name `default`. Raises `ValueError` on a wrong one."""
@@ -108,6 +143,9 @@ class UniCode2PriorMixin:
             ids = self.read_visual_tokens(sources["image"])
         if prompt_embeds is None:
             prompt_embeds, pooled_prompt_embeds = self.encode_visual_tokens(ids)
+        else:
+            like = {"device": self._execution_device, "dtype": self.find_condition_dtype()}
+            prompt_embeds, pooled_prompt_embeds = prompt_embeds.to(**like), pooled_prompt_embeds.to(**like)
         made = [
             value if value is None else value.repeat_interleave(num_images_per_prompt, dim=0)
             for value in (ids, prompt_embeds, pooled_prompt_embeds)
@@ -134,13 +172,17 @@ class UniCode2PriorMixin:
         pooled_prompt_embeds: torch.Tensor,
         **options,
     ) -> None:
-        """Enters the negative conditioning of a call, unless its arguments have it as embeddings.
+        """Enters the negative conditioning of a call; what its arguments have as embeddings is repeated for each image.
 
         That of `negative_prompt` is what the decoder's own text encoders make of it, with zeros behind it to the length
         of `prompt_embeds`; without such a text it is zeros. `options` are those of `encode_texts`. Raises `ValueError`
         when there are not as many texts as images, or they are longer than the tokens.
         """
-        if kwargs.get("negative_prompt_embeds") is not None:
+        names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+        if kwargs.get(names[0]) is not None:
+            for name in names:
+                rows = repeat_rows(name, kwargs[name], num_images_per_prompt, len(prompt_embeds))
+                kwargs[name] = rows.to(prompt_embeds.device, prompt_embeds.dtype)
             return
         negative, pooled = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled_prompt_embeds)
         texts = [kwargs.pop(name, None) for name in ("negative_prompt", "negative_prompt_2")]

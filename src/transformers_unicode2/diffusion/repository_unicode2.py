@@ -71,6 +71,31 @@ LOADERS = {
     "condition_mapper": UniCode2ConditionMapper,
 }
 BASES = (ModelMixin, PreTrainedModel, ProcessorMixin)
+# Options of loading that are for the parts of all repositories.
+OF_ALL_PARTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+
+def split_quantization(config) -> tuple[dict, dict, dict]:
+    """The options of a `PipelineQuantizationConfig`, or `None`, for language model, mapper and decoder.
+
+    What is loaded by itself would otherwise be left as it is, and Diffusers would warn that a decoder has no such part.
+    """
+    if config is None:
+        return {}, {}, {}
+    resolve, ours = config._resolve_quant_config, ("vision_language_encoder", "condition_mapper")
+    named = [*(config.quant_mapping or {}), *(config.components_to_quantize or [])]
+    of_model = resolve(is_diffusers=False, module_name=ours[0])
+    of_mapper = resolve(is_diffusers=True, module_name=ours[1]) if ours[1] in named else None
+    rest = copy.copy(config)
+    if config.quant_mapping:
+        rest.quant_mapping = {name: value for name, value in config.quant_mapping.items() if name not in ours}
+    if config.components_to_quantize:
+        rest.components_to_quantize = [name for name in config.components_to_quantize if name not in ours]
+    has_rest = not named or any(name not in ours for name in named)
+    return tuple(
+        {} if value is None else {"quantization_config": value}
+        for value in (of_model, of_mapper, rest if has_rest else None)
+    )
 
 
 class UniCode2RepositoryMixin:
@@ -89,25 +114,52 @@ class UniCode2RepositoryMixin:
                 it out for a pipeline without a decoder.
             mapper (`str` or `UniCode2ConditionMapper`, *optional*): the mapper for this decoder, or its folder or Hub
                 name. By default it is in `condition_mapper` of `unicode2`.
-            **kwargs: of the stock `from_pretrained`. Text encoders and other components that are given here are used;
-                `dtype` is that of all parts.
+            **kwargs: of the stock `from_pretrained`. Text encoders and other components that are given here are used.
+                `dtype`, `token`, `cache_dir`, `local_files_only`, `force_download` and `proxies` are for all parts,
+                `revision` and `variant` for the decoder. A `quantization_config` is for the language model, too; for
+                the mapper if it names `condition_mapper`.
+
+        Raises:
+            `ValueError`: on a decoder of another kind.
         """
+        hub = {name: kwargs[name] for name in OF_ALL_PARTS if name in kwargs}
+        if cls.decoder_part is None or cls.decoder_part not in kwargs:
+            cls.check_decoder(decoder, **hub)
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        options = {} if dtype is None else {"dtype": dtype}
+        options = hub if dtype is None else {**hub, "dtype": dtype}
+        quantization = kwargs.pop("quantization_config", None)
+        of_model, of_mapper, of_decoder = split_quantization(quantization)
         if mapper is None or isinstance(mapper, (str, os.PathLike)):
             place = {"subfolder": "condition_mapper"} if mapper is None else {}
-            mapper = UniCode2ConditionMapper.from_pretrained(mapper or unicode2, **place, **options)
+            mapper = UniCode2ConditionMapper.from_pretrained(mapper or unicode2, **place, **options, **of_mapper)
         ours = {
-            "vision_language_encoder": VisionLanguageEncoder.from_pretrained(unicode2, **options),
-            "processor": Processor.from_pretrained(unicode2),
+            "vision_language_encoder": VisionLanguageEncoder.from_pretrained(unicode2, **options, **of_model),
+            "processor": Processor.from_pretrained(unicode2, **hub),
             "condition_mapper": mapper,
         }
         if decoder is None:
-            return cls(
-                **ours, **{name: value for name, value in kwargs.items() if name not in ("torch_dtype", "dtype")}
-            )
+            others = {name: value for name, value in kwargs.items() if name not in (*hub, "torch_dtype", "dtype")}
+            return cls(**ours, **others)
         absent = dict.fromkeys(cls._optional_components)
-        return cls.from_pretrained(decoder, **{**absent, **ours, **kwargs})
+        return cls.from_pretrained(decoder, **{**absent, **ours, **kwargs, **of_decoder})
+
+    @classmethod
+    def check_decoder(cls, decoder: str | os.PathLike | None, **hub) -> None:
+        """Raises `ValueError` unless a repository holds the decoder of this pipeline, or it has and needs none."""
+        stock = cls.__name__.removeprefix("UniCode2")
+        if cls.decoder_part is None:
+            if decoder is not None:
+                raise ValueError(f"{cls.__name__} has no decoder; leave {decoder} out.")
+            return
+        if decoder is None:
+            raise ValueError(f"{cls.__name__} needs the decoder of a {stock}; give its folder or Hub name.")
+        found = cls.load_config(decoder, **hub).get("_class_name")
+        found = found[-1] if isinstance(found, (list, tuple)) else found
+        if found not in (stock, cls.__name__):
+            raise ValueError(
+                f"{decoder} is a {found}, and {cls.__name__} paints with the decoder of a {stock}. Other decoders take "
+                "the conditioning of `UniCode2PriorPipeline`."
+            )
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:

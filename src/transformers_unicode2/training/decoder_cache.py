@@ -86,16 +86,40 @@ def encode_texts(pairs, decoder) -> dict[str, torch.Tensor]:
     return {"text": torch.cat([decoder.encode_captions(batch).cpu() for batch in batches])}
 
 
-def encode_latents(pairs, decoder, sources: list, image_size: int | None) -> dict[str, torch.Tensor]:
-    """Latents of the pictures, `(num_pairs, channels, height, width)` in the dtype of the VAE."""
+def encode_latents(pairs, decoder, sources: list, image_size: int | None, crop: bool) -> dict[str, torch.Tensor]:
+    """Latents of the pictures, `(num_pairs, channels, height, width)` in the dtype of the VAE.
+
+    See `decode_pictures`. Raises `ValueError` when they are of several sizes.
+    """
     from .data import stack_pixels
 
     records = list(read_pictures(sources, list(zip(pairs["source"], pairs["row"]))))
     made = []
     for start in range(0, len(records), BATCH):
-        pixels = stack_pixels(decode_pictures(records[start : start + BATCH], image_size))
+        pixels = stack_pixels(decode_pictures(records[start : start + BATCH], image_size, crop))
         made.append(decoder.encode_latents(pixels).cpu())
+    check_shapes([value.shape for value in made])
     return {"latents": torch.cat(made)}
+
+
+def check_shapes(shapes: list) -> None:
+    """Raises `ValueError` on latents of several sizes, `(..., channels, height, width)`."""
+    sizes = sorted({tuple(shape[-2:]) for shape in shapes})
+    if len(sizes) > 1:
+        (height, width), (height_2, width_2) = sizes[0], sizes[-1]
+        raise ValueError(
+            f"Images of one size are needed; the latents of these are {height} x {width} and {height_2} x {width_2}. "
+            "Set `image_size`."
+        )
+
+
+def check_latents(folder: Path) -> None:
+    """Raises `ValueError` when the latents of all shards are of several sizes."""
+    shapes = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            shapes.append(shard.get_slice("latents").get_shape())
+    check_shapes(shapes)
 
 
 def copy_pictures(pairs, sources: list) -> dict[str, torch.Tensor]:

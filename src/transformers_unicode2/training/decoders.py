@@ -1,5 +1,6 @@
 """FLUX and SDXL as the losses of training see them: frozen, with the parts that a loss needs."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -44,17 +45,29 @@ class Decoder:
 
     @torch.no_grad()
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """See `encode_latents`."""
+        """See `encode_latents`. Raises `ValueError` on a size that the decoder does not paint."""
+        width, height = pixel_values.shape[-1], pixel_values.shape[-2]
+        if width % self.size_factor or height % self.size_factor:
+            raise ValueError(
+                f"Pictures are {width} pixels wide and {height} high; the decoder paints multiples of "
+                f"{self.size_factor}. Set `image_size` to one."
+            )
         return encode_latents(self.pipeline.vae, pixel_values.to(self.pipeline.vae.device))
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> list:
         """The `PIL.Image.Image`s of latents of `encode_latents`."""
         vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        shift, scale = read_scaling(vae)
+        latents = latents.to(vae.device) / scale + shift
         with torch.autocast(vae.device.type, torch.bfloat16):
             pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
         return self.pipeline.image_processor.postprocess(pixels.float())
+
+    @property
+    def size_factor(self) -> int:
+        """What divides the width and the height of its pictures, in pixels."""
+        return self.pipeline.vae_scale_factor
 
     def paint(self, condition, image_size: int, num_inference_steps: int, seed: int) -> list:
         """Square `PIL.Image.Image`s of the conditioning of a mapper; the same for the same seed."""
@@ -80,8 +93,10 @@ class Decoder:
         """
         from peft import LoraConfig
 
+        # A strength of 1, unless `lora_alpha` says otherwise
+        defaults = {"target_modules": ATTENTION, "init_lora_weights": "gaussian", "lora_alpha": settings.get("r", 8)}
         try:
-            config = LoraConfig(**{"target_modules": ATTENTION, "init_lora_weights": "gaussian", **settings})
+            config = LoraConfig(**{**defaults, **settings})
             self.painter.add_adapter(config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"`decoder_lora` is {settings}: {one_line(str(error))}.") from error
@@ -95,6 +110,8 @@ class Decoder:
 
         if lora:
             layers = {f"{self.part}_lora_layers": get_peft_model_state_dict(self.painter)}
+            # Without them, Diffusers takes its strength to be 1
+            layers[f"{self.part}_lora_adapter_metadata"] = self.painter.peft_config["default"].to_dict()
             type(self.pipeline).save_lora_weights(folder, **layers)
         else:
             self.painter.save_pretrained(folder / self.part)
@@ -110,6 +127,21 @@ class Decoder:
 class FluxDecoder(Decoder):
     """FLUX.1, which learns by flow matching."""
 
+    @property
+    def size_factor(self) -> int:
+        # A patch of the transformer is 2 x 2 latents
+        return 2 * self.pipeline.vae_scale_factor
+
+    def choose_shift(self, num_patches: int) -> float:
+        """The shift of times that painting has: one of its own for each size of image, or the scheduler's."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config = self.pipeline.scheduler.config
+        if not config.use_dynamic_shifting:
+            return config.shift
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return math.exp(calculate_shift(num_patches, *(config[name] for name in names)))
+
     def encode_prompts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         length = self.pipeline.tokenizer_max_length
         return self.pipeline.encode_prompt(captions, None, max_sequence_length=length)[:2]
@@ -118,7 +150,7 @@ class FluxDecoder(Decoder):
         self, latents: torch.Tensor, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
     ) -> torch.Tensor:
         """See `flow_matching_loss`."""
-        shift, guidance = self.pipeline.scheduler.config.shift, self.guidance_scale
+        shift, guidance = self.choose_shift(latents.shape[-2] * latents.shape[-1] // 4), self.guidance_scale
         dtype = self.painter.dtype
         conditioning = (value.to(dtype) for value in (prompt_embeds, pooled_prompt_embeds))
         return flow_matching_loss(self.painter, latents.to(dtype), *conditioning, shift=shift, guidance_scale=guidance)
@@ -134,6 +166,9 @@ class StableDiffusionXLDecoder(Decoder):
         from diffusers import DDPMScheduler
 
         super().__init__(pipeline, guidance_scale)
+        kind = type(pipeline.scheduler).__name__
+        if kind.startswith("EDM"):
+            raise ValueError(f"The decoder's scheduler is {kind}; SDXL that learnt by DDPM's schedule is supported.")
         self.noise = DDPMScheduler.from_config(pipeline.scheduler.config)
 
     def encode_prompts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,7 +250,17 @@ def encode_latents(vae, pixel_values: torch.Tensor) -> torch.Tensor:
     """Pixels `(batch_size, 3, height, width)` in [-1, 1] to normalised VAE latents `(batch_size, channels, h, w)`."""
     with torch.autocast(pixel_values.device.type, torch.bfloat16):
         latents = vae.encode(pixel_values.to(vae.dtype)).latent_dist.mode().to(vae.dtype)
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    shift, scale = read_scaling(vae)
+    return (latents - shift) * scale
+
+
+def read_scaling(vae) -> tuple:
+    """What is taken from the latents of a VAE, and what the rest is multiplied by: numbers, or one for each channel."""
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or std is None:
+        return vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+    mean, std = (torch.tensor(value, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1) for value in (mean, std))
+    return mean, vae.config.scaling_factor / std
 
 
 def flow_matching_loss(

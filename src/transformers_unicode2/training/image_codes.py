@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..files import whole_file, write_file
-from ..images_unicode2 import one_line
+from ..images_unicode2 import crop_square, one_line
 from ..record import hash_file
 from .row_index import RowIndex
 from .sources import read_image
@@ -60,13 +60,15 @@ class ImageReader:
 class Preprocessing:
     """Images to pixels: a data set whose indices are numbers of images with their records, read in worker processes."""
 
-    def __init__(self, image_processor):
-        self.image_processor = image_processor
+    def __init__(self, image_processor, center_crop: bool = False):
+        self.image_processor, self.center_crop = image_processor, center_crop
 
     def __getitem__(self, item: tuple[int, dict]) -> tuple[int, torch.Tensor | None, str | None]:
         number, image = item
         try:
-            pixels = self.image_processor(read_image(image), return_tensors="pt")["pixel_values"][0]
+            picture = read_image(image)
+            picture = crop_square(picture) if self.center_crop else picture
+            pixels = self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
             if image["path"] is not None and hash_file(image["path"]) != image["key"]:
                 raise ValueError(f"{one_line(image['path'])} changed while the data were read")
             return number, pixels, None
@@ -81,7 +83,14 @@ def collate(items: list[tuple]) -> tuple[list[int], torch.Tensor | None, dict[in
     return numbers, torch.stack(pixels) if pixels else None, {item[0]: item[2] for item in items if item[1] is None}
 
 
-def read_batches(index: RowIndex, spans: list[tuple[int, int]], image_processor, batch_size: int, num_workers: int):
+def read_batches(
+    index: RowIndex,
+    spans: list[tuple[int, int]],
+    image_processor,
+    batch_size: int,
+    num_workers: int,
+    center_crop: bool = False,
+):
     """Yields, for each batch of each span of images, what `collate` returns."""
     reader = ImageReader(index)
 
@@ -94,10 +103,18 @@ def read_batches(index: RowIndex, spans: list[tuple[int, int]], image_processor,
     # One batch is sooner read than a worker starts.
     num_workers = min(num_workers, count) if count > 1 else 0
     options = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available(), "collate_fn": collate}
-    yield from DataLoader(Preprocessing(image_processor), batch_sampler=batches(), **options)
+    yield from DataLoader(Preprocessing(image_processor, center_crop), batch_sampler=batches(), **options)
 
 
-def encode_images(index: RowIndex, quantizer, image_processor, batch_size: int, num_workers: int, state) -> None:
+def encode_images(
+    index: RowIndex,
+    quantizer,
+    image_processor,
+    batch_size: int,
+    num_workers: int,
+    state,
+    center_crop: bool = False,
+) -> None:
     """
     Writes the shards of codes that are not there yet, of this process's share of all images.
 
@@ -108,6 +125,7 @@ def encode_images(index: RowIndex, quantizer, image_processor, batch_size: int, 
         batch_size: images that the encoder reads at a time.
         num_workers: processes that decode and resize, of each process.
         state: `PartialState`.
+        center_crop: whether the middle square of each image is encoded.
     """
     from tqdm import tqdm
 
@@ -120,7 +138,7 @@ def encode_images(index: RowIndex, quantizer, image_processor, batch_size: int, 
     if state.is_main_process and len(missing) < len(keys):
         print(f"{index.work.parent} resumes: {len(keys) - len(missing)} of {len(keys)} shards of codes are there")
     todo = [spans[shard] for shard in missing]
-    batches = read_batches(index, todo, image_processor, batch_size, num_workers)
+    batches = read_batches(index, todo, image_processor, batch_size, num_workers, center_crop)
     with tqdm(total=num_images, unit="image", desc="encoding", disable=not state.is_main_process) as bar:
         for shard, (start, stop) in zip(missing, todo):
             settle_bar(bar, index.work)

@@ -79,7 +79,11 @@ class MapperArguments:
         metadata={"help": "what a guidance-distilled FLUX is told; also of validation pictures"},
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "pixels of a side: images are resized to it and cropped (default: as they are)"}
+        default=None,
+        metadata={
+            "help": "pixels of a side that images are resized to: their middle, or all of them, as their codes are of, "
+            "see `unicode2 tokenize --center-crop` (default: as they are)"
+        },
     )
     cache_dir: str | None = field(
         default=None,
@@ -200,10 +204,7 @@ def start_from(mapper: torch.nn.Module, other: torch.nn.Module, whole: bool = Fa
     if whole and len(fitting) < len(given):
         name = next(name for name in given if name not in fitting)
         raise ValueError(f"`start` has {name} {tuple(given[name].shape)}, which these fields of `mapper` leave out.")
-    for layer in mapper.layers[len(other.layers) :]:
-        for last in (layer.self_attn.out_proj, layer.linear2):
-            torch.nn.init.zeros_(last.weight)
-            torch.nn.init.zeros_(last.bias)
+    mapper.make_identity(len(other.layers))
     copied = {name: weight for name, weight in fitting.items() if whole or not name.startswith("pool")}
     mapper.load_state_dict({**mapper.state_dict(), **copied})
 
@@ -221,6 +222,9 @@ def make_mapper(args: MapperArguments, scales: dict[str, float], teacher: torch.
     fields = {name: start.config[name] for name in signature(UniCode2ConditionMapper).parameters}
     mapper = UniCode2ConditionMapper(**{**fields, **args.mapper})
     start_from(mapper, start, whole=True)
+    if args.contrastive_weight and mapper.config.pooled_dim and not mapper.pool.weight.any():
+        # A Redux pools nothing, and zeros have no direction that a cosine could turn
+        mapper.pool.reset_parameters()
     return mapper
 
 
@@ -258,7 +262,7 @@ def train(args: MapperArguments, training_args, data: list[MapperData], held) ->
     agree(lambda: check_mixture([part for one in data for part in one.parts], args.model, config))
     place = Path(args.cache_dir or f"{training_args.output_dir}-cache")
     (pairs, scales), *held_out = fill_all(data, place, held.made_of, training_args, PartialState())
-    collate = MapperCollator(args, training_args, source)
+    collate = MapperCollator(args, training_args, source, args.has_teacher and data[0].crop)
     mapper = make_mapper(args, scales, collate.teacher)
     check_widths(mapper, config, args.decoder)
     visual_embeddings = source.model.visual_embeddings.weight.detach().to(training_args.device)

@@ -1,16 +1,17 @@
 """The data of the mapper: pairs of codes and captions, and what the frozen parts of a decoder make of them."""
 
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 
 from ..encoders_unicode2 import encode_patches, load_encoder
-from ..images_unicode2 import decode_image
-from .decoder_cache import CachedPairs, copy_pictures, encode_latents, encode_texts, fill_cache
+from ..images_unicode2 import crop_square, decode_image
+from ..processes import agree
+from .decoder_cache import CachedPairs, check_latents, copy_pictures, encode_latents, encode_texts, fill_cache
 from .decoders import load_decoder
 from .mixtures import find_parts, hash_parts
-from .pairs import check_pictures, hash_pictures, open_pairs, open_pictures
+from .pairs import check_pictures, find_crop, hash_pictures, open_pairs, open_pictures
 
 # Captions whose text embeddings give the scales that a mapper starts with
 NUM_MEASURED = 64
@@ -36,6 +37,13 @@ class MapperData:
             raise ValueError(f"{self.option} has the splits {' and '.join(splits)}; with pictures, give one split.")
         self.sources = open_pictures(self.images, splits[0], args.image_root, args.image_column)
 
+    @cached_property
+    def crop(self) -> bool:
+        """See `find_crop`."""
+        from transformers import AutoImageProcessor
+
+        return find_crop(self.parts, AutoImageProcessor.from_pretrained(self.args.model), self.option)
+
     def hash_all(self) -> dict:
         """Digests of chats and pictures. Raises `ValueError` when they do not belong together."""
         pictures = hash_pictures(self.sources)
@@ -60,7 +68,8 @@ class MapperData:
         args, pairs = self.args, open_pairs(self.parts, seed, self.option)
         data = {"datasets": made_of[f"{self.prefix}datasets"], "seed": seed}
         decoder = {**data, "decoder": made_of.get("decoder"), "decoder_dtype": args.decoder_dtype}
-        pictures = {"images": made_of[f"{self.prefix}images"]}
+        pictures = {"images": made_of[f"{self.prefix}images"], "image_root": args.image_root}
+        pictures["image_column"] = args.image_column
         folders, scales = [], {}
 
         def fill(name: str, made_of: dict, encode, measure=None) -> dict:
@@ -76,9 +85,10 @@ class MapperData:
 
             scales = fill("texts", decoder, lambda rows: encode_texts(rows, load()), measure)
         if needs_latents(args) and self.images:
-            size = args.image_size
-            sized = {**decoder, **pictures, "image_size": size}
-            fill("latents", sized, lambda rows: encode_latents(rows, load(), self.sources, size))
+            size, crop = args.image_size, self.crop
+            sized = {**decoder, **pictures, "image_size": size, "center_crop": crop}
+            fill("latents", sized, lambda rows: encode_latents(rows, load(), self.sources, size, crop))
+            agree(lambda: check_latents(folders[-1]))
         if args.has_teacher:
             fill("pictures", {**data, **pictures}, lambda rows: copy_pictures(rows, self.sources))
         return CachedPairs(pairs, folders), scales
@@ -122,10 +132,11 @@ class MapperCollator:
         args (`MapperArguments`): of the stage.
         training_args (`TrainingArguments`): of it.
         source (`UniCode2ForConditionalGeneration`): with the encoder of the patch features, unless `args` names one.
+        crop: whether patch features are of the middle of each picture, as its codes are.
     """
 
-    def __init__(self, args, training_args, source):
-        self.device, self.bf16, self.teacher = training_args.device, training_args.bf16, None
+    def __init__(self, args, training_args, source, crop: bool = False):
+        self.device, self.bf16, self.teacher, self.crop = training_args.device, training_args.bf16, None, crop
         if args.has_teacher:
             self.load_teacher(args, source)
 
@@ -155,6 +166,7 @@ class MapperCollator:
         }
         if self.teacher:
             images = [decode_image(row["picture"]) for row in batch]
+            images = [crop_square(image) for image in images] if self.crop else images
             pixels = self.image_processor(images, return_tensors="pt")["pixel_values"]
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 features = encode_patches(self.encoder, pixels.to(self.device)).last_hidden_state

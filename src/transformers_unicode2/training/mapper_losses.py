@@ -28,10 +28,12 @@ def compare_texts(mapped: torch.Tensor, text: torch.Tensor, own: torch.Tensor | 
         Cosines, float32 `(batch_size, num_texts)`; texts that equal the own one without being it, bool of that shape;
         and `own`.
     """
-    mapped, text = normalize(mapped.float(), dim=-1), normalize(text.float(), dim=-1)
     own = torch.arange(len(mapped), device=mapped.device) if own is None else own
-    twins = text[own] @ text.T > SAME
-    return mapped @ text.T, twins.scatter(1, own[:, None], False), own
+    # Products of mixed precision would take near captions for equal ones, and miss equal ones
+    with torch.autocast(mapped.device.type, enabled=False):
+        mapped, text = normalize(mapped.float(), dim=-1), normalize(text.float(), dim=-1)
+        twins = text[own] @ text.T > SAME
+        return mapped @ text.T, twins.scatter(1, own[:, None], False), own
 
 
 def contrastive_loss(
@@ -132,7 +134,7 @@ class MapperWithLosses(torch.nn.Module):
         """Squared distance to image prompts, relative to their variance, a scalar."""
         return (condition.prompt_embeds.float() - prompt_embeds).square().mean() / prompt_embeds.var()
 
-    def forward(self, codes, latents=None, text=None, own=None, prompt_embeds=None):
+    def forward(self, codes, latents=None, text=None, own=None, prompt_embeds=None, with_flow: bool = True):
         """
         Args:
             codes (`torch.LongTensor` of shape `(batch_size, num_visual_tokens)`): of the images.
@@ -143,6 +145,7 @@ class MapperWithLosses(torch.nn.Module):
             own (`torch.LongTensor` of shape `(batch_size,)`, *optional*): numbers of the texts of the images.
             prompt_embeds (`torch.Tensor` of shape `(batch_size, num_visual_tokens, output_dim)`, *optional*): image
                 prompts, for regression.
+            with_flow (`bool`): whether the decoder's own loss is part of this step.
 
         Returns:
             `loss`, and its parts without their weights.
@@ -156,7 +159,7 @@ class MapperWithLosses(torch.nn.Module):
             loss = loss + self.args.contrastive_weight * contrastive
             losses["contrastive"] = contrastive.detach()
         # A pass through the decoder, by far the largest part of a step
-        if self.args.flow_matching_weight and torch.rand(()) < self.args.flow_matching_share:
+        if self.args.flow_matching_weight and with_flow:
             flow = self.compute_flow(latents, condition)
             loss = loss + self.args.flow_matching_weight * flow
             losses["flow"] = flow.detach()

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -38,8 +39,18 @@ class MapperTrainer(StageTrainer):
         self.show, self.parts = show, defaultdict(list)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of a step. Their captions, with those of all other processes, are the negatives of each."""
+        """The batches of a step, each with a seed for its random numbers, and whether the decoder's loss is part of it.
+
+        Their captions, with those of all other processes, are the negatives of each.
+        """
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for number, batch in enumerate(batches):
+            place = [self.args.seed, self.state.global_step, number]
+            # All processes pass through the decoder, or none; but each has noise of its own
+            share = np.random.default_rng(place).random()
+            batch["with_flow"] = share < self.model.args.flow_matching_share
+            own = np.random.SeedSequence([*place, self.accelerator.process_index])
+            batch["seed"] = int(own.generate_state(1)[0])
         if batches and "text" in batches[0]:
             sizes = [len(batch["text"]) for batch in batches]
             mine = torch.cat([batch["text"].to(self.args.device) for batch in batches])
@@ -51,7 +62,10 @@ class MapperTrainer(StageTrainer):
         return batches, count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
+        devices = [] if self.args.device.type == "cpu" else [self.args.device]
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(inputs.pop("seed"))
+            outputs = model(**inputs)
         for name, value in outputs.items():
             if name != "loss":
                 self.parts[name].append(value)

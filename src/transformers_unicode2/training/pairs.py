@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..tokens import hash_rows, read_note
+from ..images_unicode2 import crop_square
+from ..tokens import CROP, hash_rows, read_note
 from .messages import find_pair
 from .mixtures import COLUMNS, MixturePart, open_mixture
 from .sources import Row, Source, open_source, read_image
@@ -57,6 +58,20 @@ def open_pictures(
     """The sources of pictures, see `open_source`."""
     options = {"image_root": image_root, "image_column": image_column}
     return [open_source(name, task=PICTURE, split=split, **options) for name in data]
+
+
+def find_crop(parts: list[MixturePart], image_processor, option: str) -> bool:
+    """Whether codes are those of the middle of each picture, and not of all of it, squeezed into a square.
+
+    Raises `ValueError` when some are of one kind and some of the other.
+    """
+    crops = {bool((read_note(file) or {}).get(CROP)) for part in parts for file in part.files}
+    if len(crops) > 1 and not image_processor.do_center_crop:
+        raise ValueError(
+            f"{option} has codes of whole pictures and codes of their middles (`unicode2 tokenize --center-crop`); "
+            "tokenize all of them in one way."
+        )
+    return bool(image_processor.do_center_crop) or crops == {True}
 
 
 def hash_pictures(sources: list[Source]) -> dict[str, str]:
@@ -111,22 +126,22 @@ def read_pictures(sources: list[Source], places: list[tuple[int, int]]) -> Itera
         yield row.images[0]
 
 
-def decode_pictures(records: list[dict], size: int | None = None) -> list[Image.Image]:
+def decode_pictures(records: list[dict], size: int | None = None, crop: bool = True) -> list[Image.Image]:
     """
     The RGB images of records of `read_pictures`, decoded by several threads.
 
     Args:
         records: of the pictures.
-        size: side in pixels: images are resized to fill it, and the middle of the longer side is kept. By default they
-            stay as they are.
+        size: side in pixels that images are resized to. By default they stay as they are.
+        crop: whether the middle square of each is kept. Else all of it is squeezed into the square, as its codes are.
 
     Raises:
         `ValueError`: when an image cannot be read, or without `size` they are of several sizes.
     """
 
     def load(record: dict) -> Image.Image:
-        image = read_image(record)
-        return image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        image = crop_square(read_image(record)) if crop else read_image(record)
+        return image if size is None else image.resize((size, size), Image.Resampling.LANCZOS)
 
     with ThreadPoolExecutor() as threads:
         images = list(threads.map(load, records))

@@ -27,7 +27,7 @@ from ..files import WORK, explained, make_folders, remove, write_file
 from ..images_unicode2 import one_line
 from ..processes import agree, follow_launcher, join
 from ..record import Record
-from ..tokens import hash_image_processor, hash_quantizer, hash_rows
+from ..tokens import CROP, hash_image_processor, hash_quantizer, hash_rows
 from .columns import FORMATS
 from .folders import list_files
 from .image_files import check_image_files, collect_notes, write_notes
@@ -57,6 +57,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--task",
         help=f"what becomes of rows that are no chats: {', '.join(USUAL)}, both (read and draw), or a YAML file with\n"
         "templates, see training_recipes/README.md (default: the questions that rows have, or read)",
+    )
+    add(
+        "--center-crop",
+        action="store_true",
+        help="encode the middle square of each image, so that what is drawn keeps its shapes (default: all of it, as\n"
+        "the image processor has it; SigLIP's squeezes it into a square)",
     )
     add("--split", default="train", help="of the data and of the output (default: %(default)s)")
     add("--streaming", action="store_true", help="read data sets of the Hub without a copy on disk, twice")
@@ -108,7 +114,7 @@ def run(args: argparse.Namespace, state) -> None:
         workers = args.num_workers
         if workers is None:
             workers = min(8, max(1, os.cpu_count() // state.num_processes))
-        encode_images(index, quantizer, image_processor, args.batch_size, workers, state)
+        encode_images(index, quantizer, image_processor, args.batch_size, workers, state, args.center_crop)
         state.wait_for_everyone()
         write_shards(index, args, quantizer.config.codebook_config.codebook_size, made_of, state)
         state.wait_for_everyone()
@@ -179,6 +185,7 @@ def describe_inputs(args: argparse.Namespace, jobs: list, processor) -> dict:
         "chats": {f"{job.folder} {job.number}".strip(): job.source.digest() for job in jobs},
         "chat template": processor and hashlib.sha256(processor.chat_template.encode()).hexdigest(),
         "rows_per_shard": args.rows_per_shard,
+        **({CROP: True} if args.center_crop else {}),
     }
 
 
