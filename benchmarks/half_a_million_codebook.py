@@ -300,14 +300,15 @@ def use_synthetic(args: argparse.Namespace) -> list[dict]:
 def link_images(args: argparse.Namespace) -> tuple[Path, Path, int]:
     """Two folders with links to the images, to fit and held out, and the number of the former."""
     places = (Path(place, name) for place, _, names in os.walk(args.images, followlinks=True) for name in names)
-    files = sorted(file for file in places if file.suffix.lower() in (".png", ".jpg", ".webp"))
+    # Several names of one file are one image, as `codebook build` has it
+    files = sorted({file.resolve() for file in places if file.suffix.lower() in (".png", ".jpg", ".webp")})
     parts = [Path(args.output) / name for name in ("fit", "held")]
     for part in parts:
         part.mkdir(exist_ok=True)
     for number, file in enumerate(files):
         link = parts[number % HELD_OUT == 0] / f"{number:06d}{file.suffix}"
         if not link.is_symlink():
-            link.symlink_to(file.resolve())
+            link.symlink_to(file)
     return *parts, len(files) - -(-len(files) // HELD_OUT)
 
 

@@ -88,17 +88,18 @@ def test_grow_refuses_another_checkpoint_and_too_many_codes(drawn, run, tmp_path
 def test_split_codes_of_two_regions_that_round_to_the_same_are_told_apart():
     points = np.array([[0.9999], [1.0001], [0.9], [1.1]], np.float32)
     codes = np.array([[0.0], [2.0]], np.float32)
+    nearest = make_backend("torch").assign(torch.from_numpy(points), codes)
     for seed in range(5):
-        assert len(np.unique(split_codes(points, codes, 3, make_backend("torch"), seed)[0])) == 3
+        assert len(np.unique(split_codes(points, codes, nearest, 3, seed)[0])) == 3
     with pytest.raises(ValueError, match="distinct features for only 1 of 2 new codes"):
-        split_codes(points, codes, 4, make_backend("torch"), seed=0)
+        split_codes(points, codes, nearest, 4, seed=0)
 
 
 def test_split_codes_puts_new_codes_where_the_distortion_is():
     rng = np.random.default_rng(0)
     codes = np.array([[0.0, 0.0], [10.0, 0.0]], np.float32)
     points = np.concatenate([rng.normal(0, 0.1, (500, 2)), rng.normal([10, 0], 2, (500, 2))]).astype(np.float32)
-    new, parents = split_codes(points, codes, 6, make_backend("torch"), seed=0)
+    new, parents = split_codes(points, codes, make_backend("torch").assign(torch.from_numpy(points), codes), 6, seed=0)
     assert len(new) == 6 and (parents == 1).all() and (new[:, 0] > 4).all()
 
 

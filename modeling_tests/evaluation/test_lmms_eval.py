@@ -23,12 +23,12 @@ from transformers_unicode2.evaluation.lmms_eval import KeptAnswers, UniCode2, ha
 from transformers_unicode2.evaluation.understanding import add_mmbench, read_number  # noqa: E402
 
 TASK = """
-task: scenes
+task: {task}
 dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function utils.doc_to_visual
+doc_to_visual: !function utils.{visual}
 doc_to_text: !function utils.doc_to_text
 doc_to_target: answer
 generation_kwargs: {{max_new_tokens: 16, do_sample: false}}
@@ -38,6 +38,9 @@ metric_list: [{{metric: exact, aggregation: mean, higher_is_better: true}}]
 UTILS = """
 def doc_to_visual(doc):
     return [doc["image"].convert("RGB")]
+
+def doc_to_nothing(doc):
+    return []
 
 def doc_to_text(doc, lmms_eval_specific_kwargs=None):
     return doc["question"]
@@ -58,14 +61,16 @@ def tasks(tmp_path_factory):
     columns = {"image": images, "question": [one.text for one in asked], "answer": [one.answer for one in asked]}
     features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
     Dataset.from_dict(columns, features).to_parquet(folder / "test.parquet")
-    (folder / "scenes").mkdir()
-    (folder / "scenes/scenes.yaml").write_text(TASK.format(file=folder / "test.parquet"))
-    (folder / "scenes/utils.py").write_text(UTILS)
+    # The same questions without their pictures can be drawn
+    for task, visual in (("scenes", "doc_to_visual"), ("texts", "doc_to_nothing")):
+        (folder / task).mkdir()
+        (folder / f"{task}/{task}.yaml").write_text(TASK.format(file=folder / "test.parquet", task=task, visual=visual))
+        (folder / f"{task}/utils.py").write_text(UTILS)
     return folder
 
 
-def run(tasks: Path, model_args: str, output: Path) -> dict:
-    words = ["--model", "unicode2", "--model_args", model_args, "--tasks", "scenes", "--include_path", str(tasks)]
+def run(tasks: Path, model_args: str, output: Path, task: str = "scenes") -> tuple[dict, Path]:
+    words = ["--model", "unicode2", "--model_args", model_args, "--tasks", task, "--include_path", str(tasks)]
     words += ["--batch_size", "1", "--output_path", str(output), "--log_samples"]
     environment = {**os.environ, "HF_HOME": str(output / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-m", "lmms_eval", *words], capture_output=True, text=True, env=environment)
@@ -87,8 +92,8 @@ def test_accuracy_is_that_of_the_scenes(tasks, tiny_checkpoint, tmp_path):
 @pytest.mark.slow
 def test_drawings_are_files_that_the_answers_name(tasks, tiny_checkpoint, tmp_path):
     arguments = f"pretrained={tiny_checkpoint},mode=draw,output_dir={tmp_path / 'drawn'}"
-    results, file = run(tasks, arguments, tmp_path / "out")
-    (samples,) = file.parent.glob("*samples_scenes.jsonl")
+    results, file = run(tasks, arguments, tmp_path / "out", "texts")
+    (samples,) = file.parent.glob("*samples_texts.jsonl")
     answers = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
     drawn = [json.loads(answer[0] if isinstance(answer, list) else answer) for answer in answers]
     assert len(drawn) == COUNT and all(Path(one["images"][0]).is_file() for one in drawn)

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..cli import SEED, at_least
 from ..files import whole_folder
 from ..record import Record, hash_source, read_record
 from .clustering import (
-    Backend,
     add_groups,
     contains,
     find_codes,
     hash_rows,
     keep_distinct,
-    make_backend,
+    move_codebook,
     round_to_bfloat16,
 )
 from .features import Encoder, patch_thumbnails, read_batches
@@ -49,9 +49,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="checkpoint that holds this codebook, to grow with it")
     parser.add_argument("--model-output", help="folder for the grown checkpoint")
     parser.add_argument(
-        "--backend", choices=("faiss", "torch"), default="torch", help="for nearest codes (default: %(default)s)"
-    )
-    parser.add_argument(
         "--max-memory-gib", type=at_least(0.0), default=8.0, help="limits the sample (default: %(default)s)"
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of the samples and of k-means (default: %(default)s)")
@@ -65,7 +62,7 @@ def main(args: argparse.Namespace) -> dict:
     source = ImageSource(args.images, args.num_images, max_pixels=fitting_pixels(int(args.max_memory_gib * GIB)))
     made_of = {
         "command": "codebook grow",
-        **{name: getattr(args, name) for name in ("add", "num_images", "backend", "max_memory_gib", "seed")},
+        **{name: getattr(args, name) for name in ("add", "num_images", "max_memory_gib", "seed")},
         "images": source.fingerprint(),
         "codebook": hash_source(args.codebook),
     }
@@ -93,12 +90,15 @@ def grow(
 
     Returns statistics before and after on images that were not used for growing.
     """
-    backend = make_backend(args.backend, str(encoder.model.device))
-    side = 0 if codebook.previews is None else codebook.previews.shape[1]
+    device, side = encoder.model.device, 0 if codebook.previews is None else codebook.previews.shape[1]
     fit, held_out = read_features(source, encoder, side, int(args.max_memory_gib * GIB), args.seed)
     codes = codebook.codes.numpy()
-    new, parents = split_codes(fit["features"], codes, args.add, backend, args.seed)
-    grown, order = append_codes(codebook, new, parents, mean_previews(fit, codes, new, backend) if side else None)
+    nearest = find_codes(move_codebook(codebook, device), fit["features"])
+    new, parents = split_codes(fit["features"], codes, nearest, args.add, args.seed)
+    grown, order = append_codes(codebook, new, parents)
+    if side:
+        indices = find_codes(move_codebook(grown, device), fit["features"])[0] - len(codes)
+        grown.previews[len(codes) :] = torch.from_numpy(mean_previews(fit["thumbnails"], indices, len(new)))
     report = {"added": len(new), "images": args.images, "num_images": len(source)}
     for name, table in (("before", codebook), ("after", grown)):
         indices, distances = find_codes(table, held_out["features"])
@@ -184,15 +184,15 @@ def read_single(source: ImageSource, encoder: Encoder, positions: list[int]) -> 
 
 
 def split_codes(
-    points: np.ndarray, codes: np.ndarray, num_new: int, backend: Backend, seed: int
+    points: np.ndarray, codes: np.ndarray, nearest: tuple[np.ndarray, np.ndarray], num_new: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """New codes in the regions of the codes with the largest total distortion. Old codes do not move.
 
     Args:
         points: float32 `(num_points, dim)`, features that the codes should serve.
         codes: float32 `(codebook_size, dim)`.
+        nearest: the nearest code of each point and the squared distance to it, as of `find_codes`.
         num_new: codes to add.
-        backend: finds the nearest codes.
         seed: of the starting points.
 
     Returns:
@@ -201,7 +201,7 @@ def split_codes(
     Raises:
         `ValueError`: when the points hold too few distinct new codes.
     """
-    indices, distances = backend.assign(backend.put(points), codes)
+    indices, distances = nearest
     order = np.argsort(indices, kind="stable")
     parents, starts = np.unique(indices[order], return_index=True)
     members = np.split(order, starts[1:])
@@ -303,8 +303,8 @@ def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return np.square(centroids).sum(1) - 2 * points @ centroids.T
 
 
-def append_codes(codebook, new: np.ndarray, parents: np.ndarray, previews: np.ndarray | None):
-    """Appends the new codes in new cells, one for each cell that holds a parent.
+def append_codes(codebook, new: np.ndarray, parents: np.ndarray):
+    """Appends the new codes in new cells, one for each cell that holds a parent. Their thumbnails are black.
 
     Returns the larger codebook and the order of the new codes in it, int64 `(num_new,)`.
     """
@@ -317,17 +317,20 @@ def append_codes(codebook, new: np.ndarray, parents: np.ndarray, previews: np.nd
     codes = np.concatenate([codebook.codes.numpy(), new[order]])
     centroids = np.concatenate([codebook.cell_centroids.numpy(), np.float32(sums / counts[:, None])])
     offsets = np.concatenate([offsets, offsets[-1] + np.cumsum(counts)])
+    previews = codebook.previews
     if previews is not None:
-        previews = np.concatenate([codebook.previews.numpy(), previews[order]])
+        previews = np.concatenate([previews.numpy(), np.zeros((len(new), *previews.shape[1:]), np.uint8)])
     return codebook_from_arrays(codes, centroids, offsets, previews, codebook.encoder_dtype), order
 
 
-def mean_previews(fit: dict, codes: np.ndarray, new: np.ndarray, backend: Backend) -> np.ndarray:
-    """Mean thumbnails of the features nearest to each new code, uint8 `(num_new, side, side, 3)`."""
-    indices = backend.assign(backend.put(fit["features"]), np.concatenate([codes, new]))[0] - len(codes)
+def mean_previews(thumbnails: np.ndarray, indices: np.ndarray, num_new: int) -> np.ndarray:
+    """Mean thumbnails of the features of each new code, uint8 `(num_new, side, side, 3)`.
+
+    `thumbnails` and `indices` are those of the features; an index below 0 is of an old code.
+    """
     inside = indices >= 0
-    sums = np.zeros((len(new), fit["thumbnails"].shape[1]))
-    add_groups(sums, fit["thumbnails"][inside], indices[inside])
-    counts = np.bincount(indices[inside], minlength=len(new))
+    sums = np.zeros((num_new, thumbnails.shape[1]))
+    add_groups(sums, thumbnails[inside], indices[inside])
+    counts = np.bincount(indices[inside], minlength=num_new)
     side = round((sums.shape[1] / 3) ** 0.5)
     return np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8).reshape(-1, side, side, 3)
