@@ -50,6 +50,7 @@ class UniCode2(lmms):
 
     Attributes:
         asked (`dict[str, dict[int, str]]`): digest of each request without the checkpoint, by task and number.
+        dtype (`torch.dtype`): of the language model.
 
     Raises:
         `ValueError`: on another mode.
@@ -92,9 +93,9 @@ class UniCode2(lmms):
     def load(self, pretrained: str, dtype: str) -> None:
         from ..checkpoints import load_model
 
-        kind = None if dtype == "auto" else getattr(torch, dtype, None)
-        if dtype != "auto" and not isinstance(kind, torch.dtype):
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"`dtype` is {dtype}; it must be auto, float32, bfloat16 or float16.")
+        kind = None if dtype == "auto" else getattr(torch, dtype)
         if self.mode == "draw":
             from diffusers import DiffusionPipeline
 
@@ -107,6 +108,8 @@ class UniCode2(lmms):
         else:
             self.model, self.processor = load_model(pretrained, dtype=kind or "auto")
             self.model.to(self.device).eval()
+        # Kept for a card, since lmms-eval frees the model
+        self.dtype = self.model.dtype
 
     @property
     def device(self) -> torch.device:

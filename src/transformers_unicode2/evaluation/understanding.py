@@ -156,7 +156,7 @@ def make_card(args: argparse.Namespace, results: dict, asked: dict[str, dict[int
         model: that of lmms-eval.
     """
     protocol = {"benchmark": "lmms-eval", "task_type": "image-text-to-text", "lmms_eval": find_version()}
-    protocol |= {"limit": args.limit, "system_prompt": model.system_prompt, "dtype": str(model.model.dtype)}
+    protocol |= {"limit": args.limit, "system_prompt": model.system_prompt, "dtype": str(model.dtype)}
     protocol |= {"judge": args.judge} if args.judge else {}
     if args.include_path:
         files = [file for ending in ("py", "yaml") for file in Path(args.include_path).rglob(f"*.{ending}")]
