@@ -165,7 +165,7 @@ def generate(args: argparse.Namespace) -> list[dict]:
         ):
             seconds = time_tokens(run, length, "cpu")
             baseline = baseline or seconds
-            limit = (weights + scored) / (read_rates(args).memory / 2)
+            limit = (weights + scored) / read_rates(args).memory
             row = {
                 "what": f"model, {head}: {name} token",
                 "s": seconds,

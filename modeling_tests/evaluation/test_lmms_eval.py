@@ -154,7 +154,7 @@ def test_the_command_writes_a_card_and_resumes(tasks, tiny_checkpoint, tmp_path)
     words += ["--system-prompt", "Answer briefly, please."]
     module = ["-m", "transformers_unicode2.evaluation.understanding", *words]
     alone, two = [sys.executable, *module], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    two += ["--master_port", "0", *module]
+    two += ["--standalone", "--local-addr", "127.0.0.1", *module]
     cards = []
     for name, command in (("one", alone), ("two", two), ("killed", alone)):
         output = tmp_path / name

@@ -28,7 +28,7 @@ import numpy as np
 from ..checkpoints import check_checkpoint
 from ..cli import at_least
 from ..files import make_folders
-from ..processes import follow_launcher
+from ..processes import follow_launcher, join
 from ..record import hash_files
 from .score_card import ScoreCard, describe_run, describe_subject, hash_content, mean_of
 
@@ -69,10 +69,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> ScoreCard | None:
+    import torch
+
     follow_launcher()
-    start, tasks = time.perf_counter(), list_tasks(args)
+    tasks = list_tasks(args)
     check_judge(args, tasks)
     check_checkpoint(args.model)
+    state = join(cpu=not torch.cuda.is_available())
+    try:
+        return run(args, tasks)
+    finally:
+        # Gloo's threads can abort the process if they live until the interpreter ends.
+        state.destroy_process_group()
+
+
+def run(args: argparse.Namespace, tasks: list[str]) -> ScoreCard | None:
+    """Asks all questions. Returns the card to the first of all processes."""
+    start = time.perf_counter()
     # Before lmms-eval is imported, which reads them then
     os.environ |= {"MODEL_VERSION": args.judge} if args.judge else {}
     from accelerate.utils import gather_object
