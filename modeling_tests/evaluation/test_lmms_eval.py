@@ -173,7 +173,7 @@ def test_the_command_writes_a_card_and_resumes(tasks, tiny_checkpoint, tmp_path)
     one = cards[0]
     for other in cards[1:]:
         assert other.protocol_hash == one.protocol_hash and other.items == one.items and other.figures == one.figures
-    assert one.protocol["system_prompt"] == "Answer briefly, please." and one.protocol["dtype"] == "torch.float32"
+    assert one.protocol["system_prompt"] == "Answer briefly, please." and one.protocol["dtype"] == "torch.bfloat16"
     (figure,) = one.figures
     assert figure.name == "scenes, exact" and figure.count == COUNT and figure.interval == "binomial"
     assert one.protocol["tasks"]["scenes"]["questions"] == COUNT
