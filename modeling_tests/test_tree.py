@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 TESTS = [file.relative_to(HERE) for file in sorted(HERE.rglob("test_*.py")) if file.parent.name != "upstream"]
 # Test files that are not named after a source file, and why.
 OF_SEVERAL = {
+    Path("evaluation/test_kills.py"): "commands that draw, killed at random moments",
     Path("test_ecosystem_unicode2.py"): "the model beside what Transformers, Accelerate and PyTorch offer",
     Path("test_half_a_million.py"): "benchmarks/half_a_million.py",
     Path("test_hub_configs.py"): "hub_configs/",

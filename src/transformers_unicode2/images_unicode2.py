@@ -95,13 +95,6 @@ def describe_tiff(content: bytes) -> str:
         return f"damaged: {error}"
 
 
-def crop_square(image: Image.Image) -> Image.Image:
-    """The largest square in the middle of a picture."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
 def load_image(image) -> Image.Image:
     """One picture as RGB, see `read_images` for what it may be. Raises `ValueError` when it cannot be read."""
     (image,) = read_images(image)

@@ -206,3 +206,10 @@ def check_finite(values: np.ndarray) -> None:
 
 
 __all__ = ["MAX_PIXELS", "check_finite", "to_rgb", "whole_files_only"]
+
+
+def crop_square(image: Image.Image) -> Image.Image:
+    """The largest square in the middle of a picture."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))

@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--images", required=True, help="folder that `unicode2 evaluate generation --benchmark dpg` wrote")
     add("--questions", required=True, help="dpg_bench.csv of DPG-Bench")
     add("--vqa", required=True, help="model of `image-text-to-text`: folder or Hub name")
-    add("--pictures", type=int, choices=(1, 4), default=4, help="pictures in a file: a grid of 4, or 1 (default: 4)")
+    add("--pictures", choices=("1", "4"), default="4", help="pictures in a file: a grid of 4, or 1 (default: 4)")
     add("--ask", default=ASK, metavar="TEXT", help="what is asked (default: %(default)s)")
     add("--json", required=True, metavar="FILE", help="score card to write, and its page beside it")
     return parser
@@ -74,7 +74,9 @@ def main(args: argparse.Namespace) -> ScoreCard:
         known = read_result(folder / f"{name}.json", judge, files[name])
         if known is None:
             answer = answer or Judge(args.vqa)
-            known = [ask_all(tile, questions[name], answer, args.ask) for tile in split(files[name], args.pictures)]
+            known = [
+                ask_all(tile, questions[name], answer, args.ask) for tile in split(files[name], int(args.pictures))
+            ]
             content = {**judge, "picture": hash_data(files[name]), "answers": known}
             write_file(folder / f"{name}.json", json.dumps(content).encode())
         results[name] = known

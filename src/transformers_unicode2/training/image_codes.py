@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..files import whole_file, write_file
-from ..images_unicode2 import crop_square, one_line
+from ..images_unicode2 import one_line
+from ..pixels_unicode2 import crop_square
 from ..record import hash_file
 from .row_index import RowIndex
 from .sources import read_image

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from ..encoders_unicode2 import encode_patches, load_encoder
-from ..images_unicode2 import crop_square, decode_image
+from ..images_unicode2 import decode_image
+from ..pixels_unicode2 import crop_square
 from ..processes import agree
 from .decoder_cache import CachedPairs, check_latents, copy_pictures, encode_latents, encode_texts, fill_cache
 from .decoders import load_decoder

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..images_unicode2 import crop_square
+from ..pixels_unicode2 import crop_square
 from ..tokens import CROP, hash_rows, read_note
 from .messages import find_pair
 from .mixtures import COLUMNS, MixturePart, open_mixture

@@ -58,12 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"what becomes of rows that are no chats: {', '.join(USUAL)}, both (read and draw), or a YAML file with\n"
         "templates, see training_recipes/README.md (default: the questions that rows have, or read)",
     )
-    add(
-        "--center-crop",
-        action="store_true",
-        help="encode the middle square of each image, so that what is drawn keeps its shapes (default: all of it, as\n"
-        "the image processor has it; SigLIP's squeezes it into a square)",
-    )
+    add("--center-crop", action="store_true", help="encode the middle square of each image (default: all of it)")
     add("--split", default="train", help="of the data and of the output (default: %(default)s)")
     add("--streaming", action="store_true", help="read data sets of the Hub without a copy on disk, twice")
     add(
