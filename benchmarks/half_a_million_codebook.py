@@ -370,7 +370,11 @@ def time_page(file: Path, size: int) -> tuple[float, float]:
             start = time.perf_counter()
             page.fill("#code", str(number))
             page.dispatch_event("#code", "change")
-            page.wait_for_function("number => document.querySelector('#code').value == number", arg=str(number))
+            said = "number => document.querySelector('#about').textContent.includes(`code ${number}:`)"
+            page.wait_for_function(said, arg=str(number))
+            page.wait_for_function(
+                "() => [...document.querySelectorAll('#patches canvas')].every(c => c.dataset.drawn)"
+            )
             longest = max(longest, time.perf_counter() - start)
         page.screenshot(path=str(file.with_suffix(".png")))
         assert not errors, errors

@@ -22,6 +22,7 @@ LEARNING = ["visual_embeddings", "projector", "visual_head"]
 OPTIMIZERS = {"AdamW": {}, "8-bit AdamW": {"optim": "adamw_torch_8bit"}, "Adafactor": {"optim": "adafactor"}}
 # Bytes of an optimizer's state for a parameter. The 8-bit one keeps a float32 scale for each 256 values of a moment.
 STATE = {"AdamW": 8.0, "8-bit AdamW": 2 + 2 * 4 / 256, "Adafactor": 0.0}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I64": 8, "I32": 4}
 # The codebook, C2 and the visual head by the names of their weights in a checkpoint.
 PARTS = {"codebook": "quantizer.codebook", "encoder": "vision_model", "C2": "visual_embeddings", "head": "visual_head"}
 
@@ -278,7 +279,9 @@ def sum_parts(folder: Path, optimizer: str) -> dict[str, float]:
         with safe_open(file, framework="np") as stored:
             for name in stored.keys():
                 size = int(np.prod(stored.get_slice(name).get_shape()))
-                weights += size
+                # The quantizer keeps its dtypes, the rest is in float32
+                kept = BYTES[stored.get_slice(name).get_dtype()] if "quantizer" in name else 4
+                weights += size * kept / 4
                 learning += size * any(f"{part}." in name for part in LEARNING)
     state = STATE[optimizer] * learning
     return {"weights": 4 * weights / GIB, "gradients": 4 * learning / GIB, "optimizer": state / GIB}
