@@ -123,6 +123,19 @@ def check_embeds(embeds: dict, kwargs: dict, widths: dict[str, int]) -> None:
             raise ValueError(f"{said} rows; give one row of each for an image.")
 
 
+def check_latents(latents, shape: tuple[int, ...], height: int, width: int) -> None:
+    """Raises `ValueError` unless latents, if there are any, have the shape that images of a size need."""
+    if latents is None or isinstance(latents, torch.Tensor) and tuple(latents.shape) == shape:
+        return
+    found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+    raise ValueError(f"`latents` is {found}; {shape[0]} images of {height} x {width} pixels need {shape}.")
+
+
+def read_sdxl_pooled_width(config: dict) -> int:
+    """Of a U-Net: in front of the pooled embeddings stand those of six numbers, which are sizes and a place."""
+    return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+
+
 def count_prompts(sources: dict) -> int | None:
     """How many prompts, images, rows of tokens or of embeddings are given; `None` when only reading them tells."""
     ((name, value),) = ((name, value) for name, value in sources.items() if value is not None)

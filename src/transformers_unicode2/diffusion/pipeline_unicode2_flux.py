@@ -15,7 +15,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from .arguments_unicode2 import check_negatives, check_pairs, check_sources, to_number
+from .arguments_unicode2 import check_latents, check_negatives, check_pairs, check_sources, to_number
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
 from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin
 from .repository_unicode2 import UniCode2RepositoryMixin
@@ -124,13 +124,9 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
 
     def check_latents(self, latents, num_images: int, height: int, width: int) -> None:
         """Raises `ValueError` unless latents are those of `num_images` images, packed as FLUX has them."""
-        if latents is None:
-            return
         side = 2 * self.vae_scale_factor
         shape = (num_images, (height // side) * (width // side), self.transformer.config.in_channels)
-        if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
-            found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"`latents` is {found}; {num_images} images of {height} x {width} pixels need {shape}.")
+        check_latents(latents, shape, height, width)
 
     def encode_texts(
         self,

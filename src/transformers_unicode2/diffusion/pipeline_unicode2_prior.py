@@ -9,7 +9,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .arguments_unicode2 import check_sources, to_number
+from .arguments_unicode2 import check_sources, read_sdxl_pooled_width, to_number
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
 from .prior_unicode2 import UniCode2PriorMixin
 from .repository_unicode2 import UniCode2RepositoryMixin
@@ -98,7 +98,7 @@ def find_width(config: dict) -> int | None:
 def find_pooled_width(config: dict) -> int | None:
     """How wide its pooled conditioning is, if its configuration says so."""
     if config.get("addition_embed_type") == "text_time":
-        return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return read_sdxl_pooled_width(config)
     return config.get("pooled_projection_dim")
 
 

@@ -14,7 +14,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .arguments_unicode2 import check_negatives, check_pairs, check_sources
+from .arguments_unicode2 import check_latents, check_negatives, check_pairs, check_sources, read_sdxl_pooled_width
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
 from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin
 from .repository_unicode2 import UniCode2RepositoryMixin
@@ -80,9 +80,7 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
 
     @staticmethod
     def read_widths(config: dict) -> dict[str, int]:
-        # In front of it stand the embeddings of six numbers, which are sizes and a place
-        pooled_dim = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        return {"output_dim": config["cross_attention_dim"], "pooled_dim": pooled_dim}
+        return {"output_dim": config["cross_attention_dim"], "pooled_dim": read_sdxl_pooled_width(config)}
 
     def check_arguments(self, text_prompt, embeds: dict, kwargs: dict, guidance_scale: float) -> None:
         """Raises `ValueError` before any work on what would fail after it, and on arguments that nothing would read."""
@@ -111,13 +109,9 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
 
     def check_latents(self, latents, num_images: int, height: int, width: int) -> None:
         """Raises `ValueError` unless latents are those of `num_images` images."""
-        if latents is None:
-            return
         factor = self.vae_scale_factor
         shape = (num_images, self.unet.config.in_channels, height // factor, width // factor)
-        if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
-            found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"`latents` is {found}; {num_images} images of {height} x {width} pixels need {shape}.")
+        check_latents(latents, shape, height, width)
 
     def encode_texts(
         self,
