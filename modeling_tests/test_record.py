@@ -67,6 +67,20 @@ def test_a_lock_is_let_go_of_by_a_killed_run_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "new").exists() and not list((tmp_path / "out").iterdir())
 
 
+def test_what_killed_writers_left_is_removed_wherever_the_output_has_files(tmp_path):
+    record, left = Record(tmp_path, {}, ("[0-9]*",)), [".a.png.12.tmp", "00000/samples/.b.png.12.tmp", "00000/.c.7.tmp"]
+    kept = ["00000/samples/b.png", "00000/.d.tmp", "mine/.e.png.12.tmp"]
+    with pytest.raises(Killed), record.making():
+        for name in (*left, *kept):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        raise Killed
+    with record.making() as finished:
+        assert not finished
+    assert not [name for name in left if (tmp_path / name).exists()]
+    assert all((tmp_path / name).exists() for name in kept)
+
+
 class Killed(BaseException):
     pass
 

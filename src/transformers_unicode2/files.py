@@ -54,6 +54,14 @@ def write_file(path: str | Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def remove_unfinished(folder: str | Path, names: tuple[str, ...] = ()) -> None:
+    """Removes what killed writers left in a folder, of the files `names` or of all. No other process may write it."""
+    for half in Path(folder).glob(".*.tmp"):
+        known = TEMPORARY.match(half.name)
+        if known and (not names or known[1] in names):
+            remove(half)
+
+
 @contextmanager
 def whole_folder(folder: str | Path, last: tuple[str, ...] = LAST) -> Iterator[Path]:
     """Yields an empty folder inside `folder` to fill. Its entries then move to `folder`, those in `last` at the end.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import TEMPORARY, WORK, explained, make_folders, remove, write_file
+from .files import WORK, explained, make_folders, remove, remove_unfinished, write_file
 
 # Suffixes of the files of a checkpoint that its results depend on.
 CONTENT = (".json", ".safetensors", ".jinja", ".txt", ".model")
@@ -146,10 +146,12 @@ class Record:
 
     def begin(self) -> None:
         """Removes the unfinished files of a killed run, and records what the output is made of."""
-        half = [file for file in self.folder.glob(".*.tmp") if TEMPORARY.match(file.name)]
-        half += [folder for folder in (self.folder / WORK).glob("*") if folder.is_dir()]
-        for path in half:
-            remove(path)
+        owned = [path for pattern in self.owns + self.passing for path in self.folder.glob(pattern)]
+        inside = [path for folder in owned for path in folder.rglob("*")]
+        for folder in [path for path in (self.folder, *owned, *inside) if path.is_dir()]:
+            remove_unfinished(folder)
+        for folder in [path for path in (self.folder / WORK).glob("*") if path.is_dir()]:
+            remove(folder)
         self.write(finished=False)
 
     def find_files(self, patterns: tuple[str, ...]) -> list[Path]:

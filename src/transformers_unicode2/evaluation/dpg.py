@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..files import write_file
+from ..files import remove_unfinished, write_file
 from ..record import hash_file, hash_source
 from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_data
 
@@ -70,6 +70,7 @@ def main(args: argparse.Namespace) -> ScoreCard:
     judge["questions"] = hash_file(args.questions)
     folder, answer, results = Path(args.images) / RESULTS, None, {}
     folder.mkdir(exist_ok=True)
+    remove_unfinished(folder)
     for name in tqdm(questions, unit="prompt", desc="dpg_hf"):
         known = read_result(folder / f"{name}.json", judge, files[name])
         if known is None:

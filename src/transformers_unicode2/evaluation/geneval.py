@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..files import write_file
+from ..files import remove_unfinished, write_file
 from ..record import hash_source
 from .prompts import RELATIONS, TAGS, check_metadata
 from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_content, hash_data
@@ -152,6 +152,7 @@ def main(args: argparse.Namespace) -> ScoreCard:
         asked = {**scorer, "metadata": read_metadata(folder), "pictures": hash_data(*pictures)}
         known = read_result(folder, asked)
         if known is None:
+            remove_unfinished(folder, (RESULT,))
             judge = judge or (Mask2FormerDetector(args.detector, device), ColorNamer(args.clip, device))
             known = score_prompt(folder, pictures, *judge)
             write_file(folder / RESULT, (json.dumps({**asked, **known})).encode())

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cards import name_places, write_table
-from ..files import TEMPORARY, remove, write_file
+from ..files import remove_unfinished, write_file
 from ..planning_unicode2 import IMAGE_OPTIONS
 from ..record import shorten
 
@@ -124,9 +124,7 @@ class ScoreCard:
         file = Path(file)
         names = (file.name, file.with_suffix(".md").name)
         # What a kill left of them
-        for half in file.absolute().parent.glob(".*.tmp"):
-            if (known := TEMPORARY.match(half.name)) and known[1] in names:
-                remove(half)
+        remove_unfinished(file.absolute().parent, names)
         write_file(file, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
         write_file(file.with_suffix(".md"), self.make_page().encode())
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..checkpoints import check_checkpoint, check_name
 from ..cli import SHARE, at_least
-from ..files import WORK, explained, make_folders, remove, write_file
+from ..files import WORK, explained, make_folders, remove, remove_unfinished, write_file
 from ..images_unicode2 import one_line
 from ..processes import agree, follow_launcher, join
 from ..record import Record
@@ -201,8 +201,7 @@ def enter(args: argparse.Namespace, jobs: list, work: Path, made_of: dict, stack
         print(f"{output} is finished; nothing to do")
     else:
         make_folders(work)
-        for file in work.glob(".*.tmp"):
-            remove(file)
+        remove_unfinished(work)
         check_blocks(jobs, work)
     return finished
 
