@@ -8,6 +8,8 @@ import pytest
 from tokenizing import picture, read, run, stop_at
 
 from transformers_unicode2.training import image_codes, row_index
+from transformers_unicode2.training.image_files import check_later
+from transformers_unicode2.training.pairs import open_pictures
 
 
 @pytest.fixture
@@ -36,6 +38,49 @@ def test_pictures_of_another_folder_are_refused(chats, quantizer_folder, tmp_pat
     with pytest.raises(ValueError, match=r"a/images/6.png is another than it was in row 7 of"):
         run(chats, quantizer_folder, output, "--image-root", tmp_path / "a")
     assert read(output) == before
+
+
+def test_a_later_command_notices_other_pictures(chats, quantizer_folder, tmp_path):
+    output = run(chats, quantizer_folder, tmp_path / "out", "--image-root", tmp_path / "a")
+
+    def check(images, folder=output):
+        check_later(open_pictures([str(chats)], "train", str(images)), folder, "train", "`images`")
+
+    check(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"b/images/0.png is another than it was in row 0 of .*`images`.*tokenize it"):
+        check(tmp_path / "b")
+    # Copied without its notes, it cannot say
+    alone = tmp_path / "elsewhere/alone"
+    alone.mkdir(parents=True)
+    for file in output.glob("*.parquet"):
+        shutil.copy(file, alone)
+    check(tmp_path / "b", alone)
+    os.remove(tmp_path / "a/images/3.png")
+    with pytest.raises(ValueError, match="Now there is no image file images/3.png in .*a, in row 4 of"):
+        check(tmp_path / "a")
+
+
+@pytest.mark.parametrize("task", ["read", "both"])
+def test_a_later_command_knows_the_sources_of_tasks(task, captioned, quantizer_folder, tmp_path):
+    output = run(captioned, quantizer_folder, tmp_path / "out", "--task", task)
+    for place in {file.parent for file in output.rglob("*.parquet")}:
+        check_later(open_pictures([str(captioned)], "train"), place, "train", "`images`")
+    picture(50).save(captioned / "2.png")
+    for place in {file.parent for file in output.rglob("*.parquet")}:
+        with pytest.raises(ValueError, match="2.png is another than it was in row 2 of"):
+            check_later(open_pictures([str(captioned)], "train"), place, "train", "`images`")
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """An imagefolder with captions."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(4):
+        picture(number).save(folder / f"{number}.png")
+    rows = [{"file_name": f"{number}.png", "text": f"picture {number}"} for number in range(4)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 @pytest.mark.parametrize(("module", "name", "number"), [(row_index, "read_block", 2), (image_codes, "write_codes", 1)])

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import whole_file
+from ..files import WORK, whole_file
 from ..images_unicode2 import one_line
-from ..record import hash_file
-from .sources import Row, RowError
+from ..record import hash_file, read_record
+from .sources import Row, RowError, Source
 
 # One image of a row; a file that is not there has the size -1
 NOTE = np.dtype([("job", "i4"), ("row", "i8"), ("size", "i8"), ("changed", "i8"), ("sha256", "V32")])
@@ -66,18 +66,59 @@ def check_image_files(jobs: list, notes: np.ndarray, last: tuple[int, int | None
     """
     hashes = FileHashes()
     for place in np.unique(notes["job"]).tolist():
-        job, own = jobs[place], notes[notes["job"] == place]
-        starts = np.searchsorted(own["row"], np.unique(own["row"]))
-        expected = {int(group["row"][0]): group for group in np.split(own, starts[1:])}
+        job, expected = jobs[place], group_by_row(notes[notes["job"] == place])
         for row in job.source.rows():
             if (place, row.number) == last:
                 break
-            change = find_change(row, expected.get(row.number, own[:0]), hashes)
+            change = find_change(row, expected.get(row.number, notes[:0]), hashes)
             if change:
                 raise ValueError(
                     f"{change} in row {row.number} of {one_line(job.source.name)}, which {option} was made of; choose "
                     f"another {option}, or delete it."
                 )
+
+
+def check_later(sources: list[Source], folder: Path, split: str, option: str) -> None:
+    """Raises `ValueError` when rows that gave codes name other image files than they did.
+
+    Args:
+        sources: of the data, in the order of `unicode2 tokenize`.
+        folder: its output, or that of one of its tasks. One without notes is taken as it is.
+        split: of the output.
+        option: where `sources` were given, for messages.
+    """
+    for output in (folder, folder.absolute().parent):
+        file, record = notes_file(output, split), read_record(output, split)
+        if file.is_file() and record and "chats" in record["made_of"]:
+            break
+    else:
+        return
+    notes, hashes = np.load(file), FileHashes()
+    # The jobs were noted in their order, each by its task and the number of its source
+    numbers = [int(name.split()[-1]) for name in record["made_of"]["chats"]]
+    of_source = np.array(numbers)[notes["job"]]
+    for number, source in enumerate(sources, 1):
+        own = notes[(of_source == number) & (notes["size"] >= 0)]
+        # Several tasks read the same files
+        expected = group_by_row(own[own["job"] == own["job"].min()]) if len(own) else {}
+        for row in source.rows() if expected else ():
+            change = find_change(row, expected[row.number], hashes) if row.number in expected else None
+            if change:
+                raise ValueError(
+                    f"{change} in row {row.number} of {one_line(source.name)} ({option}), which {folder} was made of; "
+                    "tokenize it again."
+                )
+
+
+def notes_file(output: str | Path, split: str) -> Path:
+    """What the image files of a tokenized output were, beside its record."""
+    return Path(output, WORK, f"images-{split}.npy")
+
+
+def group_by_row(notes: np.ndarray) -> dict[int, np.ndarray]:
+    """Notes of one job by the numbers of their rows."""
+    starts = np.searchsorted(notes["row"], np.unique(notes["row"]))
+    return {int(group["row"][0]): group for group in np.split(notes, starts[1:])}
 
 
 def find_change(row: Row | RowError, notes: np.ndarray, hashes: FileHashes) -> str | None:

@@ -11,6 +11,7 @@ from ..pixels_unicode2 import crop_square
 from ..processes import agree
 from .decoder_cache import CachedPairs, check_latents, copy_pictures, encode_latents, encode_texts, fill_cache
 from .decoders import load_decoder
+from .image_files import check_later
 from .mixtures import find_parts, hash_parts
 from .pairs import check_pictures, find_crop, hash_pictures, open_pairs, open_pictures
 
@@ -49,7 +50,10 @@ class MapperData:
         """Digests of chats and pictures. Raises `ValueError` when they do not belong together."""
         pictures = hash_pictures(self.sources)
         if self.images:
-            check_pictures(pictures, self.parts, f"`{self.prefix}images`")
+            option = f"`{self.prefix}images`"
+            check_pictures(pictures, self.parts, option)
+            for place, split in dict.fromkeys((file.parent, part.split) for part in self.parts for file in part.files):
+                check_later(self.sources, place, split, option)
         return {f"{self.prefix}datasets": hash_parts(self.parts), f"{self.prefix}images": pictures}
 
     def fill(self, place: Path, made_of: dict, seed: int, load, state) -> tuple[CachedPairs, dict[str, float]]:

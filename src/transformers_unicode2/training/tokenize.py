@@ -23,14 +23,14 @@ import numpy as np
 
 from ..checkpoints import check_checkpoint, check_name
 from ..cli import SHARE, at_least
-from ..files import WORK, explained, make_folders, remove, remove_unfinished, write_file
+from ..files import explained, make_folders, remove, remove_unfinished, write_file
 from ..images_unicode2 import one_line
 from ..processes import agree, follow_launcher, join
 from ..record import Record
 from ..tokens import CROP, hash_image_processor, hash_quantizer, hash_rows
 from .columns import FORMATS
 from .folders import list_files
-from .image_files import check_image_files, collect_notes, write_notes
+from .image_files import check_image_files, collect_notes, notes_file, write_notes
 from .row_index import Job, RowIndex, check_blocks, index_rows
 from .shards import write_shard
 from .sources import describe, open_source
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, state) -> None:
         state.wait_for_everyone()
         write_shards(index, args, quantizer.config.codebook_config.codebook_size, made_of, state)
         state.wait_for_everyone()
-        agree(lambda: write_notes(notes_file(args), collect_notes(index.blocks)))
+        agree(lambda: write_notes(notes_file(args.output, args.split), collect_notes(index.blocks)))
     agree(lambda: finish(index, args))
 
 
@@ -191,12 +191,13 @@ def enter(args: argparse.Namespace, jobs: list, work: Path, made_of: dict, stack
     record = Record(output, made_of, owns, args.split, passing=(work.name,))
     finished = stack.enter_context(record.making())
     if finished:
-        if not notes_file(args).is_file():
+        notes = notes_file(output, args.split)
+        if not notes.is_file():
             raise ValueError(
-                f"{notes_file(args)} is missing, so that pictures that changed would not be noticed; delete {output} "
-                "and run the same command again."
+                f"{notes} is missing, so that pictures that changed would not be noticed; delete {output} and run the "
+                "same command again."
             )
-        check_image_files(jobs, np.load(notes_file(args)), (len(jobs), None))
+        check_image_files(jobs, np.load(notes), (len(jobs), None))
         remove(work)
         print(f"{output} is finished; nothing to do")
     else:
@@ -204,11 +205,6 @@ def enter(args: argparse.Namespace, jobs: list, work: Path, made_of: dict, stack
         remove_unfinished(work)
         check_blocks(jobs, work)
     return finished
-
-
-def notes_file(args: argparse.Namespace) -> Path:
-    """What the image files were, beside the record of the output."""
-    return Path(args.output, WORK, f"images-{args.split}.npy")
 
 
 def finish(index, args: argparse.Namespace) -> None:
