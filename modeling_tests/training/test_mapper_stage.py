@@ -101,6 +101,12 @@ def test_held_out_figures_pictures_and_a_resumed_run(train, tmp_path, decoder):
     assert read(tmp_path / "killed") == read(tmp_path / "whole")
 
 
+def test_an_offloaded_decoder_teaches_the_same(train, tmp_path):
+    for offload in (False, True):
+        train(f"offload-{offload}", steps=2, decoder="flux", decoder_offload=offload)
+    assert read(tmp_path / "offload-True") == read(tmp_path / "offload-False")
+
+
 def test_captions_of_accumulated_batches_are_negatives(train, tmp_path):
     """A step of two batches of 4 is one of 8, to the rounding of float32."""
     settings = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "save_steps": 1}
@@ -248,6 +254,7 @@ def test_a_cache_is_filled_once(train, monkeypatch):
         ({"mapper": SIZES | {"visual_dim": 48}}, "`visual_dim` of the mapper is 48, and the codes have 192"),
         ({"decoder_lora": {"rank": 2}}, "`decoder_lora` is {'rank': 2}: .*unexpected keyword argument 'rank'"),
         ({"train_decoder": True, "flow_matching_weight": 0.0}, "A decoder learns by its own loss"),
+        ({"train_decoder": True, "decoder_offload": True}, "`decoder_offload` is of a decoder that is frozen"),
         ({"num_validation_images": 2}, "paintings need a `decoder` and `eval_datasets`"),
         ({"training": {"eval_strategy": "steps"}}, "this stage only trains|eval"),
     ],

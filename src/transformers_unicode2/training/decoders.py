@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..images_unicode2 import one_line
+from .offload import offload_blocks
 
 # Of FLUX and SDXL, the matrices that a LoRA changes unless it is told others.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -201,6 +202,7 @@ def load_decoder(
     vae: bool = True,
     painter: bool = True,
     guidance_scale: float = 3.5,
+    offload: bool = False,
 ) -> Decoder:
     """
     Loads a decoder, frozen.
@@ -215,6 +217,7 @@ def load_decoder(
         vae: whether its VAE is loaded.
         painter: whether its transformer or U-Net is loaded.
         guidance_scale: what a guidance-distilled FLUX is told while it learns.
+        offload: whether the blocks of its transformer or U-Net stay in CPU memory, see `offload_blocks`.
 
     Raises:
         `ValueError`: on a pipeline of another kind.
@@ -231,6 +234,8 @@ def load_decoder(
     if quantization and painter:
         options["quantization_config"] = diffusers.PipelineQuantizationConfig(**quantization)
     pipeline = getattr(diffusers, kind).from_pretrained(name, **options)
+    if offload and painter:
+        offload_blocks(getattr(pipeline, DECODERS[kind].part).requires_grad_(False), device)
     return DECODERS[kind](pipeline.to(device), guidance_scale)
 
 

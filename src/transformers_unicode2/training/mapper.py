@@ -67,6 +67,10 @@ class MapperArguments:
         default=None,
         metadata={"help": "arguments of diffusers' `PipelineQuantizationConfig`, for a decoder in fewer bits"},
     )
+    decoder_offload: bool = field(
+        default=False,
+        metadata={"help": "keep the blocks of the frozen decoder in CPU memory; one at a time is on the GPU"},
+    )
     train_decoder: bool = field(default=False, metadata={"help": "whether all of the decoder learns, too"})
     decoder_lora: dict | None = field(
         default=None, metadata={"help": "low-rank weights of the decoder that learn, such as {r: 16}"}
@@ -167,6 +171,11 @@ def check_arguments(args: MapperArguments) -> None:
         raise ValueError(f"`decoder_dtype` is {args.decoder_dtype}; it must be float32, bfloat16 or float16.")
     if args.train_decoder and (args.decoder_lora or args.decoder_quantization):
         raise ValueError("`train_decoder` changes all of the weights, so `decoder_lora` and quantization are left out.")
+    if args.decoder_offload and (args.learns_decoder or args.decoder_quantization):
+        raise ValueError(
+            "`decoder_offload` is of a decoder that is frozen and not quantized; leave out `decoder_offload`, or "
+            "`train_decoder`, `decoder_lora` and `decoder_quantization`."
+        )
     if args.learns_decoder and not (args.decoder and weights["flow_matching"]):
         raise ValueError(f"A decoder learns by its own loss; set `decoder` and `flow_matching_weight`; got {given}.")
     check_places(args, weights)
@@ -322,6 +331,7 @@ def open_painter(args: MapperArguments, device: torch.device):
         texts=False,
         vae=bool(args.num_validation_images),
         guidance_scale=args.guidance_scale,
+        offload=args.decoder_offload,
     )
     if args.decoder_lora:
         decoder.add_lora(args.decoder_lora)
