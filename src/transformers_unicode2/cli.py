@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate geneval": ("evaluation.geneval", "make_parser", "main", "score GenEval by Transformers' Mask2Former"),
     "evaluate dpg": ("evaluation.dpg", "make_parser", "main", "score DPG-Bench by a model that answers questions"),
     "evaluate reconstruction": ("evaluation.reconstruction", "make_parser", "main", "redraw pictures and compare"),
+    "evaluate model-index": ("evaluation.model_index", "make_parser", "main", "put figures into a model card"),
     "evaluate compare": ("evaluation.compare", "make_parser", "main", "compare two score cards, item by item"),
     "codebook build": ("codebook.build", "make_parser", "main", "build a codebook from images (Algorithm 1)"),
     "codebook report": ("codebook.report", "make_parser", "main", "write a page about how images use a codebook"),
