@@ -5,7 +5,7 @@ import pytest
 
 from transformers_unicode2 import cli
 from transformers_unicode2.evaluation.compare import compute_p, main, make_parser
-from transformers_unicode2.evaluation.score_card import ScoreCard
+from transformers_unicode2.evaluation.score_card import ScoreCard, begin_card
 
 
 def write_card(file, right, scores=(), command="evaluate scenes", **protocol) -> None:
@@ -75,7 +75,7 @@ def test_cards_of_other_protocols_are_refused(tmp_path):
     write_card(tmp_path / "a.json", [0, 1])
     write_card(tmp_path / "b.json", [0, 1], seed=1)
     write_card(tmp_path / "c.json", [0, 1], command="evaluate generation")
-    with pytest.raises(ValueError, match=r"follow different protocols \(seed was 0 and is 1\); --ignore NAME lets"):
+    with pytest.raises(ValueError, match=r"different protocols \(seed is 0 in A and 1 in B\); --ignore NAME lets"):
         compare(tmp_path / "a.json", tmp_path / "b.json")
     assert compare(tmp_path / "a.json", tmp_path / "b.json", "--ignore", "seed")[0]["p"] == 1.0
     with pytest.raises(ValueError, match="--ignore sead is no entry of the protocol; those are benchmark, seed"):
@@ -83,3 +83,22 @@ def test_cards_of_other_protocols_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is of `evaluate scenes`, and .* of `evaluate generation`"):
         compare(tmp_path / "a.json", tmp_path / "c.json")
     assert cli.COMMANDS["evaluate compare"][0] == "evaluation.compare"
+
+
+def test_items_of_other_names_are_not_paired(tmp_path):
+    cards = [ScoreCard("evaluate scenes", {}, {"model": "m"}) for _ in range(2)]
+    for seed, card in enumerate(cards):
+        card.add_share("drawing", {f"{seed}-{number}": True for number in range(4)})
+        card.write(tmp_path / f"{seed}.json")
+    with pytest.raises(ValueError, match="have no figure, or no item of a figure, in common"):
+        compare(tmp_path / "0.json", tmp_path / "1.json")
+
+
+def test_pictures_of_an_unknown_making_are_compared_with_none(tmp_path):
+    for name, digest in (("a", "0" * 64), ("b", "1" * 64)):
+        card = begin_card("evaluate geneval", "geneval_hf", {}, tmp_path, digest)
+        card.add_share("overall", {"0": True, "1": False})
+        card.write(tmp_path / f"{name}.json")
+    with pytest.raises(ValueError, match="a.json does not say how its pictures were drawn"):
+        compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert compare(tmp_path / "a.json", tmp_path / "a.json")[0]["B - A"] == 0.0

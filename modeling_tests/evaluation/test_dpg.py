@@ -41,8 +41,9 @@ def test_the_first_question_counts_and_a_no_passes_on_to_what_depends_on_it():
     asked = [*asked, dpg.Question(3, "mat?", "relation", (2,))]
 
     def ask(*yes):
-        answer = lambda image, text: text.split("?")[0] in yes  # noqa: E731
-        return dpg.apply_dependencies(dpg.ask_all(None, asked, answer, "{question}"), asked)
+        answer = lambda image, text: "Yes." if text.split("?")[0] in yes else "no"  # noqa: E731
+        answers = dpg.ask_all(None, asked, answer, "{question}")
+        return dpg.apply_dependencies({name: dpg.read_answer(text) for name, text in answers.items()}, asked)
 
     assert ask("cat", "red", "mat") == {"1": True, "2": True, "3": True}
     assert ask("red", "mat") == {"1": False, "2": False, "3": False}
@@ -61,7 +62,7 @@ def test_all_pictures_of_all_grids_count(place, monkeypatch, tiny_checkpoint):
 
         def __call__(self, image, text):
             seen.append((image.getpixel((0, 0))[0], text))
-            return "cat?" not in text or image.getpixel((0, 0))[0] <= 20
+            return "yes" if "cat?" not in text or image.getpixel((0, 0))[0] <= 20 else "No, there is none"
 
     monkeypatch.setattr(dpg, "Judge", Judge)
     card = run(place, "--vqa", tiny_checkpoint, "--ask", "{question} yes or no?")
@@ -70,7 +71,8 @@ def test_all_pictures_of_all_grids_count(place, monkeypatch, tiny_checkpoint):
     )
     figures = {figure.name: (figure.value, figure.count) for figure in card.figures}
     assert figures == {
-        "overall": (75.0, 8), "attribute": (100.0, 4), "entity": (75.0, 8), "relation": (100.0, 4)
+        "overall": (75.0, 8), "attribute": (100.0, 4), "entity": (75.0, 8), "relation": (100.0, 4),
+        dpg.UNREADABLE: (0.0, 16),
     }  # fmt: skip
     assert read_card(place / "card.json").protocol["scorer"]["rules"] == dpg.RULES
     assert card.protocol["benchmark"] == "dpg_hf"
@@ -83,8 +85,24 @@ def test_all_pictures_of_all_grids_count(place, monkeypatch, tiny_checkpoint):
 
 
 def test_a_model_of_transformers_is_asked(place, tiny_checkpoint):
-    card = run(place, "--vqa", tiny_checkpoint)
+    """It knows its own words alone."""
+    message = r"of 16 answers of --vqa .* are neither yes nor no, such as '\w+'; give another model, or ask"
+    with pytest.raises(ValueError, match=message):
+        run(place, "--vqa", tiny_checkpoint)
+    assert not (place / "card.json").exists()
+    table = place / "dpg.csv"
+    table.write_text(
+        table.read_text().replace("Is the cat red?", "is there a red circle?").replace("it on a", "there a")
+    )
+    card = run(place, "--vqa", tiny_checkpoint, "--ask", "{question}")
     assert card.figures[0].count == 8 and 0 <= card.figures[0].value <= 100
+
+
+@pytest.mark.parametrize(
+    ("text", "yes"), [("Yes, it is", True), ('"yes"', True), ("no.", False), ("yesterday", None), ("zero", None)]
+)
+def test_what_is_neither_yes_nor_no_is_known(text, yes):
+    assert dpg.read_answer(text) is yes
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_another_protocol_in_the_same_folder_is_refused(prompts, drawn, tiny_che
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a circle", "line 1: Expecting value"),
+        ("a circle", "line 1: it is not JSON"),
         ('["a"]', "line 1: it is list, where an object must be"),
         ('{"prompt": "", "tag": "counting"}', "`prompt` is '', where a text must be"),
         ('{"prompt": "a", "tag": "count"}', "`tag` is 'count'; it must be one of single_object, two_object"),

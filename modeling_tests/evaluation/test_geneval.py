@@ -204,7 +204,7 @@ def test_pictures_are_scored_by_the_models_of_transformers(judges, tmp_path, mon
     write_pictures(tmp_path / "drawn")
     card = run(tmp_path / "drawn", judges, tmp_path / "card.json")
     assert [figure.name for figure in card.figures] == ["overall", "colors", "position", "prompts with a right picture"]
-    assert card.figures[0].count == 4 and card.protocol["generation"] == "not known"
+    assert card.figures[0].count == 4 and {*card.protocol["generation"]} == {"not known, of the pictures"}
     assert card.protocol["benchmark"] == "geneval_hf"
     assert read_card(tmp_path / "card.json").protocol_hash == card.protocol_hash
     found = detectors.Mask2FormerDetector(judges / "detector")(Image.open(tmp_path / "drawn/00000/samples/00000.png"))
@@ -216,6 +216,7 @@ def test_pictures_are_scored_by_the_models_of_transformers(judges, tmp_path, mon
     monkeypatch.setattr(detectors, "Mask2FormerDetector", None)
     again = run(tmp_path / "drawn", judges, tmp_path / "again.json")
     assert again.figures == card.figures and again.items == card.items
+    assert (again.protocol_hash, again.subject) == (card.protocol_hash, card.subject)
     # Other metadata are another question
     (tmp_path / "drawn/00001/metadata.jsonl").write_text(json.dumps({**LEFT, "prompt": "a dog"}))
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
@@ -240,6 +241,10 @@ def test_what_cannot_be_scored_is_refused(judges, tmp_path):
         ValueError, match="1 of 2 prompts in .* lack pictures, the first is 00001; run `unicode2 evaluate"
     ):
         run(tmp_path / "drawn", judges, tmp_path / "card.json")
+    write_pictures(tmp_path / "half")
+    (tmp_path / "half/00001/metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match="1 of 2 prompts in .* have no metadata.jsonl, the first is 00001; run"):
+        run(tmp_path / "half", judges, tmp_path / "card.json")
     write_pictures(tmp_path / "other")
     (tmp_path / "other/00001/metadata.jsonl").write_text('{"prompt": "a", "tag": "x"}')
     with pytest.raises(ValueError, match="metadata.jsonl is none of GenEval's: `tag` is 'x'"):

@@ -6,6 +6,7 @@ from PIL import Image
 from tokenizing import stop_at
 
 from transformers_unicode2.evaluation import reconstruction
+from transformers_unicode2.evaluation.score_card import read_card
 from transformers_unicode2.scenes.sample import sample_scene
 from transformers_unicode2.scenes.scene import draw_scene
 
@@ -57,10 +58,15 @@ def test_pictures_are_redrawn_and_compared(tiny_checkpoint, pictures, clip, tmp_
     figures = {figure.name: figure for figure in more.figures}
     assert more.items["psnr"] == card.items["psnr"] and more.protocol_hash != card.protocol_hash
     assert -1 <= figures["likeness"].value <= 1 and figures["frechet_clip"].value >= 0
+    assert "frechet_clip is of 3 pictures, fewer than the 4 dimensions" in capsys.readouterr().out
+    # A card with fewer figures does not take its place
+    with pytest.raises(ValueError, match="card.json has 'likeness' of 3 items, and this run gives 0; choose another"):
+        run(tiny_checkpoint, pictures, tmp_path)
+    assert read_card(tmp_path / "card.json").figures == more.figures
 
 
 def test_what_cannot_be_measured_is_refused(tiny_checkpoint, pictures, tmp_path):
-    with pytest.raises(ValueError, match="--fid needs torch-fidelity, --lpips torchvision: "):
+    with pytest.raises(ValueError, match="--fid needs torch-fidelity and torchvision: "):
         run(tiny_checkpoint, pictures, tmp_path, "--fid")
     run(tiny_checkpoint, pictures, tmp_path / "out", "--num-images", "1")
     with pytest.raises(ValueError, match="begun with something else .*protocol seed was 0 and is 1"):

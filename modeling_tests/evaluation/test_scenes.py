@@ -30,5 +30,8 @@ def test_a_card_has_the_figures_of_the_report_with_their_items(tiny_checkpoint, 
         assert figure.value == pytest.approx(report[task][part]["all"]) and figure.count == 6
         assert len(card.items[figure.name]) == 6 and figure.low <= figure.value <= figure.high
     assert figures["drawing, new scenes, position"].count == 1 and figures["codes in use"].interval == "none"
-    assert card.protocol["steps"] == 1 and card.protocol["language model"]["temperature"] == 0.6
+    decoder = card.protocol["decoder"]
+    assert decoder["num_inference_steps"] == 1 and decoder["pipeline"] == "UniCode2FluxPipeline"
+    assert card.protocol["threads"] == torch.get_num_threads() and len(card.protocol["scenes"]) == 64
+    assert card.protocol["language model"]["temperature"] == 0.6
     assert len(card.subject["quantizer"]) == 64 and card.run["versions"]["torch"]

@@ -64,6 +64,16 @@ def test_all_right_is_no_certainty():
         assert (card.figures[0].low, card.figures[0].high) == pytest.approx(limits, abs=0.01)
 
 
+def test_what_cannot_vary_has_no_interval():
+    """One group of each stratum says nothing about how much it varies."""
+    card = ScoreCard("evaluate geneval", {}, {"model": "m"})
+    values = {"a/0": 100.0, "a/1": 0.0, "b/0": 100.0, "b/1": 100.0}
+    card.add_mean("overall", values, "%", {"a": "x", "b": "y"})
+    card.add_mean("one", {"a/0": 100.0, "a/1": 0.0}, "%")
+    assert [(figure.low, figure.interval) for figure in card.figures] == [(None, "too few")] * 2
+    assert "| overall | 75 % | too few | 4 in 2 groups |" in card.make_page()
+
+
 def test_a_card_takes_the_place_of_a_card_alone(tmp_path):
     make_card().write(tmp_path / "card.json")
     check_card_file(tmp_path / "card.json")
@@ -109,7 +119,7 @@ def test_the_protocol_alone_decides_about_the_hash():
 
 def test_what_is_no_card_is_refused(tmp_path):
     card, file = make_card(), tmp_path / "card.json"
-    with pytest.raises(ValueError, match="card.json is no score card .FileNotFoundError"):
+    with pytest.raises(ValueError, match="There is no file .*card.json"):
         read_card(file)
     file.write_text("{}")
     with pytest.raises(ValueError, match="is no score card .KeyError: 'figures'"):

@@ -75,9 +75,8 @@ def test_metrics_keep_their_items_where_these_make_them_up():
         ([{"pred": "a ", "answer": "A"}, {"pred": "b", "answer": "A"}], 0.5, (50.0, "binomial", "%")),
         (
             [
-                {"score": 1.0, "l2_category": "x"},
-                {"score": 0.0, "l2_category": "y"},
-                {"score": 0.0, "l2_category": "y"},
+                *[{"score": 1.0, "l2_category": "x"}] * 2,
+                *[{"score": 0.0, "l2_category": "y"}] * 3,
             ],
             0.5,
             (50.0, "bootstrap", "%"),

@@ -53,7 +53,11 @@ def main() -> None:
         print(f"unicode2 {__version__}")
         return
     if name is None:
-        rows = "\n".join(f"  {name:<18}{row[-1]}" for name, row in COMMANDS.items())
+        # Those of a group alone, after its name
+        group = words[0] if words and any(one.startswith(f"{words[0]} ") for one in COMMANDS) else ""
+        shown = {one: row for one, row in COMMANDS.items() if one.startswith(f"{group} " if group else "")}
+        width = max(map(len, shown)) + 2
+        rows = "\n".join(f"  {one:<{width}}{row[-1]}" for one, row in shown.items())
         usage = f"usage: unicode2 <command> [options]\n\n{rows}"
         if not words or {"-h", "--help"} & set(words):
             print(usage)

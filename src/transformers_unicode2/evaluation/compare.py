@@ -2,10 +2,12 @@
 
     unicode2 evaluate compare A.json B.json
 
-Values and difference are those of the items that both cards have. The difference is tested by McNemar's exact test
-where items are right or wrong and independent. Else the signs of groups, such as the pictures of a prompt, are flipped
-at random. Its 95 % interval is a bootstrap over the groups. Cards of different protocols are refused, and what differs
-is said; `--ignore NAME` lets an entry of the protocol differ, as a setting that is to be compared.
+Values and difference are those of the items that both cards have; figures without common items are left out. Items that
+are right or wrong and independent are tested by McNemar's exact test. Otherwise a sign-flip permutation test is used;
+all pictures of a prompt are flipped together. The 95 % interval of the difference is a bootstrap over such groups.
+
+Cards with different protocols are refused, with a list of what differs. `--ignore NAME` lets an entry of the protocol
+differ, such as a setting that is to be compared.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import numpy as np
 
 from ..cards import write_table
 from ..files import write_file
-from ..record import compare as compare_entries
+from ..record import MOST, shorten
 from .score_card import ScoreCard, bootstrap, flatten, group_of, mean_of, read_card
 
 # Random signs of a test
@@ -40,7 +42,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     check_protocols(first, second, args)
     rows = compare_cards(first, second)
     if not rows:
-        raise ValueError(f"{args.first} and {args.second} have no figure in common.")
+        raise ValueError(f"{args.first} and {args.second} have no figure, or no item of a figure, in common.")
     print(write_table([{name: write(value) for name, value in row.items()} for row in rows]))
     if args.json:
         write_file(args.json, (json.dumps(rows, indent=1) + "\n").encode())
@@ -62,12 +64,24 @@ def check_protocols(first: ScoreCard, second: ScoreCard, args: argparse.Namespac
     for name in args.ignore:
         one.pop(name, None)
         other.pop(name, None)
-    changes = compare_entries(one, other)
-    if changes:
+    for file, entries in ((args.first, one), (args.second, other)):
+        if "generation.not known, of the pictures" in entries and one != other:
+            raise ValueError(
+                f"{file} does not say how its pictures were drawn: they lay without generation.json, which `unicode2 "
+                "evaluate generation` writes beside them. It can be compared with no other."
+            )
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    if names:
+        changes = [f"{name} is {tell(one, name)} in A and {tell(other, name)} in B" for name in names[:MOST]]
+        changes += [f"and {len(names) - MOST} more"] * (len(names) > MOST)
         raise ValueError(
             f"{args.first} and {args.second} follow different protocols ({'; '.join(changes)}); --ignore NAME lets an "
             "entry differ."
         )
+
+
+def tell(entries: dict, name: str) -> str:
+    return shorten(entries[name]) if name in entries else "not given"
 
 
 def compare_cards(first: ScoreCard, second: ScoreCard) -> list[dict]:
@@ -80,6 +94,8 @@ def compare_cards(first: ScoreCard, second: ScoreCard) -> list[dict]:
             continue
         one, two = first.items.get(figure.name, {}), second.items.get(figure.name, {})
         shared, strata = [item for item in one if item in two], first.strata.get(figure.name)
+        if (one or two) and not shared:
+            continue
         values = figure.value, other.value
         if shared:
             one, two = ({item: part[item] for item in shared} for part in (one, two))

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from .geneval import COLORS, RENAMED, Detection
+from .judges import load_judge
 
 # Of a color and a class; the mean of their embeddings stands for the color
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
@@ -24,7 +25,7 @@ class Mask2FormerDetector:
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         self.processor = AutoImageProcessor.from_pretrained(name)
-        self.model = Mask2FormerForUniversalSegmentation.from_pretrained(name).to(device).eval()
+        self.model = load_judge(Mask2FormerForUniversalSegmentation, name, "--detector").to(device)
         self.labels = rename(self.model.config)
 
     @torch.no_grad()
@@ -78,7 +79,7 @@ class ColorNamer:
         from transformers import AutoProcessor, CLIPModel
 
         self.processor = AutoProcessor.from_pretrained(name)
-        self.model, self.known = CLIPModel.from_pretrained(name).to(device).eval(), {}
+        self.model, self.known = load_judge(CLIPModel, name, "--clip").to(device), {}
 
     @torch.no_grad()
     def embed_colors(self, label: str) -> torch.Tensor:

@@ -3,9 +3,10 @@
     unicode2 evaluate dpg --images drawn --questions dpg_bench.csv --vqa Qwen/Qwen2.5-VL-7B-Instruct --json card.json
 
 Each picture of a grid is asked the questions of its prompt, to be answered by yes or no. A question whose parent was
-answered by no counts as no, whatever the answer. The score of a picture is the share of yes; that of a prompt the mean
-over its pictures; the figure the mean over prompts. A category is the share of yes of all its questions, without that
-rule.
+answered by no counts as no, whatever the answer. An answer that is neither yes nor no counts as no, and such answers
+are counted. The score of a picture is the share of yes; that of a prompt the mean over its pictures; `overall` the mean
+over prompts. A category is the share of yes of all its questions, without that rule. Answers are kept in IMAGES/dpg_hf,
+so a run that was killed resumes.
 
 This is `dpg_hf`. The official scorer asks an mPLUG of another library, so the two are not comparable. It also has
 faults that are not repeated here. It passes over the first question of its file. Pictures that it fails on are left out
@@ -15,6 +16,7 @@ of the mean. Categories are those of the last picture of a grid alone.
 import argparse
 import csv
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +26,19 @@ import numpy as np
 from PIL import Image
 
 from ..files import remove_unfinished, write_file
+from ..images_unicode2 import one_line
 from ..record import hash_file, hash_source
-from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_data
+from .judges import load_judge
+from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_content, hash_data
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "category_broad", "question_natural_language")
 ASK = "{question} Answer with yes or no."
 RESULTS = "dpg_hf"
 # Of what is in it; answers by other rules are not read again
-RULES = "dpg_hf 1"
+RULES = "dpg_hf 2"
+UNREADABLE = "answers that are neither yes nor no"
+# Of answers that are neither yes nor no, beyond which a judge says nothing about the pictures
+MAX_UNREADABLE = 0.5
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def main(args: argparse.Namespace) -> ScoreCard:
         raise ValueError(f"--ask {args.ask!r} has no {{question}} in it.")
     check_card_file(args.json)
     start, questions = time.perf_counter(), read_questions(args.questions)
-    files = find_grids(Path(args.images), questions)
+    files = find_grids(Path(args.images), questions, args.pictures)
     judge = {"vqa": hash_source(args.vqa), "ask": args.ask, "rules": RULES, "pictures": args.pictures}
     judge["questions"] = hash_file(args.questions)
     folder, answer, results = Path(args.images) / RESULTS, None, {}
@@ -122,14 +129,15 @@ def read_question(row: dict, where: str) -> Question:
     return Question(number, row["question_natural_language"], row["category_broad"] or "other", parents)
 
 
-def find_grids(images: Path, questions: dict) -> dict[str, Path]:
+def find_grids(images: Path, questions: dict, pictures: str) -> dict[str, Path]:
     """The grid of each prompt. Raises `ValueError` when some are missing, with the numbers."""
     files = {name: images / f"{name}.png" for name in questions}
     lost = [name for name, file in files.items() if not file.is_file()]
     if lost:
+        how = "run `unicode2 evaluate generation --benchmark dpg` until it is finished"
+        how = how if pictures == "4" else "bring one picture of each prompt, under its name"
         raise ValueError(
-            f"{len(lost)} of {len(files)} pictures are missing in {images}, the first is {lost[0]}.png; run `unicode2 "
-            "evaluate generation --benchmark dpg` until it is finished."
+            f"{len(lost)} of {len(files)} pictures are missing in {images}, the first is {lost[0]}.png; {how}."
         )
     return files
 
@@ -143,9 +151,15 @@ def split(file: Path, count: int) -> list[Image.Image]:
     return [grid.crop((x, y, x + width, y + height)) for y in (0, height) for x in (0, width)]
 
 
-def ask_all(image: Image.Image, questions: list[Question], answer: Callable, ask: str) -> dict[str, bool]:
-    """Whether each question about a picture is answered by yes, by its number."""
+def ask_all(image: Image.Image, questions: list[Question], answer: Callable, ask: str) -> dict[str, str]:
+    """The answers to all questions about a picture, by their numbers."""
     return {str(one.number): answer(image, ask.replace("{question}", one.text)) for one in questions}
+
+
+def read_answer(text: str) -> bool | None:
+    """Whether an answer is yes, `None` if it is neither yes nor no."""
+    word = re.match(r"\W*(yes|no)\b", text.lower())
+    return word[1] == "yes" if word else None
 
 
 def apply_dependencies(yes: dict[str, bool], questions: list[Question]) -> dict[str, bool]:
@@ -163,7 +177,7 @@ def apply_dependencies(yes: dict[str, bool], questions: list[Question]) -> dict[
 
 
 class Judge:
-    """Whether a chat model answers a question about an image by yes.
+    """What a chat model answers to a question about an image.
 
     Args:
         name: folder or Hub name of a model of `image-text-to-text`.
@@ -171,19 +185,21 @@ class Judge:
 
     def __init__(self, name: str):
         import torch
-        from transformers import pipeline
+        from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.pipe = pipeline("image-text-to-text", model=name, device=self.device)
+        model = load_judge(AutoModelForImageTextToText, name, "--vqa", dtype="auto")
+        processor = AutoProcessor.from_pretrained(name)
+        self.pipe = pipeline("image-text-to-text", model=model, processor=processor, device=self.device)
 
-    def __call__(self, image: Image.Image, question: str) -> bool:
+    def __call__(self, image: Image.Image, question: str) -> str:
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         chat = [{"role": "user", "content": content}]
         written = self.pipe(text=chat, max_new_tokens=8, do_sample=False, return_full_text=False)
-        return written[0]["generated_text"].strip().lower().startswith("yes")
+        return written[0]["generated_text"].strip()
 
 
-def read_result(file: Path, judge: dict, picture: Path) -> list[dict[str, bool]] | None:
+def read_result(file: Path, judge: dict, picture: Path) -> list[dict[str, str]] | None:
     """What this judge said of the same picture before, if it did."""
     try:
         content = json.loads(file.read_text())
@@ -194,11 +210,18 @@ def read_result(file: Path, judge: dict, picture: Path) -> list[dict[str, bool]]
 
 
 def make_card(args: argparse.Namespace, questions: dict, results: dict, judge: dict) -> ScoreCard:
-    """The mean over prompts, and the share of yes of each category."""
-    card = begin_card("evaluate dpg", "dpg_hf", judge, args.images)
-    pictures, categories = {}, {}
+    """The mean over prompts, the share of yes of each category, and that of answers that are neither yes nor no.
+
+    Raises `ValueError` when these are too many.
+    """
+    seen = hash_content({name: hash_data(Path(args.images, f"{name}.png")) for name in results})
+    card = begin_card("evaluate dpg", "dpg_hf", judge, args.images, seen)
+    pictures, categories, unreadable = {}, {}, {}
     for name, answers in results.items():
-        for number, one in enumerate(answers):
+        for number, texts in enumerate(answers):
+            read = {question: read_answer(text) for question, text in texts.items()}
+            unreadable |= {f"{name}/{number}/{question}": flag is None for question, flag in read.items()}
+            one = {question: bool(flag) for question, flag in read.items()}
             counted = apply_dependencies(one, questions[name])
             pictures[f"{name}/{number}"] = 100 * float(np.mean([*counted.values()]))
             for question in questions[name]:
@@ -207,4 +230,13 @@ def make_card(args: argparse.Namespace, questions: dict, results: dict, judge: d
     card.add_mean("overall", pictures, "%")
     for category, flags in sorted(categories.items()):
         card.add_mean(category, flags, "%")
+    card.add_mean(UNREADABLE, {item: 100.0 * flag for item, flag in unreadable.items()}, "%")
+    count = sum(unreadable.values())
+    if count > MAX_UNREADABLE * len(unreadable):
+        name, number, question = next(item for item, flag in unreadable.items() if flag).rsplit("/", 2)
+        said = one_line(results[name][int(number)][question])
+        raise ValueError(
+            f"{count} of {len(unreadable)} answers of --vqa {args.vqa} are neither yes nor no, such as {said!r:.60}; "
+            "give another model, or ask in another way by --ask."
+        )
     return card

@@ -3,11 +3,12 @@
     unicode2 evaluate generation --benchmark geneval --prompts evaluation_metadata.jsonl --model pipe --output drawn
     unicode2 evaluate generation --benchmark dpg --prompts dpg_bench/prompts --model pipe --output drawn
     accelerate launch -m transformers_unicode2.evaluation.generation --benchmark geneval ...
+    torchrun --nproc_per_node 2 -m transformers_unicode2.evaluation.generation --benchmark geneval ...  # on CPUs
 
-GenEval: OUTPUT/00000/metadata.jsonl and OUTPUT/00000/samples/00000.png. DPG-Bench: OUTPUT/ID.png, a grid of 2 x 2.
-Every picture is written and painted alone, with a seed of its own, made of --seed, its prompt and its number. So it
-does not depend on the number of processes, nor on what was drawn before. A run that was killed resumes. On a CPU,
-another number of --threads rounds in another way, and so draws other pictures.
+GenEval: OUTPUT/00000/metadata.jsonl and OUTPUT/00000/samples/00000.png. DPG-Bench: OUTPUT/ID.png, a grid of 2 x 2. The
+codes of each picture are written, and the picture painted, one at a time, with a seed of its own, made of --seed, its
+prompt and its number. So it does not depend on the number of processes, nor on what was drawn before. A run that was
+killed resumes. On a CPU, another number of --threads rounds in another way, and so draws other pictures.
 
 OUTPUT/generation.json is a card with every setting of the language model and of the decoder; the scorers read it.
 --rewritten names prompts that a language model has rewritten, one a line. The card says so, and scores of rewritten

@@ -3,10 +3,11 @@
     unicode2 evaluate geneval --images drawn --detector facebook/mask2former-swin-small-coco-instance \\
       --clip openai/clip-vit-large-patch14 --json card.json
 
-The rules are those of GenEval (Ghosh et al., 2023): objects above a score of 0.3, or 0.9 where they are counted, at
-most 16 of a class; every object that a prompt includes in its number, its color by a CLIP on the object's crop, its
-position by the centers of boxes, with a tenth of their sizes for tolerance; and none that it excludes. A figure is the
-share of pictures that are right, of a tag and the mean over the tags.
+The rules are those of GenEval (Ghosh et al., 2023). Detections count above a score of 0.3, or 0.9 where objects are
+counted, and at most 16 of a class. A picture is right if every object that the prompt asks for is there in the right
+number, with the right color (by a CLIP on its crop) and position (by the centers of boxes, with a tenth of their sizes
+for tolerance), and no excluded object is. The figure of a tag is its share of right pictures; `overall` is the mean
+over tags. Verdicts are kept in each prompt's folder, as geneval_hf.json, so a run that was killed resumes.
 
 This is `geneval_hf`. The official scorer has another detector, of mmdet, and another CLIP library. How far the two
 differ is not known until somebody measures it on the same pictures; call it by this name.
@@ -140,13 +141,15 @@ def main(args: argparse.Namespace) -> ScoreCard:
     from tqdm import tqdm
 
     from .detectors import ColorNamer, Mask2FormerDetector, find_labels
+    from .judges import check_clip
 
     start, folders = time.perf_counter(), find_folders(Path(args.images))
     check_card_file(args.json)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scorer = {"detector": hash_source(args.detector), "clip": hash_source(args.clip), "rules": RULES}
     check_wanted(folders, find_labels(args.detector))
-    judge, results = None, {}
+    check_clip(args.clip)
+    judge, results, seen = None, {}, {}
     for folder in tqdm(folders, unit="prompt", desc="geneval_hf"):
         pictures = sorted((folder / "samples").glob("*.png"))
         asked = {**scorer, "metadata": read_metadata(folder), "pictures": hash_data(*pictures)}
@@ -156,8 +159,8 @@ def main(args: argparse.Namespace) -> ScoreCard:
             judge = judge or (Mask2FormerDetector(args.detector, device), ColorNamer(args.clip, device))
             known = score_prompt(folder, pictures, *judge)
             write_file(folder / RESULT, (json.dumps({**asked, **known})).encode())
-        results[folder.name] = known
-    card = make_card(args, results, scorer, [read_metadata(folder) for folder in folders])
+        results[folder.name], seen[folder.name] = known, asked["pictures"]
+    card = make_card(args, results, scorer, [read_metadata(folder) for folder in folders], hash_content(seen))
     card.run = describe_run(device, start, detector=args.detector, clip=args.clip)
     card.write(args.json)
     print(card.make_page())
@@ -175,6 +178,12 @@ def find_folders(images: Path) -> list[Path]:
         raise ValueError(
             f"{len(short) or len(folders)} of {len(folders)} prompts in {images} lack pictures, the first is "
             f"{(short or [folders[0].name])[0]}; run `unicode2 evaluate generation` again until it is finished."
+        )
+    lost = [folder.name for folder in folders if not (folder / "metadata.jsonl").is_file()]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of {len(folders)} prompts in {images} have no metadata.jsonl, the first is {lost[0]}; run "
+            "`unicode2 evaluate generation` again until it is finished."
         )
     for folder in folders:
         read_metadata(folder)
@@ -230,9 +239,11 @@ def score_prompt(folder: Path, pictures: list[Path], detect: Callable, namer) ->
     return {"tag": metadata["tag"], "right": right, "reasons": reasons}
 
 
-def make_card(args: argparse.Namespace, results: dict[str, dict], scorer: dict, metadata: list[dict]) -> ScoreCard:
-    """Shares of pictures for each tag, and their mean over the tags."""
-    card = begin_card("evaluate geneval", "geneval_hf", scorer, args.images)
+def make_card(
+    args: argparse.Namespace, results: dict[str, dict], scorer: dict, metadata: list[dict], seen: str
+) -> ScoreCard:
+    """Shares of pictures for each tag, and their mean over the tags. `seen` is a SHA-256 of all pictures."""
+    card = begin_card("evaluate geneval", "geneval_hf", scorer, args.images, seen)
     pictures = {name: len(result["right"]) for name, result in results.items()}
     card.protocol |= {"prompts": hash_content(metadata), "num_pictures": sum(pictures.values())}
     tags, groups = {}, {name: result["tag"] for name, result in results.items()}

@@ -40,12 +40,15 @@ def check_subject(name: str, card: ScoreCard, folder: Path) -> None:
     is_pipeline = (folder / "model_index.json").is_file()
     if not is_pipeline and not (folder / "config.json").is_file():
         return
-    own, scored = describe_subject(str(folder), deep=is_pipeline)["checkpoint"], card.subject.get("checkpoint")
-    if own != scored:
-        raise ValueError(
-            f"{name} is of the checkpoint {str(scored)[:12]} ({card.subject.get('model')}), and {folder} holds "
-            f"{own[:12]}."
-        )
+    held = describe_subject(str(folder), deep=is_pipeline)
+    for part in ("checkpoint", "pipeline"):
+        own, scored = held.get(part), card.subject.get(part)
+        # Of a language model alone, there is no digest of a pipeline
+        if own != scored and (part == "checkpoint" or own and scored):
+            raise ValueError(
+                f"{name} is of the {part} {str(scored)[:12]} ({card.subject.get('model')}), and {folder} holds "
+                f"{own[:12]}."
+            )
 
 
 def add_figures(readme: Path, cards: list[ScoreCard]) -> int:

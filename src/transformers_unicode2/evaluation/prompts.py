@@ -28,7 +28,10 @@ def read_geneval(file: str | Path) -> list[BenchmarkPrompt]:
     prompts = []
     for number, line in enumerate(read_lines(file), 1):
         try:
-            content = json.loads(line)
+            try:
+                content = json.loads(line)
+            except ValueError as error:
+                raise ValueError("it is not JSON") from error
             check_metadata(content)
         except ValueError as error:
             raise ValueError(

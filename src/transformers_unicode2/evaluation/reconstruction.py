@@ -3,13 +3,14 @@
     unicode2 evaluate reconstruction --model pipe --images photos --output redrawn
     unicode2 evaluate reconstruction --model pipe --images photos --output redrawn --clip openai/clip-vit-base-patch32
 
-All by torchmetrics, picture by picture, so any number of them fits in memory. PSNR and SSIM compare pixels; codes keep
-what a picture shows, not its pixels, so both are low. With --clip, `likeness` is the cosine of the CLIP embeddings of
-original and redrawn picture, and `frechet_clip` the Fréchet distance of the two sets of embeddings. `fid` is that of
-Inception features and needs the packages torch-fidelity and torchvision; `lpips` needs torchvision.
+Metrics come from torchmetrics and are updated picture by picture, so memory does not grow with their number. PSNR and
+SSIM compare pixels; codes keep what a picture shows, not its pixels, so both are low. With --clip, `likeness` is the
+cosine of the CLIP embeddings of original and redrawn picture, and `frechet_clip` the Fréchet distance of the two sets
+of embeddings. `fid` is that of Inception features and needs the packages torch-fidelity and torchvision; `lpips` needs
+torchvision.
 
-Each original is resized to fill the square that is painted. Its middle is what is encoded and compared. Redrawn
-pictures stay in OUTPUT, and a run that was killed resumes. Picture i has a seed of its own, made of --seed and i.
+Each original is resized and center-cropped to the painted square; this crop is encoded and compared. Redrawn pictures
+stay in OUTPUT, and a run that was killed resumes. Picture i has a seed of its own, made of --seed and i.
 """
 
 import argparse
@@ -29,12 +30,14 @@ from ..codebook.images import ImageSource
 from ..files import explained
 from ..record import Record, hash_source
 from .generation import DECODER, describe_decoder, load_pipeline, save_picture
-from .score_card import ScoreCard, describe_run, describe_subject
+from .judges import load_judge
+from .score_card import ScoreCard, check_replaced, describe_run, describe_subject
 
 # Pictures whose embeddings are computed at a time
 BATCH = 16
 # The fewest pictures of which a Fréchet distance is computed, beside the width of the embeddings
 LEAST = 2
+FID_NEEDS = "--fid needs torch-fidelity and torchvision"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -73,6 +76,7 @@ def main(args: argparse.Namespace) -> ScoreCard:
         if not stack.enter_context(record.making()):
             redraw(args, pipe, source, output)
     compare(args, source, output, metrics, card)
+    check_replaced(output / "card.json", card)
     card.run = describe_run(str(device), start)
     card.write(output / "card.json")
     print(card.make_page())
@@ -85,6 +89,8 @@ def describe(args: argparse.Namespace, pipe, source: ImageSource) -> ScoreCard:
     protocol["decoder"] = describe_decoder(args, pipe)
     protocol["image_size"] = args.image_size or pipe.config.image_size
     protocol["dtype"] = str(pipe.condition_mapper.dtype)
+    # They decide how sums are rounded
+    protocol |= {"threads": torch.get_num_threads()} if pipe.device.type == "cpu" else {}
     protocol["metrics"] = {"clip": args.clip and hash_source(args.clip), "fid": args.fid, "lpips": args.lpips}
     return ScoreCard("evaluate reconstruction", protocol, describe_subject(args.model, deep=True))
 
@@ -150,9 +156,8 @@ class Metrics:
             if args.fid:
                 self.sets["fid"] = FrechetInceptionDistance(2048, normalize=True)
         except (ImportError, ModuleNotFoundError) as error:
-            raise ValueError(
-                f"--fid needs torch-fidelity, --lpips torchvision: {str(error).splitlines()[0]}"
-            ) from error
+            needs = "--lpips needs torchvision" if "lpips" not in self.pairs and args.lpips else FID_NEEDS
+            raise ValueError(f"{needs}: {str(error).splitlines()[0]}") from error
         if args.clip:
             self.clip = ClipEmbeddings(args.clip).to(device).eval()
             self.sets["frechet_clip"] = FrechetInceptionDistance(self.clip, normalize=False, input_img_size=(3, 64, 64))
@@ -181,7 +186,7 @@ class ClipEmbeddings(torch.nn.Module):
 
         super().__init__()
         self.processor = AutoImageProcessor.from_pretrained(name)
-        self.model = CLIPVisionModelWithProjection.from_pretrained(name)
+        self.model = load_judge(CLIPVisionModelWithProjection, name, "--clip")
         self.num_features = self.model.config.projection_dim
 
     @torch.no_grad()
@@ -211,6 +216,12 @@ def compare(args: argparse.Namespace, source: ImageSource, output: Path, metrics
     for name, metric in metrics.sets.items():
         if count >= LEAST:
             card.add_figure(name, metric.compute().item(), count, "")
+        width = len(metric.real_features_sum)
+        if count < width:
+            print(
+                f"{name} is of {count} pictures, fewer than the {width} dimensions of its features; it "
+                "depends on their number."
+            )
     if count < len(source):
         print(f"{len(source) - count} of {len(source)} pictures cannot be read, and are left out.")
 

@@ -3,14 +3,13 @@
     unicode2 evaluate scenes --model hub_configs/unicode2-tiny --num-scenes 300 --seed 0 --json scores.json
 
 All figures are shares in percent. No training stage has seen the scenes. `new scenes` are made of known (color, shape)
-pairs, `unseen pairs` of pairs that never occur in training; of the prompts, only those that name a pair. Short prompts,
-such as "a heart", do occur as captions in training.
+pairs, `unseen pairs` of pairs that never occur in training; for drawing, only prompts that name a pair are used. Short
+prompts, such as "a heart", do occur as captions in training.
 
 Two rows show what chance gives: images painted from the codes of another prompt (`other prompts`) and from codes that
-are shuffled over all images (`shuffled codes`). With several candidates a prompt, the one is painted from which the
-model reads the prompt back best; `one candidate` is the same without a choice. With --emoji-dir, emoji are named, too.
-With --clip, their drawings are compared in the space of a CLIP image tower that the model has never seen.
-"""
+are shuffled over all images (`shuffled codes`). With several candidates a prompt, the candidate from which the model
+best reads the prompt back is painted; `one candidate` is the same without a choice. With --emoji-dir, emoji are named,
+too. With --clip, their drawings are compared in the space of a CLIP image tower that the model has never seen."""
 
 import argparse
 import time
@@ -30,7 +29,9 @@ from ..scenes.sample import sample_scene
 from ..scenes.scene import SEEN_PAIRS, UNSEEN_PAIRS, Scene, draw_scene
 from ..scenes.texts import CATEGORIES, ScenePrompt, article, questions, sample_prompt
 from .drawing import Painter, answer, encode
-from .score_card import ScoreCard, describe_generation, describe_run, describe_subject
+from .generation import describe_decoder
+from .judges import load_judge
+from .score_card import ScoreCard, describe_generation, describe_run, describe_subject, hash_content
 
 PARTS = {"new scenes": SEEN_PAIRS, "unseen pairs": tuple(sorted(UNSEEN_PAIRS))}
 # The categories whose prompts name a pair
@@ -80,7 +81,7 @@ def main(args: argparse.Namespace) -> dict:
     report = {"model": args.model, "seed": args.seed, "num_scenes": args.num_scenes, "num_candidates": num_candidates}
     report |= {"steps": steps, "true_cfg_scale": true_cfg_scale}
     report |= {"understanding": {}, "drawing": {}, "redrawing": {}, "counts": {"understanding": {}, "drawing": {}}}
-    report["items"] = {}
+    report |= {"items": {}, "data": ""}
     for number, part in enumerate(PARTS):
         evaluate_part(painter, part, np.random.default_rng([args.seed, number]), report, args.sheet)
         if part == "new scenes":
@@ -101,9 +102,12 @@ def make_card(args: argparse.Namespace, report: dict, pipe, start: float) -> Sco
     language = pipe.vision_language_encoder
     protocol = {"benchmark": "drawn scenes", "num_scenes": args.num_scenes, "seed": args.seed}
     # All batches of a call share a generator, so the batch size decides about the drawings
-    protocol |= {name: report[name] for name in ("num_candidates", "steps", "true_cfg_scale")}
     protocol |= {"batch_size": args.batch_size, "language model": describe_generation(language, args.guidance)}
-    protocol |= {"dtype": str(pipe.transformer.dtype), "utilization_images": args.utilization_images}
+    asked = argparse.Namespace(steps=args.steps, guidance=None, true_cfg_scale=args.true_cfg_scale)
+    protocol |= {"num_candidates": report["num_candidates"], "decoder": describe_decoder(asked, pipe)}
+    protocol |= {"image_size": pipe.config.image_size, "dtype": str(pipe.transformer.dtype)}
+    protocol |= {"threads": torch.get_num_threads()} if pipe.device.type == "cpu" else {}
+    protocol |= {"scenes": report["data"], "utilization_images": args.utilization_images}
     if args.emoji_dir:
         protocol["emoji"] = hash_files(list(Path(args.emoji_dir).glob("*")), args.emoji_dir)
     if args.clip:
@@ -139,6 +143,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def evaluate_part(painter: Painter, part: str, rng: np.random.Generator, report: dict, sheet: str | None) -> None:
     """Adds the figures of one of `PARTS` to a report; of the new scenes, writes a sheet, too, if its file is given."""
     scenes = [sample_scene(rng, "test", PARTS[part]) for _ in range(report["num_scenes"])]
+    report["data"] = hash_content([report["data"], *map(repr, scenes)])
     images = [draw_scene(scene, painter.image_size) for scene in scenes]
     evaluate_answers(painter, part, scenes, images, rng, report)
     drawn = evaluate_drawings(painter, part, rng, report)
@@ -154,6 +159,7 @@ def evaluate_answers(
 ) -> None:
     """Asks one question about each scene."""
     asked = [questions(scene, rng, PARTS[part])[0] for scene in scenes]
+    report["data"] = hash_content([report["data"], *map(repr, asked)])
     kinds = [question.kind for question in asked]
     answers = answer(painter.pipe, images, [question.text for question in asked], painter.batch_size)
     right = [given == question.answer for given, question in zip(answers, asked)]
@@ -165,6 +171,7 @@ def evaluate_drawings(painter: Painter, part: str, rng: np.random.Generator, rep
     """Draws prompts of all categories; for the new scenes, also what chance gives. Returns the drawn prompts."""
     categories, count = CATEGORIES if part == "new scenes" else COLOR_CATEGORIES, report["num_scenes"]
     prompts = [sample_prompt(categories[i % len(categories)], rng, PARTS[part]) for i in range(count)]
+    report["data"] = hash_content([report["data"], *map(repr, prompts)])
     tokens = painter.write([prompt.text for prompt in prompts], report["num_candidates"])
     drawn = painter.paint(tokens)
     report["counts"]["drawing"][part] = Counter(prompt.category for prompt in prompts)
@@ -187,11 +194,13 @@ def score_drawings(report: dict, part: str, prompts: list[ScenePrompt], images: 
 
 
 def add_shares(report: dict, task: str, part: str, kinds: list[str], right: list[bool]) -> None:
-    """Adds percentages to a report, see `shares`, and which items are right, by their numbers."""
+    """Adds percentages to a report, see `shares`, and which items are right, by seed and number: those of another seed
+    are other scenes.
+    """
     report[task][part] = shares(kinds, right)
     for kind in report[task][part]:
         name = f"{task}, {part}" if kind == "all" else f"{task}, {part}, {kind}"
-        chosen = {str(i): bool(flag) for i, flag in enumerate(right) if kind in ("all", kinds[i])}
+        chosen = {f"{report['seed']}-{i}": bool(flag) for i, flag in enumerate(right) if kind in ("all", kinds[i])}
         if kind != "scene":
             report["items"][name] = chosen
 
@@ -244,7 +253,7 @@ def name_emoji(painter: Painter, num_renderings: int, folder: str, items: dict) 
     images = render_emoji(names, np.random.default_rng([painter.seed, 2]), folder, painter.image_size)
     answers = answer(painter.pipe, images, ["what is this?"] * len(images), painter.batch_size)
     right = [given == article(name) for given, name in zip(answers, names)]
-    items["emoji named"] = {str(number): flag for number, flag in enumerate(right)}
+    items["emoji named"] = {f"{painter.seed}-{number}": flag for number, flag in enumerate(right)}
     return {"named": 100 * float(np.mean(right)), "num_renderings": len(names)}
 
 
@@ -274,7 +283,7 @@ def clip_embeddings(folder: str, images: list[Image.Image]) -> torch.Tensor:
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     pixels = CLIPImageProcessor()(images, return_tensors="pt")["pixel_values"]
-    embeds = CLIPVisionModelWithProjection.from_pretrained(folder)(pixels).image_embeds
+    embeds = load_judge(CLIPVisionModelWithProjection, folder, "--clip")(pixels).image_embeds
     return torch.nn.functional.normalize(embeds.float(), dim=-1)
 
 

@@ -29,7 +29,7 @@ from ..files import remove_unfinished, write_file
 from ..planning_unicode2 import IMAGE_OPTIONS
 from ..record import shorten
 
-FORMAT = 2
+FORMAT = 3
 # Resamples of a bootstrap, and the quantile of a normal distribution for 95 % on two sides
 RESAMPLES, NORMAL = 2000, 1.959963984540054
 # Of them computed at a time
@@ -48,11 +48,17 @@ LIBRARIES = (
 )
 
 
+GROUPED = """
+Intervals are over items, or over groups of items that depend on each other, such as the pictures of a prompt.
+"""
+
+
 @dataclass(frozen=True)
 class Figure:
-    """A value with its 95 % interval, and how many items it is of.
+    """A value with its 95 % interval, how many items it is of, and in how many groups these are.
 
-    `interval` is `binomial` (Wilson), `bootstrap`, or `none` where there is nothing to resample.
+    `interval` is `binomial` (Wilson), `bootstrap`, `too few` of fewer than two groups of items, or two of a stratum, or
+    `none` of a figure that no items make up.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Figure:
     count: int
     unit: str = "%"
     interval: str = "binomial"
+    groups: int | None = None
 
 
 @dataclass
@@ -87,7 +94,8 @@ class ScoreCard:
         count = len(right)
         low, high = (100 * limit for limit in wilson(sum(right.values()), count))
         value = 100 * sum(right.values()) / count if count else 0.0
-        self.figures.append(Figure(name, value, low, high, count))
+        groups = len({group_of(item) for item in right})
+        self.figures.append(Figure(name, value, low, high, count, groups=groups))
         self.items[name] = {item: 100.0 * flag for item, flag in right.items()}
 
     def add_mean(self, name: str, values: dict[str, float], unit: str, strata: dict[str, str] | None = None) -> None:
@@ -97,13 +105,13 @@ class ScoreCard:
         groups.
         """
         check_items(name, values)
-        interval, (low, high) = "bootstrap", bootstrap(values, strata)
+        low, high = bootstrap(values, strata)
+        interval, groups = "too few" if low is None else "bootstrap", len({group_of(item) for item in values})
         if unit == "%" and values and {*values.values()} in ({0.0}, {100.0}):
-            number = len({group_of(item) for item in values})
-            right = number if max(values.values()) else 0
-            interval, (low, high) = "binomial", (100 * limit for limit in wilson(right, number))
+            right = groups if max(values.values()) else 0
+            interval, (low, high) = "binomial", (100 * limit for limit in wilson(right, groups))
         value = mean_of(values, strata) if values else 0.0
-        self.figures.append(Figure(name, value, low, high, len(values), unit, interval))
+        self.figures.append(Figure(name, value, low, high, len(values), unit, interval, groups))
         self.items[name] = dict(values)
         if strata:
             self.strata[name] = dict(strata)
@@ -131,12 +139,13 @@ class ScoreCard:
     def make_page(self) -> str:
         """The card as Markdown, with the metadata that a model card on the Hub may take over."""
         rows = [
-            {"figure": f.name, "value": f"{f.value:.4g} {f.unit}", "95 %": write_interval(f), "items": f.count}
+            {"figure": f.name, "value": f"{f.value:.4g} {f.unit}", "95 %": write_interval(f), "items": write_count(f)}
             for f in self.figures
         ]
-        parts = [f"---\n{make_index(self).to_yaml()}\n---\n", f"# Score card: `unicode2 {self.command}`\n"]
-        parts += [f"Protocol {self.protocol_hash[:12]}. Cards with another protocol are not comparable.\n"]
-        parts += [write_table(rows)] if rows else []
+        parts = [f"---\n{make_index(self).to_yaml()}\n---\n"] if rows else []
+        parts += [f"# Score card: `unicode2 {self.command}`\n"]
+        parts += [f"Protocol {self.protocol_hash[:12]}. Compare only cards of the same protocol.\n"]
+        parts += [write_table(rows), GROUPED] if rows else []
         for heading in ("subject", "protocol", "run"):
             values = name_places(flatten(getattr(self, heading)))
             rows = [{heading: name, "value": shorten(value)} for name, value in values.items()]
@@ -145,7 +154,14 @@ class ScoreCard:
 
 
 def write_interval(figure: Figure) -> str:
-    return "" if figure.low is None else f"{figure.low:.4g} to {figure.high:.4g} ({figure.interval})"
+    if figure.low is None:
+        return "" if figure.interval == "none" else figure.interval
+    return f"{figure.low:.4g} to {figure.high:.4g} ({figure.interval})"
+
+
+def write_count(figure: Figure) -> str:
+    is_grouped = figure.groups not in (None, figure.count)
+    return f"{figure.count} in {figure.groups} groups" if is_grouped else str(figure.count)
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
@@ -170,12 +186,16 @@ def make_index(card: ScoreCard):
             metric_type=metric,
             metric_name=metric,
             metric_value=round(figure.value, 4),
-            metric_args={"protocol": card.protocol_hash[:12], "interval": [figure.low, figure.high]},
+            metric_args={"protocol": card.protocol_hash[:12], **list_limits(figure)},
         )
         for figure in card.figures
         for dataset, metric in [name_dataset(card, figure)]
     ]
     return ModelCardData(model_name=name, eval_results=results) if results else ModelCardData()
+
+
+def list_limits(figure: Figure) -> dict[str, list[float]]:
+    return {} if figure.low is None else {"interval": [round(figure.low, 4), round(figure.high, 4)]}
 
 
 def name_dataset(card: ScoreCard, figure: Figure) -> tuple[str, str]:
@@ -187,6 +207,8 @@ def name_dataset(card: ScoreCard, figure: Figure) -> tuple[str, str]:
 
 def read_card(file: str | Path) -> ScoreCard:
     """Reads a card. Raises `ValueError` on a file that is none, or whose protocol was changed by hand."""
+    if not Path(file).is_file():
+        raise ValueError(f"There is no file {file}.")
     try:
         content = json.loads(Path(file).read_text())
         figures = [Figure(**figure) for figure in content["figures"]]
@@ -200,13 +222,28 @@ def read_card(file: str | Path) -> ScoreCard:
     return card
 
 
-def begin_card(command: str, benchmark: str, scorer: dict, images: str | Path) -> ScoreCard:
-    """The card of drawn pictures, with how they were drawn, as `unicode2 evaluate generation` left it beside them."""
+def begin_card(command: str, benchmark: str, scorer: dict, images: str | Path, pictures: str) -> ScoreCard:
+    """The card of drawn pictures, with how they were drawn, as `unicode2 evaluate generation` left it beside them.
+
+    `pictures` is a SHA-256 of all of them. Where it is not known how they were drawn, it is part of the protocol.
+    """
     file = Path(images, "generation.json")
     drawn = read_card(file) if file.is_file() else None
     protocol = {"benchmark": benchmark, "task_type": "text-to-image", "scorer": scorer}
-    protocol["generation"] = drawn.protocol if drawn else "not known"
-    return ScoreCard(command, protocol, drawn.subject if drawn else {"model": "not known"})
+    protocol["generation"] = drawn.protocol if drawn else {"not known, of the pictures": pictures}
+    subject = drawn.subject if drawn else {"model": "not known"}
+    return ScoreCard(command, protocol, {**subject, "pictures": pictures})
+
+
+def check_replaced(file: Path, card: ScoreCard) -> None:
+    """Raises `ValueError` when a card would take the place of one with figures, or items of them, that it lacks."""
+    counts = {figure.name: figure.count for figure in card.figures}
+    for figure in read_card(file).figures if file.is_file() else ():
+        if counts.get(figure.name, 0) < figure.count:
+            raise ValueError(
+                f"{file} has {figure.name!r} of {figure.count} items, and this run gives {counts.get(figure.name, 0)}; "
+                "choose another --output, or delete the card."
+            )
 
 
 def check_card_file(file: str) -> None:
@@ -266,7 +303,7 @@ def bootstrap(values: dict[str, float], strata: dict[str, str] | None = None) ->
         strata: the stratum of each group.
 
     Returns:
-        Its limits; `None` of fewer than two groups.
+        Its limits; `None` of fewer than two groups, or of a stratum of one, which cannot tell how much it varies.
     """
     groups = {}
     for item, value in values.items():
@@ -277,6 +314,8 @@ def bootstrap(values: dict[str, float], strata: dict[str, str] | None = None) ->
     rng, parts = np.random.default_rng(0), {}
     for group, total in groups.items():
         parts.setdefault(strata[group] if strata else "", []).append(total)
+    if min(map(len, parts.values())) < 2:
+        return None, None
     means = np.zeros(RESAMPLES)
     for part in map(np.array, parts.values()):
         for start in range(0, RESAMPLES, CHUNK):
@@ -347,13 +386,15 @@ def describe_subject(model: str, deep: bool = False) -> dict:
 
     Args:
         model: folder or Hub name.
-        deep: whether it is a pipeline, with parts in subfolders.
+        deep: whether it is a pipeline, with parts in subfolders, and has a digest as such.
     """
     from ..adapters import find_base, is_adapter
     from ..record import hash_source
     from ..tokens import hash_quantizer
 
     base = find_base(model)[0] if is_adapter(model) else model
-    subject = {"model": model, "checkpoint": hash_source(model, deep=deep)}
+    # The same name for the same files, whether the language model alone is scored or all of a pipeline
+    subject = {"model": model, "checkpoint": hash_source(model)}
+    subject |= {"pipeline": hash_source(model, deep=True)} if deep else {}
     subject |= {"base": hash_source(base)} if base != model else {}
     return {**subject, "quantizer": hash_quantizer(base)}

@@ -4,21 +4,23 @@
     accelerate launch -m transformers_unicode2.evaluation.understanding --model org/unicode2-7b --tasks mmstar ...
 
 `paper` stands for the ten of Table 1: SEED-Bench, MM-Vet, MMStar, GQA, TextVQA, AI2D, RealWorldQA, MMMU, MMBench and
-MME. MMBench is given twice, circular and not: circular, a question is right if it is in every order of its choices. The
-two may differ by more than ten points. MM-Vet is graded by a judge, whose name and date are on the card: --judge NAME,
-with its key in OPENAI_API_KEY. MME's total is the sum of its two scores.
+MME. MMBench is given twice, circular and not. In circular evaluation a question counts as right only if it is answered
+correctly for every order of its choices. The two may differ by more than ten points. MM-Vet is graded by a judge, whose
+name and date are on the card: --judge NAME, with its key in OPENAI_API_KEY. MME's total is the sum of its two scores.
 
-lmms-eval runs them, by our entry point; its data come from the Hub. `--include-path` adds a folder of own tasks. Every
-question is answered alone, so batches change nothing. Answers are kept in OUTPUT/answers, and a run that was killed
-resumes from there.
+lmms-eval runs them, by our entry point; its data come from the Hub. `--include-path` adds a folder with tasks of your
+own. Every question is answered alone, so batches change nothing. Answers are kept in OUTPUT/answers, and a run that was
+killed resumes from there.
 
-lmms-eval needs packages that pin others, see benchmarks/paper.md for how to install it beside this one.
+lmms-eval pins other packages; benchmarks/paper.md says how to install it beside this one.
 """
 
 import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,9 +30,10 @@ import numpy as np
 from ..checkpoints import check_checkpoint
 from ..cli import at_least
 from ..files import make_folders
+from ..images_unicode2 import one_line
 from ..processes import follow_launcher, join
 from ..record import hash_files
-from .score_card import ScoreCard, describe_run, describe_subject, hash_content, mean_of
+from .score_card import ScoreCard, check_replaced, describe_run, describe_subject, hash_content, mean_of
 
 # Tasks of lmms-eval for the columns of Table 1
 PAPER = {
@@ -89,7 +92,6 @@ def run(args: argparse.Namespace, tasks: list[str]) -> ScoreCard | None:
     # Before lmms-eval is imported, which reads them then
     os.environ |= {"MODEL_VERSION": args.judge} if args.judge else {}
     from accelerate.utils import gather_object
-    from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
 
     from .lmms_eval import UniCode2
@@ -100,14 +102,7 @@ def run(args: argparse.Namespace, tasks: list[str]) -> ScoreCard | None:
     make_folders(output)
     options = {"dtype": args.dtype or "auto", "system_prompt": args.system_prompt}
     model = UniCode2(args.model, answers=str(output / "answers"), **options)
-    results = evaluator.simple_evaluate(
-        model=model,
-        tasks=tasks,
-        task_manager=manager,
-        batch_size=1,
-        limit=args.limit,
-        cli_args=argparse.Namespace(process_with_media=False, output_path=str(output)),
-    )
+    results = ask(args, tasks, manager, model)
     parts = gather_object([model.asked])
     if results is None:
         # Not the first of several processes
@@ -117,9 +112,42 @@ def run(args: argparse.Namespace, tasks: list[str]) -> ScoreCard | None:
     card = make_card(args, results, asked, model)
     card.run = describe_run(str(model.device), start, processes=model.world_size)
     card.run |= {"judge_date": str(date.today())} if args.judge else {}
+    check_replaced(Path(args.output) / "card.json", card)
     card.write(Path(args.output) / "card.json")
     print(card.make_page())
     return card
+
+
+def ask(args: argparse.Namespace, tasks: list[str], manager, model) -> dict | None:
+    """What lmms-eval makes of the answers of a model."""
+    from lmms_eval import evaluator
+
+    with explained_data():
+        return evaluator.simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=manager,
+            batch_size=1,
+            limit=args.limit,
+            cli_args=argparse.Namespace(process_with_media=False, output_path=str(args.output)),
+        )
+
+
+@contextmanager
+def explained_data() -> Iterator[None]:
+    """Raises `ValueError` when the data of a task cannot be loaded."""
+    from tenacity import RetryError
+
+    try:
+        yield
+    except (RetryError, ConnectionError) as error:
+        if isinstance(error, RetryError):
+            error = error.last_attempt.exception() or error
+        if not isinstance(error, OSError):
+            raise
+        raise ValueError(
+            f"The data of a task cannot be loaded ({one_line(str(error))}); they come from the Hub, or from its cache."
+        ) from error
 
 
 def list_tasks(args: argparse.Namespace) -> list[str]:
