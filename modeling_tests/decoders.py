@@ -33,13 +33,13 @@ def make_stock_pipelines(folder: Path) -> None:
     diffusers.FluxPipeline(**make_flux_parts(guidance_embeds=True), **texts).save_pretrained(folder / "flux")
 
 
-def write_captioned(folder: Path, split: str, numbers: range) -> None:
-    """Writes a table of pictures of several sizes with captions of their own."""
+def write_captioned(folder: Path, split: str, numbers: range, size: tuple[int, int] | None = None) -> None:
+    """Writes a table of pictures of several sizes, or of one (width, height), with captions of their own."""
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for number in numbers:
         file = io.BytesIO()
-        picture(number).resize((40 + number % 3, 48)).save(file, "PNG")
+        picture(number).resize(size or (40 + number % 3, 48)).save(file, "PNG")
         images.append(file.getvalue())
     columns = {"image": images, "caption": [f"{number} pictures" for number in numbers]}
     parquet.write_table(pa.table(columns), folder / f"{split}-0.parquet")

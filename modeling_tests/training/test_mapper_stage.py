@@ -107,6 +107,44 @@ def test_an_offloaded_decoder_teaches_the_same(train, tmp_path):
     assert read(tmp_path / "offload-True") == read(tmp_path / "offload-False")
 
 
+@pytest.mark.parametrize("size", [1, 3, 7, 8])
+def test_the_flow_gap_does_not_depend_on_the_size_of_a_batch(train, size):
+    """8 held-out pairs: batches of one compare with the pair in front, and a last batch of one counts as one pair."""
+    training = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": size, "learning_rate": 0.0}
+    figures = [entry for entry in train(steps=1, held_out=True, training=training) if "eval_flow" in entry][-1]
+    assert figures["eval_flow_gap"] != 0 and figures["eval_pairs"] == 8
+
+
+def test_a_run_that_diverged_is_no_result(train, tmp_path):
+    training = {"learning_rate": 1e30, "max_grad_norm": 0.0, "optim": "sgd"}
+    with pytest.raises(ValueError, match=r"weights that have learnt are not finite, the first is mapper\..*diverged"):
+        train("wild", steps=3, training=training)
+    assert not (tmp_path / "wild/config.json").exists()
+    # Nor when it is started again
+    with pytest.raises(ValueError, match="are not finite"):
+        train("wild", steps=3, training=training)
+
+
+def test_paintings_have_the_shape_of_the_pictures(tiny_checkpoint, train, tmp_path):
+    for split in ("train", "test"):
+        write_captioned(tmp_path / "tall", split, range(8), (32, 48))
+        tokenize(tmp_path / "tall", tiny_checkpoint, tmp_path / "tall-tokens", "--split", split, "--task", "draw")
+    data = {"datasets": [{"path": str(tmp_path / "tall-tokens")}], "images": [str(tmp_path / "tall")]}
+    data |= {"eval_datasets": [{**data["datasets"][0], "split": "test"}], "eval_images": data["images"]}
+    train(image_size=None, num_validation_images=2, validation_steps=1, **data)
+    assert Image.open(next((tmp_path / "out/validation").glob("*.png"))).size == (2 * 32, 2 * 48)
+
+
+def test_a_resumed_run_may_look_at_other_pictures(train, tmp_path):
+    """What changes no weights may change: the place of the cache, and the paintings."""
+    options = {"held_out": True, "training": {"eval_strategy": "steps", "eval_steps": 2}}
+    train("whole", steps=4, **options)
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "killed/checkpoint-2")
+    changes = {"cache_dir": str(tmp_path / "moved"), "num_validation_images": 1, "validation_steps": 1}
+    train("killed", steps=4, **options, **changes, decoder_offload=True)
+    assert read(tmp_path / "killed") == read(tmp_path / "whole")
+
+
 def test_captions_of_accumulated_batches_are_negatives(train, tmp_path):
     """A step of two batches of 4 is one of 8, to the rounding of float32."""
     settings = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "save_steps": 1}
@@ -256,6 +294,16 @@ def test_a_cache_is_filled_once(train, monkeypatch):
         ({"train_decoder": True, "flow_matching_weight": 0.0}, "A decoder learns by its own loss"),
         ({"train_decoder": True, "decoder_offload": True}, "`decoder_offload` is of a decoder that is frozen"),
         ({"num_validation_images": 2}, "paintings need a `decoder` and `eval_datasets`"),
+        (
+            {"num_validation_images": -1},
+            "`num_validation_images` is -1 and `validation_steps` 50; they must be at least",
+        ),
+        ({"validation_steps": 0}, "`validation_steps` 0; they must be at least 0 and 1"),
+        ({"image_size": 0}, "`image_size` is 0; it must be at least 1"),
+        ({"mapper": SIZES | {"foo": 1}}, "`mapper` has foo, which is no field of it; those are visual_dim"),
+        ({"decoder_quantization": {"quant_backend": "x"}}, "`decoder_quantization` is .*'x'}: .*quant_kwargs"),
+        ({"contrastive_weight": float("nan")}, "There is nothing to learn: `contrastive_weight` nan.*at least 0"),
+        ({"training": {"per_device_train_batch_size": 1}}, "a step has 1, and the data 24 different ones. It needs 2"),
         ({"training": {"eval_strategy": "steps"}}, "this stage only trains|eval"),
     ],
 )

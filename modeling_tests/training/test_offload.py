@@ -59,7 +59,7 @@ def test_paintings_are_the_same(kind, pipelines):
         decoder = load_decoder(pipelines / kind, offload=offload)
         names = ("prompt_embeds", "pooled_prompt_embeds")
         condition = dict(zip(names, decoder.encode_prompts(["a"])))
-        images += decoder.paint(condition, 64, 2, seed=0)
+        images += decoder.paint(condition, (64, 64), 2, seed=0)
     assert images[0].tobytes() == images[1].tobytes()
 
 

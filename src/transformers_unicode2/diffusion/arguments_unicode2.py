@@ -16,6 +16,10 @@ NUMBERS = {
 }
 
 
+# What SDXL is told of an image, height and width in pixels: smaller ones look blurred.
+ORIGINAL_SIZE = (1024, 1024)
+
+
 def to_number(name: str, value, kind: type, low: float) -> float | int:
     """A number of Python or NumPy as `int` or `float`. Raises `ValueError` when it is none, or below `low`."""
     abstract = numbers.Integral if kind is int else numbers.Real
@@ -82,11 +86,8 @@ def check_sources(**sources) -> None:
         raise ValueError(
             f"Give exactly one of {', '.join(names[:-1])} and {names[-1]}; got {' and '.join(given) or 'none'}."
         )
-    prompt, image = sources["prompt"], sources["image"]
-    listed = prompt if isinstance(prompt, (list, tuple)) else [prompt]
-    wrong = [type(text).__name__ for text in listed if not isinstance(text, str)]
-    if prompt is not None and wrong:
-        raise ValueError(f"`prompt` holds {wrong[0]}; it must be a string or a list of strings.")
+    image = sources["image"]
+    check_texts(prompt=sources["prompt"])
     if isinstance(image, (list, tuple)) and not image:
         raise ValueError("`image` is an empty list; give at least one image.")
 
@@ -131,9 +132,10 @@ def check_latents(latents, shape: tuple[int, ...], height: int, width: int) -> N
     raise ValueError(f"`latents` is {found}; {shape[0]} images of {height} x {width} pixels need {shape}.")
 
 
-def read_sdxl_pooled_width(config: dict) -> int:
-    """Of a U-Net: in front of the pooled embeddings stand those of six numbers, which are sizes and a place."""
-    return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+def read_sdxl_pooled_width(config: dict, num_told: int = 6) -> int:
+    """Of a U-Net: in front of the pooled embeddings stand those of six numbers, which are sizes and a place; of a
+    refiner of five."""
+    return config["projection_class_embeddings_input_dim"] - num_told * config["addition_time_embed_dim"]
 
 
 def count_prompts(sources: dict) -> int | None:
@@ -162,12 +164,39 @@ def repeat_rows(name: str, value: torch.Tensor, num_images_per_prompt: int, num_
     return value
 
 
+NEGATIVE_TEXTS = ("negative_prompt", "negative_prompt_2")
+
+
 def check_negatives(kwargs: dict) -> None:
     """Raises `ValueError` on a text for the second text encoder alone, or beside embeddings of what it would say."""
     if kwargs.get("negative_prompt_2") is not None and kwargs.get("negative_prompt") is None:
         raise ValueError("`negative_prompt_2` is given without `negative_prompt`; give that too.")
     if kwargs.get("negative_prompt") is not None and kwargs.get("negative_prompt_embeds") is not None:
         raise ValueError("Give `negative_prompt` or `negative_prompt_embeds`, not both.")
+
+
+def check_texts(**texts) -> None:
+    """Raises `ValueError` unless each text that is given is a string, or a list of them."""
+    for name, text in texts.items():
+        listed = text if isinstance(text, (list, tuple)) else [text]
+        wrong = [type(one).__name__ for one in listed if not isinstance(one, str)]
+        if text is not None and wrong:
+            raise ValueError(f"`{name}` holds {wrong[0]}; it must be a string or a list of strings.")
+
+
+def check_adapters(given: list[str], adapted, image_encoder) -> None:
+    """Raises `ValueError` on images or embeddings for an IP adapter that is not loaded, or not whole.
+
+    Args:
+        given: names of the arguments that are given.
+        adapted: what the decoder projects them by, `None` without an adapter.
+        image_encoder: that reads images.
+    """
+    adapters = [name for name in given if "ip_adapter_image" in name]
+    if adapters and adapted is None:
+        raise ValueError(f"`{adapters[0]}` needs an IP adapter; load one with `load_ip_adapter`, or leave it out.")
+    if any(not name.endswith("embeds") for name in adapters) and image_encoder is None:
+        raise ValueError(f"`{adapters[0]}` needs the `image_encoder` of an IP adapter; load it with the pipeline.")
 
 
 def repeat_texts(name: str, text: str | list[str], num_images_per_prompt: int, num_images: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.utils import logging
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
@@ -15,12 +14,19 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from .arguments_unicode2 import check_latents, check_negatives, check_pairs, check_sources, to_number
+from .arguments_unicode2 import (
+    NEGATIVE_TEXTS,
+    check_adapters,
+    check_latents,
+    check_negatives,
+    check_pairs,
+    check_sources,
+    check_texts,
+    to_number,
+)
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
 from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin
 from .repository_unicode2 import UniCode2RepositoryMixin
-
-logger = logging.get_logger(__name__)
 
 
 class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipeline):
@@ -86,25 +92,18 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
     def read_widths(config: dict) -> dict[str, int]:
         return {"output_dim": config["joint_attention_dim"], "pooled_dim": config["pooled_projection_dim"]}
 
-    @classmethod
-    def load_lora_into_text_encoder(cls, state_dict: dict, network_alphas, text_encoder, **kwargs) -> None:
-        """Stock; the part of a LoRA for a text encoder that the pipeline does without is left out, with a word."""
-        if text_encoder is not None:
-            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **kwargs)
-        elif any(name.startswith(f"{cls.text_encoder_name}.") for name in state_dict):
-            logger.warning(
-                "The LoRA's part for the text encoder is left out: this pipeline has none, and paints without."
-            )
-
     def check_arguments(self, text_prompt, embeds: dict, kwargs: dict, true_cfg_scale: float) -> None:
         """Raises `ValueError` before any work on what would fail after it, and on arguments that nothing would read.
 
         `check_inputs` is [`FluxPipeline`]'s own.
         """
         given = [name for name, value in kwargs.items() if value is not None]
+        check_texts(text_prompt=text_prompt, **{name: kwargs.get(name) for name in NEGATIVE_TEXTS})
+        if "prompt_2" in given:
+            raise ValueError("`prompt_2` is not read: the tokens are the conditioning. Give it as `text_prompt`.")
         check_pairs(embeds, kwargs)
         check_negatives(kwargs)
-        texts = [name for name in ("negative_prompt", "negative_prompt_2") if name in given]
+        texts = [name for name in NEGATIVE_TEXTS if name in given]
         texts += ["text_prompt"] if text_prompt is not None else []
         if texts and (self.text_encoder is None or self.text_encoder_2 is None):
             raise ValueError(
@@ -116,11 +115,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
             raise ValueError(f"`{negatives[0]}` has no effect without guidance; set `true_cfg_scale` above 1.")
         if "max_sequence_length" in given and not texts:
             raise ValueError("`max_sequence_length` is of texts that FLUX reads, and none is given; leave it out.")
-        adapters = [name for name in given if "ip_adapter_image" in name]
-        if adapters and getattr(self.transformer, "encoder_hid_proj", None) is None:
-            raise ValueError(f"`{adapters[0]}` needs an IP adapter; load one with `load_ip_adapter`, or leave it out.")
-        if any(not name.endswith("embeds") for name in adapters) and self.image_encoder is None:
-            raise ValueError(f"`{adapters[0]}` needs the `image_encoder` of an IP adapter; load it with the pipeline.")
+        check_adapters(given, getattr(self.transformer, "encoder_hid_proj", None), self.image_encoder)
 
     def check_latents(self, latents, num_images: int, height: int, width: int) -> None:
         """Raises `ValueError` unless latents are those of `num_images` images, packed as FLUX has them."""

@@ -9,7 +9,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .arguments_unicode2 import check_sources, read_sdxl_pooled_width, to_number
+from .arguments_unicode2 import ORIGINAL_SIZE, check_sources, read_sdxl_pooled_width, to_number
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
 from .prior_unicode2 import UniCode2PriorMixin
 from .repository_unicode2 import UniCode2RepositoryMixin
@@ -64,7 +64,8 @@ class UniCode2PriorOutput(BaseOutput):
             raise ValueError(f"{name} takes `pooled_prompt_embeds`, which this mapper does not make (`pooled_dim`).")
         widths = {"prompt_embeds": find_width(decoder.config)} if decoder else {}
         if decoder and "pooled_prompt_embeds" in accepted:
-            widths["pooled_prompt_embeds"] = find_pooled_width(decoder.config)
+            is_refiner = pipeline.config.get("requires_aesthetics_score", False)
+            widths["pooled_prompt_embeds"] = find_pooled_width(decoder.config, 5 if is_refiner else 6)
         for key, width in widths.items():
             if width not in (None, getattr(self, key).shape[-1]):
                 raise ValueError(
@@ -82,6 +83,9 @@ class UniCode2PriorOutput(BaseOutput):
         if "negative_prompt" in accepted and accepted["negative_prompt"].default is not None:
             # An empty text would be another one beside the negative conditioning
             made["negative_prompt"] = None
+        if "original_size" in accepted:
+            # What the mapper was trained with; stock SDXL would say the size of the painting
+            made["original_size"] = ORIGINAL_SIZE
         if name.startswith(LISTS):
             made = {key: list(value) for key, value in made.items()}
         return made
@@ -95,10 +99,10 @@ def find_width(config: dict) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def find_pooled_width(config: dict) -> int | None:
-    """How wide its pooled conditioning is, if its configuration says so."""
+def find_pooled_width(config: dict, num_told: int = 6) -> int | None:
+    """How wide its pooled conditioning is, if its configuration says so. See `read_sdxl_pooled_width`."""
     if config.get("addition_embed_type") == "text_time":
-        return read_sdxl_pooled_width(config)
+        return read_sdxl_pooled_width(config, num_told)
     return config.get("pooled_projection_dim")
 
 

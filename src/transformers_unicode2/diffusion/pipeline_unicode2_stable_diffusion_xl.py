@@ -14,13 +14,25 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .arguments_unicode2 import check_latents, check_negatives, check_pairs, check_sources, read_sdxl_pooled_width
+from .arguments_unicode2 import (
+    NEGATIVE_TEXTS,
+    ORIGINAL_SIZE,
+    check_adapters,
+    check_latents,
+    check_negatives,
+    check_pairs,
+    check_sources,
+    check_texts,
+    read_sdxl_pooled_width,
+)
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
 from .prior_unicode2 import UniCode2PipelineOutput, UniCode2PriorMixin
 from .repository_unicode2 import UniCode2RepositoryMixin
 
-# Width and height that SDXL is told an image had, unless a call says otherwise: it takes smaller ones for blurred.
-ORIGINAL_SIZE = (1024, 1024)
+# Sizes and places that SDXL is told.
+TOLD = tuple(
+    f"{sign}{name}" for sign in ("", "negative_") for name in ("original_size", "target_size", "crops_coords_top_left")
+)
 
 
 class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, StableDiffusionXLPipeline):
@@ -85,9 +97,12 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
     def check_arguments(self, text_prompt, embeds: dict, kwargs: dict, guidance_scale: float) -> None:
         """Raises `ValueError` before any work on what would fail after it, and on arguments that nothing would read."""
         given = [name for name, value in kwargs.items() if value is not None]
+        check_texts(text_prompt=text_prompt, **{name: kwargs.get(name) for name in NEGATIVE_TEXTS})
+        if "prompt_2" in given:
+            raise ValueError("`prompt_2` is not read: the tokens are the conditioning. Give it as `text_prompt`.")
         check_pairs(embeds, kwargs)
         check_negatives(kwargs)
-        texts = [name for name in ("negative_prompt", "negative_prompt_2") if name in given]
+        texts = [name for name in NEGATIVE_TEXTS if name in given]
         texts += ["text_prompt"] if text_prompt is not None else []
         if texts and (self.text_encoder is None or self.text_encoder_2 is None):
             raise ValueError(
@@ -97,9 +112,19 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
         negatives = [name for name in given if name.startswith("negative_prompt") or "negative_pooled" in name]
         if negatives and guidance_scale <= 1:
             raise ValueError(f"`{negatives[0]}` has no effect without guidance; set `guidance_scale` above 1.")
-        adapters = [name for name in given if "ip_adapter_image" in name]
-        if adapters and self.unet.encoder_hid_proj is None:
-            raise ValueError(f"`{adapters[0]}` needs an IP adapter; load one with `load_ip_adapter`, or leave it out.")
+        check_adapters(given, self.unet.encoder_hid_proj, self.image_encoder)
+        self.check_told_sizes(kwargs)
+
+    @staticmethod
+    def check_told_sizes(kwargs: dict) -> None:
+        """Raises `ValueError` on sizes and places, as SDXL is told them, that are no pairs of numbers of pixels."""
+        for name in TOLD:
+            value = kwargs.get(name)
+            is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+            if value is not None and not (is_pair and all(isinstance(one, int) and one >= 0 for one in value)):
+                raise ValueError(f"`{name}` is {value!r}; it must be a pair of whole numbers of pixels.")
+        if (kwargs.get("negative_original_size") is None) != (kwargs.get("negative_target_size") is None):
+            raise ValueError("Give `negative_original_size` and `negative_target_size`, or neither; SDXL reads both.")
 
     def check_sizes(self, height: int, width: int) -> None:
         """Raises `ValueError` on sizes that are no multiples of the pixels of a latent."""
@@ -191,7 +216,7 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
         embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
         self.check_parts(sources, "unet", "scheduler", *(() if output_type == "latent" else ("vae",)))
         self.check_sizes(height, width)
-        self.check_arguments(text_prompt, embeds, kwargs, guidance_scale)
+        self.check_arguments(text_prompt, embeds, {**kwargs, "original_size": original_size}, guidance_scale)
         self.check_call(sources, embeds, kwargs, num_images_per_prompt, text_prompt)
         prior = {"prior_guidance_scale": prior_guidance_scale, "prior_generation_kwargs": prior_generation_kwargs}
         prior["num_candidates"] = num_candidates

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 
 from .arguments_unicode2 import (
     NUMBERS,
@@ -16,6 +16,8 @@ from .arguments_unicode2 import (
     repeat_texts,
     to_number,
 )
+
+logger = logging.get_logger(__name__)
 
 # Scores of text ids held at a time when prompts are read back: 256 MiB in float32.
 MAX_SCORES = 2**26
@@ -51,6 +53,15 @@ class UniCode2PriorMixin:
         self.register_to_config(**{name: to_number(name, value, *NUMBERS[name]) for name, value in numbers.items()})
 
     decoder_part: str | None = None
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, state_dict: dict, network_alphas, text_encoder, **kwargs) -> None:
+        """Stock; the part of a LoRA for a text encoder that the pipeline does without is left out, with a word."""
+        prefix = kwargs.get("prefix") or cls.text_encoder_name
+        if text_encoder is not None:
+            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **kwargs)
+        elif any(name.startswith(f"{prefix}.") for name in state_dict):
+            logger.warning(f"The LoRA's part for `{prefix}` is left out: this pipeline has none, and paints without.")
 
     @staticmethod
     def read_widths(config: dict) -> dict[str, int]:

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils.torch_utils import is_compiled_module
@@ -75,6 +76,23 @@ BASES = (ModelMixin, PreTrainedModel, ProcessorMixin)
 OF_ALL_PARTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
+def has_adapter(part) -> bool:
+    """Whether a component of Diffusers carries the layers of an adapter of PEFT."""
+    return bool(getattr(part, "peft_config", None))
+
+
+def choose_dtype(dtype, name: str) -> dict:
+    """The option `dtype` for one component, of the option for all: a dtype, its name, or a dictionary by components."""
+    if isinstance(dtype, dict):
+        dtype = dtype.get(name, dtype.get("default"))
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"`dtype` is {dtype!r}; it must be a dtype of torch, or the name of one.")
+        dtype = found
+    return {} if dtype is None else {"dtype": dtype}
+
+
 def split_quantization(config) -> tuple[dict, dict, dict]:
     """The options of a `PipelineQuantizationConfig`, or `None`, for language model, mapper and decoder.
 
@@ -125,20 +143,23 @@ class UniCode2RepositoryMixin:
         hub = {name: kwargs[name] for name in OF_ALL_PARTS if name in kwargs}
         if cls.decoder_part is None or cls.decoder_part not in kwargs:
             cls.check_decoder(decoder, **hub)
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        options = hub if dtype is None else {**hub, "dtype": dtype}
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        if dtype is not None:
+            kwargs["dtype"] = choose_dtype(dtype, "").get("dtype") if isinstance(dtype, str) else dtype
         quantization = kwargs.pop("quantization_config", None)
         of_model, of_mapper, of_decoder = split_quantization(quantization)
         if mapper is None or isinstance(mapper, (str, os.PathLike)):
             place = {"subfolder": "condition_mapper"} if mapper is None else {}
-            mapper = UniCode2ConditionMapper.from_pretrained(mapper or unicode2, **place, **options, **of_mapper)
+            place |= hub | choose_dtype(dtype, "condition_mapper")
+            mapper = UniCode2ConditionMapper.from_pretrained(mapper or unicode2, **place, **of_mapper)
+        of_model |= hub | choose_dtype(dtype, "vision_language_encoder")
         ours = {
-            "vision_language_encoder": VisionLanguageEncoder.from_pretrained(unicode2, **options, **of_model),
+            "vision_language_encoder": VisionLanguageEncoder.from_pretrained(unicode2, **of_model),
             "processor": Processor.from_pretrained(unicode2, **hub),
             "condition_mapper": mapper,
         }
         if decoder is None:
-            others = {name: value for name, value in kwargs.items() if name not in (*hub, "torch_dtype", "dtype")}
+            others = {name: value for name, value in kwargs.items() if name not in (*hub, "dtype")}
             return cls(**ours, **others)
         absent = dict.fromkeys(cls._optional_components)
         return cls.from_pretrained(decoder, **{**absent, **ours, **kwargs, **of_decoder})
@@ -202,9 +223,18 @@ class UniCode2RepositoryMixin:
         `variant` names the files of the decoder and the mapper; those in the root have none.
 
         Raises:
-            `ValueError`: when the language model carries an adapter, which is no checkpoint on its own.
+            `ValueError`: when a part carries an adapter, which is no checkpoint on its own, or is missing.
         """
         encoder = self.vision_language_encoder
+        absent = [name for name in IN_ROOT if getattr(self, name) is None]
+        if absent:
+            raise ValueError(f"`{absent[0]}` is None; a pipeline without it cannot be saved.")
+        adapted = [name for name, part in self.components.items() if name not in IN_ROOT and has_adapter(part)]
+        if adapted:
+            raise ValueError(
+                f"`{adapted[0]}` carries an adapter, and saved so it could not be loaded; call `fuse_lora` and "
+                "`unload_lora_weights` to save with it, or `unload_lora_weights` to save without."
+            )
         encoder = encoder._orig_mod if is_compiled_module(encoder) else encoder
         if not isinstance(encoder, PreTrainedModel):
             raise ValueError(

@@ -39,9 +39,9 @@ def check_clip(name: str, option: str = "--clip") -> None:
             f"{option} {name} is a {config.model_type}, which has no text tower of CLIP; give a CLIP with both towers."
         )
     # Transformers makes an empty tokenizer where there are no files of one
-    known = len(getattr(AutoProcessor.from_pretrained(name), "tokenizer", ()))
-    if known < LEAST_KNOWN * config.text_config.vocab_size:
+    known, size = len(getattr(AutoProcessor.from_pretrained(name), "tokenizer", ())), config.text_config.vocab_size
+    if known < LEAST_KNOWN * size:
         raise ValueError(
-            f"The tokenizer of {option} {name} knows {known} tokens, and its text tower {config.text_config.vocab_size}; "
-            "give a CLIP with both towers and its tokenizer."
+            f"The tokenizer of {option} {name} knows {known} tokens, and its text tower {size}; give a CLIP with both "
+            "towers and its tokenizer."
         )

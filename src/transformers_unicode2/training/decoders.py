@@ -70,14 +70,15 @@ class Decoder:
         """What divides the width and the height of its pictures, in pixels."""
         return self.pipeline.vae_scale_factor
 
-    def paint(self, condition, image_size: int, num_inference_steps: int, seed: int) -> list:
-        """Square `PIL.Image.Image`s of the conditioning of a mapper; the same for the same seed."""
+    def paint(self, condition, size: tuple[int, int], num_inference_steps: int, seed: int) -> list:
+        """`PIL.Image.Image`s of the conditioning of a mapper, `size` (height, width) in pixels; the same for the same
+        seed."""
         conditioning = {name: value.to(self.painter.dtype) for name, value in condition.items()}
         return self.pipeline(
             **conditioning,
             **self.list_options(conditioning),
-            height=image_size,
-            width=image_size,
+            height=size[0],
+            width=size[1],
             num_inference_steps=num_inference_steps,
             guidance_scale=self.guidance_scale,
             generator=torch.Generator().manual_seed(seed),

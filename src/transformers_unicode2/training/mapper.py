@@ -22,7 +22,7 @@ What frozen parts make of captions and pictures is computed once, see `decoder_c
 `eval_strategy: steps`, held-out figures are logged, see `MapperTrainer.evaluate`.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 
@@ -33,171 +33,15 @@ from ..diffusion.registration import find_stock_class
 from ..processes import agree
 from ..record import shorten
 from .decoders import DECODERS, load_decoder, read_widths
+from .mapper_arguments import MapperArguments, check_arguments, check_captions
 from .mapper_data import MapperCollator, MapperData, fill_all
 from .mapper_losses import MapperWithLosses, NearCodes
 from .mapper_trainer import MapperTrainer, make_show
 from .mixtures import check_mixture
 from .outcome import describe_figures, describe_part
-from .parameters import read_rates
 
 # What the stage writes beside the mapper
 RESULT = ("transformer/*", "unet/*", "validation/*.png")
-
-
-@dataclass
-class MapperArguments:
-    model: str = field(metadata={"help": "UniCode² checkpoint whose C2 embeds the codes"})
-    datasets: list[dict] = field(
-        metadata={"help": "folders that `unicode2 tokenize` wrote: {path, fraction, split} of each"}
-    )
-    images: list[str] = field(
-        default_factory=list,
-        metadata={"help": "what it was given as --data, in the same order; only for losses that need pictures"},
-    )
-    image_root: str | None = field(default=None, metadata={"help": "folder that the paths of images are relative to"})
-    image_column: str | None = field(default=None, metadata={"help": "column with the image (default: by its name)"})
-    eval_datasets: list[dict] = field(default_factory=list, metadata={"help": "held-out data, as `datasets`"})
-    eval_images: list[str] = field(default_factory=list, metadata={"help": "their pictures, as `images`"})
-    decoder: str | None = field(
-        default=None,
-        metadata={"help": "frozen FLUX or SDXL pipeline with its text encoders; regression alone needs none"},
-    )
-    decoder_dtype: str = field(default="float32", metadata={"help": "dtype of the decoder's weights"})
-    decoder_quantization: dict | None = field(
-        default=None,
-        metadata={"help": "arguments of diffusers' `PipelineQuantizationConfig`, for a decoder in fewer bits"},
-    )
-    decoder_offload: bool = field(
-        default=False,
-        metadata={"help": "keep the blocks of the frozen decoder in CPU memory; one at a time is on the GPU"},
-    )
-    train_decoder: bool = field(default=False, metadata={"help": "whether all of the decoder learns, too"})
-    decoder_lora: dict | None = field(
-        default=None, metadata={"help": "low-rank weights of the decoder that learn, such as {r: 16}"}
-    )
-    learning_rates: dict = field(
-        default_factory=dict, metadata={"help": "learning rates of parts: {mapper: ..., decoder: ...}"}
-    )
-    guidance_scale: float = field(
-        default=3.5,
-        metadata={"help": "what a guidance-distilled FLUX is told; also of validation pictures"},
-    )
-    image_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "pixels of a side that images are resized to: their middle, or all of them, as their codes are of, "
-            "see `unicode2 tokenize --center-crop` (default: as they are)"
-        },
-    )
-    cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "folder for what frozen parts make of the data (default: output_dir and `-cache`)"},
-    )
-    start: str | None = field(
-        default=None,
-        metadata={
-            "help": "UniCode2ConditionMapper to continue from, as it is or with more layers; without `image_prompts`, "
-            "regression draws to what it makes of the patch features"
-        },
-    )
-    mapper: dict = field(
-        default_factory=dict, metadata={"help": "fields of UniCode2ConditionMapper (default: of `start`)"}
-    )
-    contrastive_weight: float = 1.0
-    flow_matching_weight: float = field(
-        default=1.0, metadata={"help": "weight of the loss that the decoder was trained by"}
-    )
-    flow_matching_share: float = field(
-        default=1.0, metadata={"help": "share of the steps with flow matching, which takes most of a step's time"}
-    )
-    regression_weight: float = field(
-        default=0.0, metadata={"help": "weight of the squared distance to the image prompts"}
-    )
-    image_prompts: str | None = field(
-        default=None, metadata={"help": "UniCode2ConditionMapper from patch features to prompts of this decoder"}
-    )
-    encoder: str | None = field(
-        default=None, metadata={"help": "vision encoder of these patch features (default: the one in `model`)"}
-    )
-    code_noise: float = field(
-        default=0.0,
-        metadata={
-            "help": "largest share of the codes of an image that are replaced by near ones, as a language model errs"
-        },
-    )
-    temperature: float = field(default=0.07, metadata={"help": "tau of Eq. 10"})
-    muon: bool = field(
-        default=False, metadata={"help": "Muon for the matrices, AdamW for the rest; AdamW alone if false"}
-    )
-    num_validation_images: int = field(
-        default=0, metadata={"help": "held-out images whose paintings an evaluation writes to `validation`"}
-    )
-    validation_steps: int = field(default=50, metadata={"help": "diffusion steps of these paintings"})
-
-    def __post_init__(self):
-        self.learning_rates = read_rates(self.learning_rates)
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether regression draws to image prompts."""
-        return bool(self.image_prompts or self.start and self.regression_weight)
-
-    @property
-    def learns_decoder(self) -> bool:
-        return bool(self.train_decoder or self.decoder_lora)
-
-
-def check_arguments(args: MapperArguments) -> None:
-    """Raises `ValueError` when what a loss needs is not given, or when nothing would be learnt."""
-    teacher = args.image_prompts or args.start
-    if args.encoder and not teacher:
-        raise ValueError("`encoder` makes the patch features for `image_prompts`, which is not given.")
-    weights = {name: getattr(args, f"{name}_weight") for name in ("contrastive", "flow_matching", "regression")}
-    given = ", ".join(f"`{name}_weight` {value:g}" for name, value in weights.items())
-    if not args.decoder and (weights["contrastive"] or weights["flow_matching"]):
-        raise ValueError(f"Without a `decoder` there is regression only; got {given}.")
-    learnt = weights["contrastive"] or weights["flow_matching"] or weights["regression"] and teacher
-    if min(weights.values()) < 0 or not learnt:
-        raise ValueError(
-            f"There is nothing to learn: {given}; none may be negative, and regression needs `image_prompts` or "
-            "`start`."
-        )
-    for name in ("code_noise", "flow_matching_share"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"`{name}` is {getattr(args, name):g}; it must be in [0, 1].")
-    if not args.temperature > 0:
-        raise ValueError(f"`temperature` is {args.temperature:g}; it must be above 0.")
-    if args.decoder_dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"`decoder_dtype` is {args.decoder_dtype}; it must be float32, bfloat16 or float16.")
-    if args.train_decoder and (args.decoder_lora or args.decoder_quantization):
-        raise ValueError("`train_decoder` changes all of the weights, so `decoder_lora` and quantization are left out.")
-    if args.decoder_offload and (args.learns_decoder or args.decoder_quantization):
-        raise ValueError(
-            "`decoder_offload` is of a decoder that is frozen and not quantized; leave out `decoder_offload`, or "
-            "`train_decoder`, `decoder_lora` and `decoder_quantization`."
-        )
-    if args.learns_decoder and not (args.decoder and weights["flow_matching"]):
-        raise ValueError(f"A decoder learns by its own loss; set `decoder` and `flow_matching_weight`; got {given}.")
-    check_places(args, weights)
-
-
-def check_places(args: MapperArguments, weights: dict[str, float]) -> None:
-    """Raises `ValueError` when data are missing that a loss, or a picture to look at, needs."""
-    if not args.datasets:
-        raise ValueError("`datasets` is empty; name at least one folder that `unicode2 tokenize` wrote.")
-    needs = "flow matching" if weights["flow_matching"] else "regression" if args.has_teacher else None
-    for name in ("", "eval_"):
-        if needs and getattr(args, f"{name}datasets") and not getattr(args, f"{name}images"):
-            raise ValueError(
-                f"The loss of {needs} needs the pictures; name in `{name}images` what `unicode2 tokenize` was given as "
-                f"--data for `{name}datasets`."
-            )
-    if args.num_validation_images and not (args.decoder and args.eval_datasets):
-        raise ValueError(
-            f"`num_validation_images` is {args.num_validation_images}; paintings need a `decoder` and `eval_datasets`."
-        )
-    if args.num_validation_images and not (args.image_size or weights["flow_matching"]):
-        raise ValueError("`num_validation_images` needs `image_size`, the pixels of a side of the paintings.")
 
 
 def start_from(mapper: torch.nn.Module, other: torch.nn.Module, whole: bool = False) -> None:
@@ -271,6 +115,7 @@ def train(args: MapperArguments, training_args, data: list[MapperData], held) ->
     agree(lambda: check_mixture([part for one in data for part in one.parts], args.model, config))
     place = Path(args.cache_dir or f"{training_args.output_dir}-cache")
     (pairs, scales), *held_out = fill_all(data, place, held.made_of, training_args, PartialState())
+    check_captions(args, training_args, pairs)
     collate = MapperCollator(args, training_args, source, args.has_teacher and data[0].crop)
     mapper = make_mapper(args, scales, collate.teacher)
     check_widths(mapper, config, args.decoder)

@@ -73,7 +73,9 @@ class MapperTrainer(StageTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {f"loss_{name}": torch.stack(values).mean().item() for name, values in self.parts.items()}
+            means = {f"loss_{name}": torch.stack(values).mean()[None] for name, values in self.parts.items()}
+            # The loss itself is that of all processes, too
+            logs |= {name: self.accelerator.gather(value).mean().item() for name, value in means.items()}
             self.parts.clear()
         super().log(logs, start_time)
 
@@ -105,23 +107,23 @@ class MapperTrainer(StageTrainer):
     def measure(self, batches) -> dict[str, float]:
         """The figures of `evaluate`, but for the loss; writes the pictures, too."""
         model, args = self.model, self.model.args
-        parts, pooled, texts, shown = defaultdict(list), [], [], []
+        parts, pooled, texts, shown, before = defaultdict(list), [], [], [], None
         for batch in batches:
             batch = self._prepare_inputs(batch)
-            condition = model.make_condition(batch["codes"])
+            condition, size = model.make_condition(batch["codes"]), len(batch["codes"])
             if "text" in batch:
                 both = self.accelerator.gather_for_metrics((condition.pooled_prompt_embeds.float(), batch["text"]))
                 pooled.append(both[0])
                 texts.append(both[1])
             if "prompt_embeds" in batch:
-                parts["regression"].append(model.compute_distance(condition, batch["prompt_embeds"]))
+                parts["regression"].append((model.compute_distance(condition, batch["prompt_embeds"]), size))
             if args.flow_matching_weight and "latents" in batch:
-                for name, value in self.compare_flow(batch["latents"], condition).items():
-                    parts[name].append(value)
+                for name, value in self.compare_flow(batch["latents"], condition, before).items():
+                    parts[name].append((value, size))
+                before = {name: value[-1:] for name, value in condition.items()}
             if sum(len(one.prompt_embeds) for one, _ in shown) < args.num_validation_images:
                 shown.append((condition, batch.get("latents")))
-        means = {name: torch.stack(values).mean()[None] for name, values in parts.items()}
-        figures = {name: self.accelerator.gather(value).mean().item() for name, value in means.items()}
+        figures = {name: self.average(values) for name, values in sorted(parts.items())}
         if pooled:
             pooled, texts = torch.cat(pooled), torch.cat(texts)
             figures["contrastive"] = contrastive_loss(pooled, texts, args.temperature).item()
@@ -130,10 +132,25 @@ class MapperTrainer(StageTrainer):
             self.write_sheet(shown)
         return figures
 
-    def compare_flow(self, latents: torch.Tensor, condition) -> dict[str, torch.Tensor]:
-        """The decoder's loss with the own conditioning, and what another image's adds to it, by the same noise."""
+    def average(self, values: list[tuple[torch.Tensor, int]]) -> float:
+        """The mean over the pairs of all batches and processes, of means and numbers of pairs."""
+        sums = torch.stack([torch.stack([value.double() * size, value.double() * 0 + size]) for value, size in values])
+        total, count = self.accelerator.gather(sums.sum(0)[None]).sum(0).tolist()
+        return total / count
+
+    def compare_flow(self, latents: torch.Tensor, condition, before: dict | None) -> dict[str, torch.Tensor]:
+        """The decoder's loss with the own conditioning, and what another image's adds to it, by the same noise.
+
+        That of the image in front of each, of the first one by `before`, or by the last one of the batch.
+        """
+        others = {name: value.roll(1, 0) for name, value in condition.items()}
+        if before is not None:
+            others = {name: torch.cat([before[name], value[:-1]]) for name, value in condition.items()}
+        elif len(latents) == 1:
+            # Alone, there is no other
+            return {"flow": self.model.compute_flow(latents, condition)}
         seed, losses = torch.randint(2**31, ()).item(), []
-        for values in (condition, {name: value.roll(1, 0) for name, value in condition.items()}):
+        for values in (condition, others):
             torch.manual_seed(seed)
             losses.append(self.model.compute_flow(latents, type(condition)(**values)))
         return {"flow": losses[0], "flow_gap": losses[1] - losses[0]}
@@ -161,7 +178,9 @@ def make_show(decoder, args, seed: int):
     """
 
     def show(condition, latents: torch.Tensor | None) -> list[tuple]:
-        size = args.image_size or latents.shape[-1] * decoder.pipeline.vae_scale_factor
+        size = 2 * (args.image_size,)
+        if latents is not None:
+            size = tuple(side * decoder.pipeline.vae_scale_factor for side in latents.shape[-2:])
         painted = decoder.paint(condition, size, args.validation_steps, seed)
         originals = [None] * len(painted) if latents is None else decoder.decode_latents(latents)
         return list(zip(originals, painted))

@@ -40,7 +40,7 @@ FREE = frozenset(
     dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
     local_rank deepspeed parallelism_config torch_empty_cache_steps resume_from_checkpoint
     restore_callback_states_from_checkpoint ignore_data_skip remove_unused_columns dataset_num_proc
-    trust_remote_code""".split()
+    trust_remote_code cache_dir num_validation_images validation_steps decoder_offload""".split()
 )
 # Types of options, as a reader of YAML calls them
 WORDS = {
@@ -151,6 +151,7 @@ class Stage:
         if last is not None and not Path(last).is_dir():
             raise ValueError(f"{last} is not on the disk of this node; give an output_dir that all nodes share.")
         trainer.train(resume_from_checkpoint=last)
+        check_finite(trainer.model, self.folder)
 
     @contextmanager
     def result(self) -> Iterator[Path]:
@@ -244,6 +245,19 @@ def read_settings(training_args) -> dict:
     names = [field.name for field in fields(training_args)]
     settings = {name: getattr(training_args, name) for name in names if is_compared(name)}
     return {**settings, "num_processes": training_args.world_size}
+
+
+def check_finite(model: torch.nn.Module, folder: Path) -> None:
+    """Raises `ValueError` when weights that have learnt are not finite, so that they are no result."""
+    learnt = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    # Of weights that processes share, each looks at its part
+    parts = {name: getattr(weight, "to_local", lambda weight=weight: weight)() for name, weight in learnt.items()}
+    wrong = [name for name, part in parts.items() if not torch.isfinite(part).all()]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(learnt)} weights that have learnt are not finite, the first is {wrong[0]}: the "
+            f"training diverged. Lower the learning rate, and start anew with another output_dir than {folder}."
+        )
 
 
 def read_defaults(kind: type) -> dict:
