@@ -65,7 +65,7 @@ def test_mapper_starts_from_image_prompts():
             {"contrastive_weight": 0.0, "flow_matching_weight": 0.0, "regression_weight": 1.0},
             "regression needs `image_prompts`",
         ),
-        ({"decoder": "x", "regression_weight": -1.0}, "`regression_weight` -1; none may be negative"),
+        ({"decoder": "x", "regression_weight": -1.0}, "`regression_weight` -1; each must be at least 0"),
         ({"decoder": "y", "code_noise": 1.5}, r"`code_noise` is 1.5; it must be in \[0, 1\]"),
     ],
 )

@@ -220,12 +220,21 @@ def test_a_decoder_learns_too(train, folder, tiny_checkpoint, tmp_path, decoder,
         assert module.scaling["default_0"] == options["decoder_lora"].get("lora_alpha", 2) / 2
         # Frozen weights are in no checkpoint
         assert (tmp_path / "whole/checkpoint-2/model.safetensors").stat().st_size < 400_000
-    assemble_pipeline(str(tiny_checkpoint), str(tmp_path / "whole"), str(folder / decoder), str(tmp_path / "pipe"), 32)
+    parts = [str(tiny_checkpoint), str(tmp_path / "whole")]
+    assemble_pipeline(*parts, str(folder / decoder), str(tmp_path / "pipe"), dtype="float32")
     painter = type(old).from_pretrained(tmp_path / "pipe" / part)
     expected = new.get_parameter(weight) if how == "whole" else before_weight + module.get_delta_weight("default_0")
-    torch.testing.assert_close(painter.get_parameter(weight), expected, rtol=1e-2, atol=1e-3)
-    assert not torch.allclose(painter.get_parameter(weight), before_weight, rtol=1e-2, atol=1e-3)
-    assert ("load_lora_weights" in (tmp_path / "whole/README.md").read_text()) == (how == "lora")
+    torch.testing.assert_close(painter.get_parameter(weight), expected)
+    assert not torch.allclose(painter.get_parameter(weight), before_weight, rtol=1e-3, atol=1e-4)
+    card, pipe_card = ((tmp_path / name / "README.md").read_text() for name in ("whole", "pipe"))
+    assert ("load_lora_weights" in card) == (how == "lora") and ", height=32, width=32).images[0].save(" in card
+    said = f"A LoRA of its {part}" if how == "lora" else f"Its {part} was fine-tuned with the mapper"
+    assert said in pipe_card and '"dtype": "float32"' in pipe_card and '"image_size": 32' in pipe_card
+    # What learnt has no place in a decoder of another kind
+    other = "sdxl" if decoder == "flux" else "flux"
+    with pytest.raises(ValueError, match=f"Beside .*whole a {part} learnt, and the decoder given here paints by a"):
+        assemble_pipeline(*parts, str(folder / other), str(tmp_path / "other"), 32)
+    assert not (tmp_path / "other/model_index.json").exists()
 
 
 def test_processes_paint_over_noise_of_their_own():
@@ -288,7 +297,11 @@ def test_a_cache_is_filled_once(train, monkeypatch):
         ({"images": ["{data}", "{data}"]}, "was made of 1 sources, and `images` names 2; name those that"),
         ({"images": ["{other}"]}, "was not made of what source 1 of `images` holds now"),
         ({"decoder": "{data}"}, "There is no pipeline in .*data: .*no file named model_index.json"),
-        ({"mapper": SIZES | {"output_dim": 48}}, "`output_dim` of the mapper is 48, and the decoder reads 32"),
+        (
+            {"mapper": SIZES | {"output_dim": 48, "visual_dim": 8}},
+            "`visual_dim` of the mapper is 8, and the codes have 192; `output_dim` .* is 48, and the decoder reads 32",
+        ),
+        ({"regression_weight": 1.0}, "`regression_weight` is 1, and nothing makes image prompts; name their mapper in"),
         ({"mapper": SIZES | {"visual_dim": 48}}, "`visual_dim` of the mapper is 48, and the codes have 192"),
         ({"decoder_lora": {"rank": 2}}, "`decoder_lora` is {'rank': 2}: .*unexpected keyword argument 'rank'"),
         ({"train_decoder": True, "flow_matching_weight": 0.0}, "A decoder learns by its own loss"),
@@ -317,6 +330,19 @@ def test_what_cannot_be_trained_is_refused(train, folder, tmp_path, options, mes
     options |= {"decoder": str(folder / "data")} if options.get("decoder") else {}
     with pytest.raises(ValueError, match=message):
         train(**options)
+
+
+def test_a_decoder_without_text_encoders_is_refused(train, folder, tmp_path):
+    texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    diffusers.FluxPipeline.from_pretrained(folder / "flux", **texts).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="The decoder .*bare has no text_encoder, which the captions need; name the"):
+        train(decoder=str(tmp_path / "bare"))
+
+
+def test_widths_follow_from_model_and_decoder(train, tmp_path):
+    train(mapper={"hidden_dim": 16}, **CONTRASTIVE)
+    config = UniCode2ConditionMapper.load_config(tmp_path / "out")
+    assert {name: config[name] for name in SIZES} == SIZES | {"hidden_dim": 16}
 
 
 MAPPERS = sorted(RECIPES.glob("*/mapper-*.yaml"))

@@ -47,7 +47,7 @@ MAPPER = """import torch
 from transformers_unicode2 import {pipeline}
 
 pipe = {pipeline}.from_unicode2("{model}"{decoder}, mapper="{name}", dtype=torch.bfloat16)
-{learnt}drawn = pipe("a red circle")
+{learnt}{draw}
 """
 
 

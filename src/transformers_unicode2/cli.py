@@ -77,8 +77,8 @@ def sentences(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(error.name, "all")
-        print(f"{name}: needs {error.name}; pip install 'transformers_unicode2[{extra}]'", file=sys.stderr)
+        package = f"'transformers_unicode2[{EXTRAS[error.name]}]'" if error.name in EXTRAS else error.name
+        print(f"{name}: needs {error.name}; pip install {package}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError, ImportError) as error:
         print(f"{name}: {first_line(error)}", file=sys.stderr)

@@ -250,6 +250,8 @@ def make_norm(dim: int, scale: float) -> nn.RMSNorm:
 
 def read_redux(path: Path) -> dict[str, torch.Tensor]:
     """The weights of Redux as the mapper names them. Raises `ValueError` when there are others, or not all of them."""
+    if not path.exists():
+        raise ValueError(f"There is no file or folder {path}; download a Redux first, names on the Hub are not read.")
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     weights = {name: value for file in files for name, value in load_file(file).items()}
     expected = {f"redux_{layer}.{kind}" for layer in ("up", "down") for kind in ("weight", "bias")}

@@ -44,7 +44,7 @@ class UniCode2PriorOutput(BaseOutput):
 
     def for_pipeline(self, pipeline: DiffusionPipeline) -> dict:
         r"""
-        The arguments of a pipeline's call, under the names and in the forms that it has them.
+        The arguments of a pipeline's call, under the names and in the forms that it has them, and on its device.
 
         These are `prompt_embeds`, the pooled ones, a mask of ones where it takes a mask, and the same of zeros as the
         negative prompt where it takes one.
@@ -73,10 +73,9 @@ class UniCode2PriorOutput(BaseOutput):
                     "mapper for this decoder."
                 )
         made = {"prompt_embeds": self.prompt_embeds, "pooled_prompt_embeds": self.pooled_prompt_embeds}
-        made = {
-            key: value if decoder is None else value.to(decoder.dtype) for key, value in made.items() if key in accepted
-        }
-        mask = torch.ones(self.prompt_embeds.shape[:2], dtype=torch.bool, device=self.prompt_embeds.device)
+        place = {} if decoder is None else {"device": pipeline._execution_device, "dtype": decoder.dtype}
+        made = {key: value.to(**place) for key, value in made.items() if key in accepted}
+        mask = torch.ones(self.prompt_embeds.shape[:2], dtype=torch.bool, device=made["prompt_embeds"].device)
         negatives = {f"negative_{key}": torch.zeros_like(value) for key, value in made.items()}
         masks = {key: mask for key in MASKS} | {f"negative_{key}": mask for key in MASKS}
         made |= {key: value for key, value in {**negatives, **masks}.items() if key in accepted}

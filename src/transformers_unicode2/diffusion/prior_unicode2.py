@@ -203,9 +203,10 @@ class UniCode2PriorMixin:
             second = texts[1] and repeat_texts("negative_prompt_2", texts[1], num_images_per_prompt, count)
             embeds, pooled = self.encode_texts(first, second, **options)
             if embeds.shape[1] > negative.shape[1]:
+                most = negative.shape[1]
                 raise ValueError(
-                    f"`negative_prompt` makes {embeds.shape[1]} embeddings, and the tokens of an image make "
-                    f"{negative.shape[1]}; both have to be as long. Give `negative_prompt_embeds`."
+                    f"`negative_prompt` makes {embeds.shape[1]} embeddings, and the tokens of an image make {most}; "
+                    f"set `max_sequence_length` to {most} or less, which FLUX has, or give `negative_prompt_embeds`."
                 )
             negative[:, : embeds.shape[1]] = embeds
         kwargs["negative_prompt_embeds"] = negative

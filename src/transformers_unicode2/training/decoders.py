@@ -234,6 +234,14 @@ def load_decoder(
     options = {"dtype": getattr(torch, dtype), **dict.fromkeys(absent)}
     if quantization and painter:
         options["quantization_config"] = diffusers.PipelineQuantizationConfig(**quantization)
+    index = getattr(diffusers, kind).load_config(name)
+    # A pipeline of ours, or one that was saved without them, has an empty place there
+    lost = [part for part in TEXT_PARTS if texts and index.get(part, [None])[0] is None]
+    if lost:
+        raise ValueError(
+            f"The decoder {name} has no {lost[0]}, which the captions need; name the stock pipeline, or set "
+            "`contrastive_weight: 0` and `start`."
+        )
     pipeline = getattr(diffusers, kind).from_pretrained(name, **options)
     if offload and painter:
         offload_blocks(getattr(pipeline, DECODERS[kind].part).requires_grad_(False), device)

@@ -113,12 +113,14 @@ def train(args: MapperArguments, training_args, data: list[MapperData], held) ->
     source = UniCode2ForConditionalGeneration.from_pretrained(args.model)
     config = source.config
     agree(lambda: check_mixture([part for one in data for part in one.parts], args.model, config))
+    args.mapper = {} if args.start else find_widths(config, args.decoder) | args.mapper
+    with torch.random.fork_rng([]):
+        agree(lambda: check_widths(make_mapper(args, {}, None), config, args.decoder))
     place = Path(args.cache_dir or f"{training_args.output_dir}-cache")
     (pairs, scales), *held_out = fill_all(data, place, held.made_of, training_args, PartialState())
     check_captions(args, training_args, pairs)
     collate = MapperCollator(args, training_args, source, args.has_teacher and data[0].crop)
     mapper = make_mapper(args, scales, collate.teacher)
-    check_widths(mapper, config, args.decoder)
     visual_embeddings = source.model.visual_embeddings.weight.detach().to(training_args.device)
     offsets = source.get_quantizer().codebook.cell_offsets
     near_codes = NearCodes(visual_embeddings, offsets) if args.code_noise else None
@@ -151,17 +153,22 @@ def make_trainer(model: MapperWithLosses, training_args, **options) -> MapperTra
     return trainer
 
 
+def find_widths(config, decoder: str | None) -> dict[str, int]:
+    """The fields of a mapper that follow from the model of a configuration and from the decoder."""
+    own = {"visual_dim": config.codebook_config.codebook_dim, "num_visual_tokens": config.num_image_tokens}
+    return own | (read_widths(decoder) if decoder else {})
+
+
 def check_widths(mapper: torch.nn.Module, config, decoder: str | None) -> None:
     """Raises `ValueError` when the mapper does not fit the model of this configuration, or the decoder."""
-    expected = {"visual_dim": (config.codebook_config.codebook_dim, "the codes have")}
-    expected["num_visual_tokens"] = config.num_image_tokens, "an image has"
-    for name, width in (read_widths(decoder) if decoder else {}).items():
-        expected[name] = width, "the decoder reads"
-    for name, (width, owner) in expected.items():
-        if mapper.config[name] != width:
-            raise ValueError(
-                f"`{name}` of the mapper is {mapper.config[name]}, and {owner} {width}; set it in `mapper`."
-            )
+    owners = {"visual_dim": "the codes have", "num_visual_tokens": "an image has"}
+    wrong = [
+        f"`{name}` of the mapper is {mapper.config[name]}, and {owners.get(name, 'the decoder reads')} {width}"
+        for name, width in find_widths(config, decoder).items()
+        if mapper.config[name] != width
+    ]
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}. Set what fits in `mapper`.")
 
 
 def open_painter(args: MapperArguments, device: torch.device):
@@ -191,9 +198,12 @@ def write_mapper_card(
     """Writes the card of a mapper; `made_of` is that of the stage, `metrics` are those of the last evaluation."""
     name, learnt = Path(training_args.output_dir).name, ""
     names = {"model": name_places(args.model), "decoder": "", "pipeline": "UniCode2PriorPipeline"}
+    names["draw"] = 'condition = pipe("a red circle")  # for a stock pipeline: condition.for_pipeline(stock)'
     if args.decoder:
         stock = find_stock_class(args.decoder)
         names |= {"decoder": f', "{name_places(args.decoder)}"', "pipeline": f"UniCode2{stock}"}
+        size = f", height={args.image_size}, width={args.image_size}" if args.image_size else ""
+        names["draw"] = f'pipe("a red circle"{size}).images[0].save("drawing.png")'
         part = DECODERS[stock].part
         if args.decoder_lora:
             learnt = f'pipe.load_lora_weights("{name}")\n'
@@ -208,8 +218,9 @@ def write_mapper_card(
         folder,
         training_args.output_dir,
         f"A condition mapper from the codes of `{args.model}` to the conditioning of "
-        f"`{args.decoder or args.image_prompts or args.start}`. What learnt in {state.global_step:,} steps of "
-        f"`transformers_unicode2.training.mapper`: {what}.",
+        f"`{args.decoder or args.image_prompts or args.start}`. Trained for {state.global_step:,} steps by "
+        f"`transformers_unicode2.training.mapper`: {what}. A mapper that was trained through a decoder, or that began "
+        "as FLUX.1 Redux, may count as a derivative of it; look at its licence.",
         [place for place in (args.model, args.decoder) if place],
         {
             f"Figures after {state.global_step:,} steps": describe_figures(state, metrics),

@@ -47,7 +47,7 @@ class MapperArguments:
     )
     guidance_scale: float = field(
         default=3.5,
-        metadata={"help": "what a guidance-distilled FLUX is told; also of validation pictures"},
+        metadata={"help": "guidance that a distilled FLUX receives in training, and of validation pictures"},
     )
     image_size: int | None = field(
         default=None,
@@ -97,7 +97,7 @@ class MapperArguments:
         default=False, metadata={"help": "Muon for the matrices, AdamW for the rest; AdamW alone if false"}
     )
     num_validation_images: int = field(
-        default=0, metadata={"help": "held-out images whose paintings an evaluation writes to `validation`"}
+        default=0, metadata={"help": "held-out images to paint at each evaluation, saved in `validation`"}
     )
     validation_steps: int = field(default=50, metadata={"help": "diffusion steps of these paintings"})
 
@@ -129,6 +129,11 @@ def check_arguments(args: MapperArguments) -> None:
             f"There is nothing to learn: {given}; each must be at least 0, and regression needs `image_prompts` or "
             "`start`."
         )
+    if weights["regression"] and not teacher:
+        raise ValueError(
+            f"`regression_weight` is {weights['regression']:g}, and nothing makes image prompts; name their mapper in "
+            "`image_prompts`, or begin with it by `start`."
+        )
     for name in ("code_noise", "flow_matching_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"`{name}` is {getattr(args, name):g}; it must be in [0, 1].")
@@ -145,7 +150,10 @@ def check_arguments(args: MapperArguments) -> None:
     if args.decoder_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"`decoder_dtype` is {args.decoder_dtype}; it must be float32, bfloat16 or float16.")
     if args.train_decoder and (args.decoder_lora or args.decoder_quantization):
-        raise ValueError("`train_decoder` changes all of the weights, so `decoder_lora` and quantization are left out.")
+        raise ValueError(
+            "`train_decoder` trains all weights and cannot be combined with `decoder_lora` or quantization; leave them "
+            "out."
+        )
     if args.decoder_offload and (args.learns_decoder or args.decoder_quantization):
         raise ValueError(
             "`decoder_offload` is of a decoder that is frozen and not quantized; leave out `decoder_offload`, or "
