@@ -12,7 +12,8 @@ The second table asks how many pairs are needed, the third whether a decoder sho
 small): beside redrawing, prompts are drawn from the codes that the language model writes, and by the decoder's own text
 encoders.
 
-Runs are kept in runs.json, so a killed benchmark resumes. `--jobs` runs go side by side.
+Runs are kept in runs.json, so a killed benchmark resumes. `--jobs` runs go side by side, but for the first one of each
+cache, which fills it.
 """
 
 import argparse
@@ -92,9 +93,12 @@ def main() -> None:
         rows.measure("sdxl", lambda: fit_parts("sdxl", data(args), Path(args.output, "sdxl"), args.fit_steps))
         for kind in KINDS:
             rows.measure(f"own texts {kind}", lambda kind=kind: draw_by_texts(args, kind))
+    runs, first = list(list_runs(args).items()), {}
+    for item in runs:
+        first.setdefault(place_cache(args, item[1]), item)
     with ThreadPoolExecutor(args.jobs) as jobs:
-        runs = list(list_runs(args).items())
-        list(jobs.map(lambda item: rows.measure(item[0], lambda: start_run(args, *item)), runs))
+        for part in ([*first.values()], [item for item in runs if item not in first.values()]):
+            list(jobs.map(lambda item: rows.measure(item[0], lambda: start_run(args, *item)), part))
     print_tables(args, rows.rows)
     if args.plot:
         draw_plot(args, rows.rows)
@@ -166,6 +170,11 @@ def list_runs(args: argparse.Namespace) -> dict[str, dict]:
     return runs
 
 
+def place_cache(args: argparse.Namespace, run: dict) -> str:
+    """What the frozen parts make of the data, which runs share."""
+    return f"{args.output}/cache/{run['decoder']}-{run['pairs']}-{run['seed']}"
+
+
 def start_run(args: argparse.Namespace, name: str, run: dict) -> dict:
     """Trains a mapper by the command of its stage, and measures it, in processes of their own."""
     folder = Path(args.output, "runs", name)
@@ -176,7 +185,7 @@ def start_run(args: argparse.Namespace, name: str, run: dict) -> dict:
     own |= {"decoder": f"{args.output}/{run['decoder']}", "output_dir": str(folder / "mapper"), "muon": True}
     own |= {"image_prompts": f"{own['decoder']}/image_prompts"} if "regression" in run["loss"] else {}
     own |= {"mapper": {**PROMPTS, "num_layers": 2, "num_attention_heads": 3, **run["mapper"]}}
-    own |= {"cache_dir": f"{args.output}/cache/{run['decoder']}-{run['pairs']}-{run['seed']}"}
+    own |= {"cache_dir": place_cache(args, run)}
     own |= {**LOSSES[run["loss"]], **TRAINING, "max_steps": args.steps, "seed": run["seed"], **run.get("options", {})}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(own))
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, args.threads // args.jobs))}

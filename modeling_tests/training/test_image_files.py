@@ -113,6 +113,13 @@ def test_a_picture_that_comes_where_none_was_is_noticed(chats, quantizer_folder,
         run(chats, quantizer_folder, tmp_path / "out", *words)
 
 
+def test_equal_files_that_rows_name_are_no_unread_ones(captioned, quantizer_folder, tmp_path, capsys):
+    shutil.copy(captioned / "0.png", captioned / "1.png")
+    picture(60).save(captioned / "more.png")
+    run(captioned, quantizer_folder, tmp_path / "out", "--task", "read")
+    assert "no row names 1 of 5 image files, such as more.png" in capsys.readouterr().out
+
+
 def test_equal_files_are_encoded_once(chats, quantizer_folder, tmp_path, capsys):
     rows = json.loads((tmp_path / "llava.json").read_text())
     for number, row in enumerate(rows[:2]):

@@ -26,7 +26,7 @@ from ..cli import SHARE, at_least
 from ..files import explained, make_folders, remove, remove_unfinished, write_file
 from ..images_unicode2 import one_line
 from ..processes import agree, follow_launcher, join
-from ..record import Record
+from ..record import Record, hash_file
 from ..tokens import CROP, hash_image_processor, hash_quantizer, hash_rows
 from .columns import FORMATS
 from .folders import list_files
@@ -224,11 +224,13 @@ def refused_name(args: argparse.Namespace) -> str:
 def name_unread(data: list[str], index) -> list[str]:
     """Lines about image files, beside those that rows of a folder name, that no row names."""
     named = {os.path.realpath(image["path"]) for image in index.images if image["path"]}
-    lines = []
+    # Of equal files one is kept, whichever rows name
+    keys, lines = {image["key"] for image in index.images}, []
     for folder in filter(os.path.isdir, data):
         files = [file for file in list_files(Path(folder)) if is_image(file)]
         places = {file.parent for file in files if os.path.realpath(file) in named}
         unread = [file for file in files if file.parent in places and os.path.realpath(file) not in named]
+        unread = [file for file in unread if hash_file(file) not in keys]
         if unread:
             lines.append(
                 f"{folder}: no row names {len(unread)} of {len(files)} image files, such as {unread[0].name}\n"
