@@ -140,7 +140,7 @@ def test_what_is_no_redux_is_refused(mapper, tmp_path):
     mapper.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is no Redux: it holds column_embedding.*redux_down.bias"):
         UniCode2ConditionMapper.from_redux(tmp_path)
-    with pytest.raises(ValueError, match="is no Redux: it holds no weights"):
+    with pytest.raises(ValueError, match="There is no file or folder .*nothing; download a Redux first"):
         UniCode2ConditionMapper.from_redux(tmp_path / "nothing")
     said = "two linear layers, and this mapper also has `num_layers` 2, `output_norm` True, `position_embedding` True"
     with pytest.raises(ValueError, match=said):
