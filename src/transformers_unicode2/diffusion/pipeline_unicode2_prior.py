@@ -1,6 +1,7 @@
 """`UniCode2PriorPipeline`: a prompt, an image or visual tokens to the conditioning of any pipeline that takes one."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,19 @@ class UniCode2PriorOutput(BaseOutput):
     pooled_prompt_embeds: torch.Tensor | None
     visual_token_ids: torch.LongTensor
 
+    def check_widths(self, pipeline: DiffusionPipeline, decoder, accepted: Mapping) -> None:
+        """Raises `ValueError` when a decoder reads conditioning of another width."""
+        widths = {"prompt_embeds": find_width(decoder.config)} if decoder else {}
+        if decoder and "pooled_prompt_embeds" in accepted:
+            is_refiner = pipeline.config.get("requires_aesthetics_score", False)
+            widths["pooled_prompt_embeds"] = find_pooled_width(decoder.config, 5 if is_refiner else 6)
+        for key, width in widths.items():
+            if width not in (None, getattr(self, key).shape[-1]):
+                raise ValueError(
+                    f"{type(pipeline).__name__} takes `{key}` {width} wide, and the mapper makes "
+                    f"{getattr(self, key).shape[-1]}; take a mapper for this decoder."
+                )
+
     def for_pipeline(self, pipeline: DiffusionPipeline) -> dict:
         r"""
         The arguments of a pipeline's call, under the names and in the forms that it has them, and on its device.
@@ -62,18 +76,9 @@ class UniCode2PriorOutput(BaseOutput):
         decoder = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
         if "pooled_prompt_embeds" in accepted and self.pooled_prompt_embeds is None:
             raise ValueError(f"{name} takes `pooled_prompt_embeds`, which this mapper does not make (`pooled_dim`).")
-        widths = {"prompt_embeds": find_width(decoder.config)} if decoder else {}
-        if decoder and "pooled_prompt_embeds" in accepted:
-            is_refiner = pipeline.config.get("requires_aesthetics_score", False)
-            widths["pooled_prompt_embeds"] = find_pooled_width(decoder.config, 5 if is_refiner else 6)
-        for key, width in widths.items():
-            if width not in (None, getattr(self, key).shape[-1]):
-                raise ValueError(
-                    f"{name} takes `{key}` {width} wide, and the mapper makes {getattr(self, key).shape[-1]}; take a "
-                    "mapper for this decoder."
-                )
-        made = {"prompt_embeds": self.prompt_embeds, "pooled_prompt_embeds": self.pooled_prompt_embeds}
+        self.check_widths(pipeline, decoder, accepted)
         place = {} if decoder is None else {"device": pipeline._execution_device, "dtype": decoder.dtype}
+        made = {"prompt_embeds": self.prompt_embeds, "pooled_prompt_embeds": self.pooled_prompt_embeds}
         made = {key: value.to(**place) for key, value in made.items() if key in accepted}
         mask = torch.ones(self.prompt_embeds.shape[:2], dtype=torch.bool, device=made["prompt_embeds"].device)
         negatives = {f"negative_{key}": torch.zeros_like(value) for key, value in made.items()}

@@ -209,6 +209,18 @@ class UniCode2RepositoryMixin:
         config.save_code(folder, beside=__file__)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    def check_savable(self) -> None:
+        """Raises `ValueError` when a part is missing, or when one of Diffusers carries an adapter."""
+        absent = [name for name in IN_ROOT if getattr(self, name) is None]
+        if absent:
+            raise ValueError(f"`{absent[0]}` is None; a pipeline without it cannot be saved.")
+        adapted = [name for name, part in self.components.items() if name not in IN_ROOT and has_adapter(part)]
+        if adapted:
+            raise ValueError(
+                f"`{adapted[0]}` carries an adapter, and saved so it could not be loaded; call `fuse_lora` and "
+                "`unload_lora_weights` to save with it, or `unload_lora_weights` to save without."
+            )
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -225,16 +237,8 @@ class UniCode2RepositoryMixin:
         Raises:
             `ValueError`: when a part carries an adapter, which is no checkpoint on its own, or is missing.
         """
+        self.check_savable()
         encoder = self.vision_language_encoder
-        absent = [name for name in IN_ROOT if getattr(self, name) is None]
-        if absent:
-            raise ValueError(f"`{absent[0]}` is None; a pipeline without it cannot be saved.")
-        adapted = [name for name, part in self.components.items() if name not in IN_ROOT and has_adapter(part)]
-        if adapted:
-            raise ValueError(
-                f"`{adapted[0]}` carries an adapter, and saved so it could not be loaded; call `fuse_lora` and "
-                "`unload_lora_weights` to save with it, or `unload_lora_weights` to save without."
-            )
         encoder = encoder._orig_mod if is_compiled_module(encoder) else encoder
         if not isinstance(encoder, PreTrainedModel):
             raise ValueError(

@@ -67,16 +67,10 @@ def assemble_pipeline(
     from ..diffusion.registration import find_stock_class
 
     stock = find_stock_class(decoder)
-    kind, defaults = f"UniCode2{stock}", DECODERS[stock][1]
-    given = {"true_cfg_scale": true_cfg_scale, "guidance_scale": guidance_scale}
-    wrong = [name for name, value in given.items() if value is not None and name not in defaults]
-    if wrong:
-        raise ValueError(f"`{wrong[0]}` is not kept with a {kind}, which has `{next(iter(defaults))}`; leave it out.")
+    guidance = choose_guidance(stock, true_cfg_scale=true_cfg_scale, guidance_scale=guidance_scale)
     trained = (read_record(mapper) or {}).get("made_of", {}) if Path(mapper).is_dir() else {}
-    image_size = image_size or trained.get("image_size") or IMAGE_SIZE
-    numbers = {"image_size": image_size, "num_candidates": num_candidates}
-    numbers |= {name: default if given[name] is None else given[name] for name, default in defaults.items()}
-    numbers |= {"num_inference_steps": num_inference_steps}
+    numbers = {"image_size": image_size or trained.get("image_size") or IMAGE_SIZE, "num_candidates": num_candidates}
+    numbers |= {**guidance, "num_inference_steps": num_inference_steps}
     parts = {
         "model": hash_source(model),
         "mapper": hash_source(mapper, deep=True),
@@ -91,8 +85,20 @@ def assemble_pipeline(
             with whole_folder(output) as new:
                 learnt = write_pipeline(model, mapper, decoder, stock, new, dtype, **numbers)
                 sources = {"model": model, "mapper": mapper, "decoder": decoder}
-                write_pipeline_card(new, output, kind, sources, {**numbers, "dtype": dtype}, learnt)
+                kind, settings = f"UniCode2{stock}", {**numbers, "dtype": dtype}
+                write_pipeline_card(new, output, kind, sources, settings, learnt)
     return finished
+
+
+def choose_guidance(stock: str, **given: float | None) -> dict[str, float]:
+    """The guidance that is kept with a pipeline, or its default. Raises `ValueError` on that of another decoder."""
+    defaults = DECODERS[stock][1]
+    wrong = [name for name, value in given.items() if value is not None and name not in defaults]
+    if wrong:
+        raise ValueError(
+            f"`{wrong[0]}` is not kept with a UniCode2{stock}, which has `{next(iter(defaults))}`; leave it out."
+        )
+    return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
 
 
 def compare_origin(trained: dict, parts: dict[str, str], mapper: str) -> None:
@@ -113,17 +119,10 @@ def write_pipeline(
     `stock` is the class of the decoder's pipeline.
     """
     import diffusers
-    from transformers import AutoProcessor
 
     import transformers_unicode2
 
-    if is_adapter(model):
-        base, _, note = find_base(model)
-        encoder, processor = load_merged(model, base, note, dtype=dtype)
-    else:
-        kind = transformers_unicode2.UniCode2ForConditionalGeneration
-        encoder = kind.from_pretrained(model, dtype=getattr(torch, dtype))
-        processor = AutoProcessor.from_pretrained(model)
+    encoder, processor = load_model(model, dtype)
     painter, _ = DECODERS[stock]
     texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     options = {"dtype": getattr(torch, dtype)}
@@ -151,6 +150,19 @@ def write_pipeline(
         getattr(pipe, part).save_pretrained(f"{output}/{part}")
     pipe.save_config(output)
     return learnt
+
+
+def load_model(model: str, dtype: str) -> tuple:
+    """The language model of a checkpoint, or of an adapter, which is merged, and its processor."""
+    from transformers import AutoProcessor
+
+    from transformers_unicode2 import UniCode2ForConditionalGeneration
+
+    if is_adapter(model):
+        base, _, note = find_base(model)
+        return load_merged(model, base, note, dtype=dtype)
+    encoder = UniCode2ForConditionalGeneration.from_pretrained(model, dtype=getattr(torch, dtype))
+    return encoder, AutoProcessor.from_pretrained(model)
 
 
 def take_learnt(pipe, painter: str, mapper: str) -> str:

@@ -192,11 +192,9 @@ def open_painter(args: MapperArguments, device: torch.device):
     return decoder
 
 
-def write_mapper_card(
-    folder: Path, args: MapperArguments, training_args, data: list[MapperData], made_of: dict, state, metrics: dict
-) -> None:
-    """Writes the card of a mapper; `made_of` is that of the stage, `metrics` are those of the last evaluation."""
-    name, learnt = Path(training_args.output_dir).name, ""
+def fill_snippet(args: MapperArguments, name: str) -> dict[str, str]:
+    """What the snippet of a mapper's card says of the mapper `name`, see `cards.MAPPER`."""
+    learnt = ""
     names = {"model": name_places(args.model), "decoder": "", "pipeline": "UniCode2PriorPipeline"}
     names["draw"] = 'condition = pipe("a red circle")  # for a stock pipeline: condition.for_pipeline(stock)'
     if args.decoder:
@@ -211,6 +209,13 @@ def write_mapper_card(
             # With `subfolder`, Diffusers would take the mapper's file in the folder above
             load = f'type(pipe.{part}).from_pretrained("{name}/{part}", dtype=torch.bfloat16)'
             learnt = f"pipe.register_modules({part}={load})\n"
+    return {**names, "learnt": learnt}
+
+
+def write_mapper_card(
+    folder: Path, args: MapperArguments, training_args, data: list[MapperData], made_of: dict, state, metrics: dict
+) -> None:
+    """Writes the card of a mapper; `made_of` is that of the stage, `metrics` are those of the last evaluation."""
     digests = [{"part": part, "digest": shorten(made_of[part])} for part in ("model", "decoder") if part in made_of]
     parts = [describe_part(part, made_of["datasets"][str(n)]) for n, part in enumerate(data[0].parts, 1)]
     what = "the mapper and the decoder" if args.learns_decoder else "the mapper"
@@ -229,7 +234,7 @@ def write_mapper_card(
         },
         {**asdict(args), "max_steps": training_args.max_steps, "batch": training_args.per_device_train_batch_size},
         kind="mapper",
-        names={**names, "learnt": learnt},
+        names=fill_snippet(args, Path(training_args.output_dir).name),
     )
 
 

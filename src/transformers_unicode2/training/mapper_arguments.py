@@ -134,6 +134,14 @@ def check_arguments(args: MapperArguments) -> None:
             f"`regression_weight` is {weights['regression']:g}, and nothing makes image prompts; name their mapper in "
             "`image_prompts`, or begin with it by `start`."
         )
+    check_numbers(args)
+    check_parts(args)
+    check_decoder(args)
+    check_places(args, weights)
+
+
+def check_numbers(args: MapperArguments) -> None:
+    """Raises `ValueError` on numbers out of their ranges."""
     for name in ("code_noise", "flow_matching_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"`{name}` is {getattr(args, name):g}; it must be in [0, 1].")
@@ -146,7 +154,10 @@ def check_arguments(args: MapperArguments) -> None:
             f"`num_validation_images` is {args.num_validation_images} and `validation_steps` {args.validation_steps}; "
             "they must be at least 0 and 1."
         )
-    check_parts(args)
+
+
+def check_decoder(args: MapperArguments) -> None:
+    """Raises `ValueError` on settings of the decoder that do not go together."""
     if args.decoder_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"`decoder_dtype` is {args.decoder_dtype}; it must be float32, bfloat16 or float16.")
     if args.train_decoder and (args.decoder_lora or args.decoder_quantization):
@@ -159,9 +170,11 @@ def check_arguments(args: MapperArguments) -> None:
             "`decoder_offload` is of a decoder that is frozen and not quantized; leave out `decoder_offload`, or "
             "`train_decoder`, `decoder_lora` and `decoder_quantization`."
         )
-    if args.learns_decoder and not (args.decoder and weights["flow_matching"]):
-        raise ValueError(f"A decoder learns by its own loss; set `decoder` and `flow_matching_weight`; got {given}.")
-    check_places(args, weights)
+    if args.learns_decoder and not (args.decoder and args.flow_matching_weight):
+        raise ValueError(
+            "A decoder learns by its own loss; set `decoder` and `flow_matching_weight`; got "
+            f"`flow_matching_weight` {args.flow_matching_weight:g}."
+        )
 
 
 def check_places(args: MapperArguments, weights: dict[str, float]) -> None:
