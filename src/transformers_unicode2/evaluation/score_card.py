@@ -284,13 +284,13 @@ def mean_of(values: dict[str, float], strata: dict[str, str] | None = None) -> f
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a binomial share."""
+    """Wilson's 95 % interval of a binomial share, exact at 0 and 1."""
     if not count:
         return 0.0, 1.0
     share, square = right / count, NORMAL**2
     middle = (share + square / (2 * count)) / (1 + square / count)
     half = NORMAL / (1 + square / count) * (share * (1 - share) / count + square / (4 * count**2)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half if right else 0.0, middle + half if right < count else 1.0
 
 
 def bootstrap(values: dict[str, float], strata: dict[str, str] | None = None) -> tuple[float | None, float | None]:
