@@ -5,11 +5,9 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from decoders import make_stock_pipelines
 from painters import NO_TEXTS, POOLED, WIDTH, make_sdxl_parts
 
 from transformers_unicode2 import (
-    UniCode2ConditionMapper,
     UniCode2FluxPipeline,
     UniCode2PriorPipeline,
     UniCode2StableDiffusionXLPipeline,
@@ -18,21 +16,6 @@ from transformers_unicode2.hub.assemble import assemble_pipeline
 
 IDS = torch.arange(800, 864)[None]
 QUICK = {"num_candidates": 1, "prior_generation_kwargs": {"max_plan_tokens": 0}, "prior_guidance_scale": 1.0}
-
-
-def make_mapper():
-    torch.manual_seed(0)
-    sizes = {"visual_dim": 192, "hidden_dim": 32, "output_dim": WIDTH, "pooled_dim": POOLED, "num_visual_tokens": 64}
-    return UniCode2ConditionMapper(**sizes).eval()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A mapper, and an SDXL and a FLUX with text encoders, saved as stock pipelines."""
-    folder = tmp_path_factory.mktemp("decoders")
-    make_mapper().save_pretrained(folder / "mapper")
-    make_stock_pipelines(folder)
-    return folder
 
 
 def load(tiny_checkpoint, folders, decoder="sdxl", **kwargs):

@@ -3,21 +3,12 @@
 import diffusers
 import pytest
 import torch
-from decoders import make_stock_pipelines
 from painters import NO_TEXTS
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from test_pipeline_unicode2_stable_diffusion_xl import IDS, load, make_mapper, paint
+from test_pipeline_unicode2_stable_diffusion_xl import IDS, load, paint
 
 from transformers_unicode2 import UniCode2PriorPipeline, UniCode2StableDiffusionXLPipeline
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("decoders")
-    make_mapper().save_pretrained(folder / "mapper")
-    make_stock_pipelines(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
