@@ -5,10 +5,9 @@ import copy
 import peft
 import pytest
 import torch
-from packaging.version import parse
+from adapters import needs_peft_of_transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_hub_unicode2 import WITHOUT_PACKAGE, run_python
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from transformers_unicode2 import UniCode2ForConditionalGeneration
 
@@ -71,9 +70,7 @@ def test_adapters_leave_the_quantizer_out_and_come_back_as_saved(model, batch, t
     assert merged.state_dict().keys() == base.state_dict().keys()
 
 
-@pytest.mark.skipif(
-    parse(peft.__version__) < parse(MIN_PEFT_VERSION), reason=f"Transformers asks for PEFT {MIN_PEFT_VERSION}"
-)
+@needs_peft_of_transformers
 def test_an_adapter_of_transformers_integration_is_saved_and_loaded(model, batch, tmp_path):
     model.save_pretrained(tmp_path / "base")
     base = UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "base").eval()

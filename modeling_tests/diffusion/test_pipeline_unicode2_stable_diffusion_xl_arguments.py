@@ -3,8 +3,9 @@
 import diffusers
 import pytest
 import torch
+from adapters import needs_peft_of_transformers
 from painters import NO_TEXTS
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from test_pipeline_unicode2_stable_diffusion_xl import IDS, load, paint
 
@@ -24,7 +25,7 @@ def lora(folders, tmp_path_factory):
     layers = {}
     for part, names in (("unet", ["to_q"]), ("text_encoder", ["q_proj"]), ("text_encoder_2", ["q_proj"])):
         module = getattr(stock, part)
-        module.add_adapter(LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+        inject_adapter_in_model(LoraConfig(r=2, lora_alpha=64, target_modules=names, init_lora_weights=False), module)
         layers[f"{part}_lora_layers"] = get_peft_model_state_dict(module, adapter_name="default")
     folder = tmp_path_factory.mktemp("lora")
     diffusers.StableDiffusionXLPipeline.save_lora_weights(folder, **layers)
@@ -37,8 +38,12 @@ def test_a_lora_of_text_encoders_loads_without_them(tiny_checkpoint, folders, lo
     pipe.load_lora_weights(lora)
     assert not torch.allclose(paint(pipe, visual_token_ids=IDS), before, atol=1e-4)
     pipe.unload_lora_weights()
-    assert torch.equal(paint(pipe, visual_token_ids=IDS), before)
-    # With them, its parts for them are loaded, too
+    # Layers that PEFT has wrapped once may round otherwise, in the last bits.
+    torch.testing.assert_close(paint(pipe, visual_token_ids=IDS), before, rtol=0, atol=1e-5)
+
+
+@needs_peft_of_transformers
+def test_a_lora_of_text_encoders_loads_into_them(tiny_checkpoint, folders, lora):
     stock = diffusers.DiffusionPipeline.from_pretrained(folders / "sdxl")
     whole = load(tiny_checkpoint, folders, **{name: stock.components[name] for name in NO_TEXTS})
     whole.load_lora_weights(lora)
