@@ -70,7 +70,7 @@ def test_recipe_never_trains_what_peft_would_not_save(model):
     from transformers_unicode2.training.parameters import make_lora_config
 
     names = ["visual_embeddings", "projector", "language_model", "visual_head", "lm_head"]
-    peft_model = get_peft_model(model, make_lora_config({"r": 4}, names))
+    peft_model = get_peft_model(model, make_lora_config(model, {"r": 4}, names))
     learns = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
     assert all("lora_" in name or ".modules_to_save." in name for name in learns)
     for part in names[:-1]:
@@ -78,7 +78,7 @@ def test_recipe_never_trains_what_peft_would_not_save(model):
     # TRL refuses an adapter there
     assert not any("lm_head" in name for name in learns)
     with pytest.raises(ValueError, match="`lora` adapts the language model"):
-        make_lora_config({"r": 4}, ["projector"])
+        make_lora_config(model, {"r": 4}, ["projector"])
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(either, batch):

@@ -9,6 +9,7 @@ import pytest
 from numbered import fill, numbers, picture
 
 from transformers_unicode2.codebook.images import ImageSource
+from transformers_unicode2.tar_members import read_members
 
 
 def make_tar(path: Path, count: int = 6, **options) -> None:
@@ -34,6 +35,16 @@ def test_joined_tars_are_read_whole(tmp_path, record):
         content += b"\0" * (-len(content) % 512 + 1024)
     (tmp_path / "b.tar").write_bytes(content + content)
     assert numbers(ImageSource(str(tmp_path / "b.tar"))) == [*range(6), *range(6)]
+
+
+def test_an_end_may_be_a_record_and_a_block(tmp_path):
+    """Two blocks of zeros that begin in the last block of a record are followed by a whole one."""
+    for blocks in range(18, 22):
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            info = tarfile.TarInfo("0.txt")
+            info.size = 512 * (blocks - 1)
+            tar.addfile(info, io.BytesIO(b"x" * info.size))
+        assert [member.name for member in read_members(tmp_path / "a.tar")] == ["0.txt"]
 
 
 @pytest.mark.parametrize("hole", [(8192, 16384), (16384, None), (0, 16384)])

@@ -59,7 +59,7 @@ FAMILIES = ("exec", "fork", "popen", "posix_spawn", "spawn", "system")
 STARTERS += tuple(f"os.{name}" for name in dir(os) if name.startswith(FAMILIES))
 # In the order in which they import one another, lowest first; a row holds files that do not.
 ORDER = (
-    {"encoders", "pixels", "planning", "search"},
+    {"encoders", "pixels", "planning", "search", "turns"},
     {"configuration", "generation", "images", "loading"},
     {"processing", "quantization"},
     {"visual_head"},

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from language_models import FAMILIES, make_language_model, make_tokenizer
+from language_models import FAMILIES, SIZES, make_language_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -194,7 +195,7 @@ def test_image_tokens_of_a_tokenizer_are_used(tmp_path):
     tokenizer = make_tokenizer("gemma", "words")
     tokenizer.add_tokens(["<start_of_image>", "<end_of_image>", "<image_soft_token>"], special_tokens=True)
     tokenizer.save_pretrained(tmp_path)
-    text = prepare_text(str(tmp_path), len(tokenizer) - 1, "own")
+    text = prepare_text(str(tmp_path), PreTrainedConfig(vocab_size=len(tokenizer) - 1), "own")
     assert text.image_tokens == ("<image_soft_token>", "<start_of_image>", "<end_of_image>")
     assert len(text.tokenizer) == len(tokenizer) == text.num_rows and text.fresh_ids == [len(tokenizer) - 1]
 
@@ -414,7 +415,7 @@ def test_plain_pieces_become_image_tokens(tmp_path):
     content["model"]["vocab"] |= {name: size + i for i, name in enumerate(names)}
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    text = prepare_text(str(tmp_path), size + 3, "own")
+    text = prepare_text(str(tmp_path), PreTrainedConfig(vocab_size=size + 3), "own")
     assert text.fresh_ids == []
     for i, name in enumerate(names):
         assert text.tokenizer.encode(name, add_special_tokens=False) == [size + i]
@@ -514,6 +515,9 @@ def test_numbers_that_are_not_finite_are_refused(make_llm, init, vision, tmp_pat
     change_weights(tmp_path / "llm", lambda state: state["model.embed_tokens.weight"][5].fill_(torch.nan))
     for words in ([], ["--projector-init", "default"], ["--dry-run"]):
         assert "1 of 512 rows of model.embed_tokens.weight" in refuse(capsys, init, *words)
+    make_llm("llama")
+    change_weights(tmp_path / "llm", lambda state: state["model.layers.1.mlp.up_proj.weight"][3].fill_(torch.inf))
+    assert "1 of 48 rows of model.layers.1.mlp.up_proj.weight" in refuse(capsys, init)
     encoder = SiglipVisionModel.from_pretrained(vision)
     with torch.no_grad():
         encoder.post_layernorm.weight.fill_(torch.nan)
@@ -521,3 +525,74 @@ def test_numbers_that_are_not_finite_are_refused(make_llm, init, vision, tmp_pat
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vision")
     with pytest.raises(ValueError, match="gives features that are not finite"):
         draw_codebook(str(tmp_path / "vision"), 40)
+
+
+def test_phi_forgets_what_it_has_cached_for_short_texts(make_llm, init):
+    """Where longer texts get other rotations, as its own class does; with images and with guidance as well."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope["original_max_position_embeddings"] = 64
+    llm = make_llm("phi3", original_max_position_embeddings=64, rope_parameters=rope)
+    model = UniCode2ForConditionalGeneration.from_pretrained(init()).eval()
+    with torch.no_grad():
+        for own, other in zip(llm.parameters(), model.model.language_model.parameters()):
+            own += 0.1 * torch.randn_like(own)
+            other[: len(own)] = own
+    ids = torch.randint(3, 100, (1, 60), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "suppress_tokens": [*range(100, 520)]}
+    expected = llm.generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    ids[0, 10:28] = model.config.image_token_id
+    ids[0, 10], ids[0, 27] = model.config.boi_token_id, model.config.eoi_token_id
+    seen = {"pixel_values": torch.rand(1, 3, 32, 32)}
+    for image in ({}, {"generation_mode": "image"}, {"generation_mode": "image", "guidance_scale": 2.0}):
+        settings = {**seen, **image} if image else {**seen, **options}
+        cached, anew = (model.generate(ids, **settings, use_cache=cached) for cached in (True, False))
+        assert torch.equal(cached, anew)
+
+
+def test_limits_of_its_texts_are_kept_and_its_sampling_is_named(make_llm, init, tmp_path, capsys):
+    llm = make_llm("llama")
+    llm.generation_config.update(suppress_tokens=[*range(300, 510)], do_sample=True, temperature=0.6)
+    llm.generation_config.save_pretrained(tmp_path / "llm")
+    output = init()
+    said = "its generation settings are for calls of `generate`, and not defaults: do_sample True, temperature 0.6"
+    assert said in capsys.readouterr().out and said in (output / "README.md").read_text()
+    model = UniCode2ForConditionalGeneration.from_pretrained(output).eval()
+    ids = torch.randint(3, 100, (1, 9), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 8, "min_new_tokens": 8}
+    assert torch.equal(model.generate(ids, **options), llm.generate(ids, **options, do_sample=False))
+    assert model.generate(ids, generation_mode="image").shape == (1, 16)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "persimmon"])
+def test_families_that_call_their_last_norm_otherwise(family, init, tmp_path):
+    more = {"full_attn_idxs": [1]} if family == "lfm2" else {}
+    config = AutoConfig.for_model(family, **SIZES, **more)
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config).eval()
+    llm.save_pretrained(tmp_path / "llm")
+    make_tokenizer("chatml", "bytes").save_pretrained(tmp_path / "llm")
+    model = UniCode2ForConditionalGeneration.from_pretrained(init()).eval()
+    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits[..., :250], llm(ids).logits[..., :250])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": [*range(250, 512)]}
+    assert torch.equal(model.generate(ids, **options), llm.generate(ids, **options))
+    assert model.generate(ids, generation_mode="image").shape == (2, 16)
+
+
+def test_layers_that_read_token_ids_are_refused(init, tmp_path, capsys):
+    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512, "head_dim": 16}
+    AutoConfig.for_model("gemma4_text", **SIZES, **own).save_pretrained(tmp_path / "llm")
+    assert "gemma4_text model, each of whose layers reads token ids" in refuse(capsys, init)
+
+
+def test_damaged_files_of_a_language_model_are_refused(make_llm, init, tmp_path, capsys):
+    make_llm("qwen2")
+    (tmp_path / "llm" / "tokenizer.json").write_text("{}")
+    assert "has no tokenizer that can be read: it lacks 'added_tokens'" in refuse(capsys, init)
+    make_llm("qwen2")
+    config = json.loads((tmp_path / "llm" / "config.json").read_text())
+    for changes, reason in (({"num_hidden_layers": 1}, "layer_types"), ({"vocab_size": "512"}, "expected int")):
+        (tmp_path / "llm" / "config.json").write_text(json.dumps({**config, **changes}))
+        assert reason in refuse(capsys, init)

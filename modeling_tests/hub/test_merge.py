@@ -33,7 +33,7 @@ def adapter(request, make_config, tiny_checkpoint, tmp_path):
     UniCode2ForConditionalGeneration(config).bfloat16().save_pretrained(tmp_path / "base")
     UniCode2Processor.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "base")
     base = UniCode2ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    adapted = get_peft_model(base, make_lora_config({"r": 4, "init_lora_weights": False}, MODULES))
+    adapted = get_peft_model(base, make_lora_config(base, {"r": 4, "init_lora_weights": False}, MODULES))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "modules_to_save" in name:

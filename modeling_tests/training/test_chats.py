@@ -116,6 +116,32 @@ def test_a_template_that_does_not_write_tools_is_refused(processor, content, mes
         encode_chat(twin, TOOLS, [])
 
 
+@pytest.mark.parametrize("words", ['température "20"', "a\\b"])
+@pytest.mark.parametrize("write", ["{{ m.content | tojson }}", "{{ m.content }}"])
+def test_what_tools_return_may_be_written_as_json(processor, write, words):
+    twin = copy.deepcopy(processor)
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    twin.chat_template = SAYS.replace("CONTENT", write).replace("{{ m.content }}.", "{{ m.content }}." + calls)
+    encode_chat(twin, [*TOOLS[:2], {"role": "tool", "content": words}, TOOLS[3]], [])
+
+
+def test_thoughts_of_the_last_answer_are_written_or_refused(processor):
+    twin = copy.deepcopy(processor)
+    asked = {"role": "user", "content": "why?"}
+    thinking = {"role": "assistant", "content": "so", "reasoning_content": "hm"}
+    with pytest.raises(ValueError, match="leaves out 'hm', of the thoughts, so nothing would be learnt"):
+        encode_chat(twin, [asked, thinking], [])
+    # Many templates leave out those of earlier answers
+    encode_chat(twin, [asked, thinking, asked, {"role": "assistant", "content": "so"}], [])
+    twin.chat_template = SAYS.replace("{{ m.content }}.", "{{ m.reasoning_content }}{{ m.content }}.")
+    assert "hmso." in twin.tokenizer.decode(encode_chat(twin, [asked, thinking], [])[0])
+
+
+def test_arguments_in_json_are_learnt_as_objects(processor):
+    call = {**CALL, "tool_calls": [{"function": {"name": "area", "arguments": '{"side": 3}'}}]}
+    assert encode_chat(processor, [TOOLS[0], call, *TOOLS[2:]], []) == encode_chat(processor, TOOLS, [])
+
+
 def test_what_tables_lack_is_left_out_or_named(processor):
     """`None` where a row has no codes, or a turn no content; arguments that are those of another call."""
     padded = [{**turn, "tool_calls": None, **turn} for turn in TOOLS]

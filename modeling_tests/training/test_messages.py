@@ -5,6 +5,7 @@ import json
 import pytest
 
 from transformers_unicode2.training.messages import add_system, check_messages, read_messages
+from transformers_unicode2.turns_unicode2 import clean_turns
 
 IMAGE = {"type": "image"}
 
@@ -114,8 +115,51 @@ def test_chats_that_cannot_be_learnt_are_refused(turns, num_images, message):
 def test_calls_keep_their_own_arguments_alone():
     """A parquet file gives each call the arguments of all."""
     call = {"function": {"name": "a", "arguments": {"x": 1, "y": None, "z": [{"w": None}]}}, "id": None}
-    messages, _ = read_messages([{"role": "assistant", "content": "", "tool_calls": [call]}], [])
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages, _ = read_messages(turns, [], typed=True)
     assert messages[0]["tool_calls"] == [{"function": {"name": "a", "arguments": {"x": 1, "z": [{}]}}}]
+    # Of JSON, a null is meant
+    messages, _ = read_messages(turns, [])
+    assert clean_turns(messages)[0]["tool_calls"] == [{"function": call["function"]}]
+
+
+def test_arguments_may_be_json_as_servers_send_them():
+    for written, arguments in (('{"a": 1}', {"a": 1}), ('{"a": null}', {"a": None}), ("[]", [])):
+        turns = [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": written}]}]
+        messages, _ = read_messages(turns, [], typed=True)
+        assert clean_turns(messages)[0]["tool_calls"] == [{"name": "f", "arguments": arguments}]
+
+
+@pytest.mark.parametrize(
+    "turn, message",
+    [
+        (
+            {"tool_calls": [{"name": "f", "arguments": "a=1"}]},
+            "turn 1: the arguments of a tool are 'a=1', which is no JSON",
+        ),
+        ({"tool_calls": "f()"}, r"turn 1: its tool_calls are 'f\(\)', where a list of calls must be"),
+        ({"weight": 0}, "turn 1: its weight is 0, and all answers are learnt alike"),
+        ({"train": False}, "turn 1: its train is False"),
+        ({"audio": {"id": "a"}}, "turn 1: it has something in audio, which is not read"),
+        ({"thinking": "hm"}, "turn 1: it has something in thinking"),
+        ({"content": "<image><image>", "images": ["x.png"]}, "turn 1: it has 2 places for images and 1 images"),
+    ],
+)
+def test_entries_of_a_turn_that_would_be_lost_are_refused(turn, message):
+    with pytest.raises(ValueError, match=message):
+        read_messages([{"role": "assistant", "content": "yes", **turn}], [])
+
+
+def test_turns_may_name_their_images():
+    turns = [
+        {"role": "user", "content": "two?", "images": ["a.png", "b.png"]},
+        {"role": "assistant", "content": "two"},
+        {"from": "human", "value": "and <image>?", "image": "c.png"},
+    ]
+    messages, images = read_messages(turns, [])
+    assert images == ["a.png", "b.png", "c.png"]
+    assert messages[0]["content"] == [IMAGE, IMAGE, text("two?")]
+    assert messages[2]["content"] == [text("and "), IMAGE, text("?")]
 
 
 def test_turns_of_llama_factory():

@@ -1,7 +1,10 @@
 """What `train_modules` name learns, and nothing else; what would not learn is refused."""
 
+import re
+
 import pytest
 import torch
+from torch import nn
 
 from transformers_unicode2 import UniCode2ForConditionalGeneration
 from transformers_unicode2.training.parameters import adapt, find_learning, freeze_all_but, make_lora_config
@@ -115,6 +118,29 @@ def test_adapters_that_would_not_learn_what_is_named_are_refused(tied, lora, mod
         adapt(tied, lora, modules)
 
 
-def test_the_default_adapters_are_on_all_projections():
-    config = make_lora_config({"r": 4}, ["projector", "language_model", "lm_head"])
-    assert config.target_modules == r".*language_model\.layers.*_proj" and config.modules_to_save == ["projector"]
+def test_the_default_adapters_are_on_all_linear_layers(tied):
+    config = make_lora_config(tied, {"r": 4}, ["projector", "language_model", "lm_head"])
+    assert config.modules_to_save == ["projector"]
+    layers = [n for n, module in tied.named_modules() if isinstance(module, nn.Linear) and ".layers." in n]
+    texts = {name for name in layers if "language_model" in name}
+    assert texts and {name for name in layers if re.fullmatch(config.target_modules, name)} == texts
+    # Whatever a family calls them
+    tied.model.language_model.layers[0].mlp.c_fc = nn.Linear(2, 2)
+    config = make_lora_config(tied, {"r": 4}, ["language_model.layers.0"])
+    assert re.fullmatch(config.target_modules, "model.language_model.layers.0.mlp.c_fc")
+    assert not re.fullmatch(config.target_modules, "model.language_model.layers.1.mlp.c_fc")
+
+
+@pytest.mark.parametrize(
+    "lora, message",
+    [
+        ({"r": 4, "lora_bias": True}, "`lora_bias` gives .* a bias, which cannot be merged since the layer has none"),
+        (
+            {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
+            "`lora` adapts the text embedding, which is tied",
+        ),
+    ],
+)
+def test_adapters_that_could_not_be_merged_are_refused(tied, lora, message):
+    with pytest.raises(ValueError, match=message):
+        adapt(tied, lora, ["language_model"])

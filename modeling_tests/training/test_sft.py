@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig
 
+from transformers_unicode2.checkpoints import load_model
 from transformers_unicode2.training.mixtures import MixturePart, find_parts
 from transformers_unicode2.training.sft import StageArguments, check_best_metric, keep_settings, main, name_parts
 
@@ -74,6 +75,7 @@ def test_a_killed_stage_resumes_to_the_same_bytes(tiny_run, tmp_path, kind):
     name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
     one, other = (tmp_path / run / name for run in ("whole", "killed"))
     assert one.read_bytes() == other.read_bytes()
+    assert load_model(str(tmp_path / "killed/checkpoint-4"))[1].image_token_id
     history = json.loads((tmp_path / "killed/checkpoint-4/trainer_state.json").read_text())["log_history"]
     assert {f"learning_rate_{part}" for part in STAGE[kind]["learning_rates"]} <= history[0].keys()
     assert {"eval_caption_image_gap", "eval_text_to_image_visual_loss"} <= set().union(*history)

@@ -524,3 +524,68 @@ def test_files_of_no_split_beside_those_of_one_are_refused(tmp_path, names):
         write_lines(tmp_path / name, [{"image": "0.png", "caption": "x"}])
     with pytest.raises(ValueError, match="has 1 files of the split train, such as .*, and 1 of no split, such as"):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"image_path": "0.png"},
+        {"img": "0.png"},
+        {"Image": "0.png"},
+        {"picture": {"bytes": None, "path": "0.png"}},
+        {"jpg": "0.png"},
+        {"path": "0.png"},
+        {"image": {"url": "0.png"}},
+        {"images": ["0.png"], "image": "0.png"},
+        {"images": ["0.png"], "thumbnail": "1.png"},
+    ],
+)
+def test_a_chat_has_the_images_of_its_columns_whatever_their_names(tmp_path, entries):
+    fill(tmp_path, "0.png", "1.png")
+    write_lines(tmp_path / "a.jsonl", [{"messages": ALONE}, {"messages": ALONE, **entries}])
+    text_only, seen = read(tmp_path / "a.jsonl")
+    assert text_only == (["user: hi", "assistant: ho"], [])
+    assert seen == (["user: <image>hi", "assistant: ho"], [0])
+    turns = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "ho"}]
+    write_lines(tmp_path / "b.jsonl", [{"conversations": turns, **entries}])
+    assert read(tmp_path / "b.jsonl") == [seen]
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        (
+            {"images": ["0.png"], "image": "1.png"},
+            "it has 1 images in its column images and 1 others in its column image",
+        ),
+        ({"img": "0.png", "photo": "1.png"}, "it has images in its columns img and photo; name one by --image-column"),
+        ({"screen": "0.png"}, "it has an image in its column screen, which is not read without --image-column"),
+        ({"images": {"0": "0.png"}}, "an image is {'0': '0.png'}, where bytes, path or url must be"),
+    ],
+)
+def test_images_that_would_be_lost_are_refused(tmp_path, entries, message):
+    fill(tmp_path, "0.png", "1.png")
+    write_lines(tmp_path / "a.jsonl", [{"messages": ALONE, **entries}])
+    (row,) = read(tmp_path / "a.jsonl")
+    assert row.startswith(f"row 0: {message}")
+
+
+def test_entries_about_an_image_are_no_images(tmp_path):
+    about = {"image_id": "0.png", "id": "1.png", "image_width": 64, "path": "train/a.json", "source": "llava"}
+    write_lines(tmp_path / "a.jsonl", [{"messages": ALONE, **about}])
+    assert read(tmp_path / "a.jsonl") == [(["user: hi", "assistant: ho"], [])]
+
+
+def test_lists_and_objects_in_cells_are_read(tmp_path):
+    fill(tmp_path, "0.png", "1.png")
+    content = 'image,caption\n0.png,"[""a cat"", ""a dog""]"\n1.png,"[""a cat"", ""a dog""]"\n1.png,[laughs]\n'
+    (tmp_path / "a.csv").write_text(content)
+    assert [row[0][1] for row in read(tmp_path / "a.csv")] == [
+        "assistant: a cat",
+        "assistant: a dog",
+        "assistant: [laughs]",
+    ]
+    about = ('{""Caption"": ""said""}', '{""Caption"": ""  ""}', "none")
+    lines = ["img_path,prompt,Task2", *(f'0.png,asked,"{cell}"' for cell in about)]
+    (tmp_path / "b.csv").write_text("\n".join(lines))
+    assert [row[0][1] for row in read(tmp_path / "b.csv")] == [f"assistant: {w}" for w in ("said", "asked", "asked")]

@@ -14,7 +14,8 @@ from numbered import picture
 from pyarrow import parquet
 
 from transformers_unicode2.training import tables
-from transformers_unicode2.training.tables import ArrowTable, CaptionList, CsvTable, JsonTable, Tables, TarTable
+from transformers_unicode2.training.arrow_table import ArrowTable
+from transformers_unicode2.training.tables import CaptionList, CsvTable, JsonTable, Tables, TarTable
 
 ROWS = [
     {"id": 1, "text": 'é [{"]} 漢\n', "more": {"a": [1, {"b": "]"}]}},
@@ -113,7 +114,12 @@ def test_cells_are_texts_as_they_are_written(tmp_path, suffix, dialect):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"a,a\n1,2\n", "the columns a, a are not of different names"), (b"a,b\n\xff,2\n", "cannot be read as a table")],
+    [
+        (b"a,a\n1,2\n", "the columns a, a are not of different names"),
+        (b"a,b\n\xff,2\n", "cannot be read as a table"),
+        (b'a,b\n1,one\n2,"two\n3,three\n', "cannot be read as a table: unexpected end of data behind line 2"),
+        (b'a,b\n1,"one" he said\n', "expected after .* behind line 1"),
+    ],
 )
 def test_damaged_csv_files_are_refused(tmp_path, content, message):
     (tmp_path / "a.csv").write_bytes(content)
@@ -141,6 +147,25 @@ def test_rows_of_parquet_and_arrow(tmp_path, suffix):
         with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
             writer.write_table(table)
     check_rows(ArrowTable(tmp_path / f"a.{suffix}"), rows)
+
+
+def test_cells_that_python_cannot_hold_cost_no_other_rows(tmp_path):
+    """A time beyond the year 9999 is left out, and a row with other damage is refused by itself."""
+    names = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    far = pa.array([0, 10**18, 0], pa.timestamp("us"))
+    parquet.write_table(pa.table({"far": far, "n": [0, 1, 2]}), tmp_path / "a.parquet")
+    assert [row["n"] for row in ArrowTable(tmp_path / "a.parquet").read()] == [0, 1, 2]
+    parquet.write_table(pa.table({"far": far, "n": [0, 1, 2], "name": names}), tmp_path / "b.parquet")
+    rows = list(ArrowTable(tmp_path / "b.parquet").read())
+    assert [row["name"] for row in (rows[0], rows[2])] == ["a", "c"]
+    assert "its column name cannot be read ('utf-8' codec" in str(rows[1])
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["caption", "caption"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has the columns caption, caption, which must be of different names"):
+        ArrowTable(tmp_path / "a.parquet")
 
 
 def write_tar(file: Path, members: dict[str, bytes]) -> None:

@@ -130,7 +130,7 @@ def test_chats_of_other_tasks_do_not_mix(llava_data, quantizer_folder, tmp_path)
     assert read(tmp_path) == before
 
 
-def test_rows_that_cannot_be_used_are_listed_and_left_out(llava_data, quantizer_folder, tmp_path):
+def test_rows_that_cannot_be_used_are_listed_and_left_out(llava_data, quantizer_folder, tmp_path, capsys):
     """Broken images, markers that do not match, missing files: refused above a share, and named."""
     (tmp_path / "x").mkdir()
     rows = json.loads((llava_data / "llava.json").read_text())
@@ -153,6 +153,10 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out(llava_data, quantizer_
     assert not list((tmp_path / "out").glob("*.parquet"))
     output = run(tmp_path / "x/llava.json", quantizer_folder, tmp_path / "out", "--max-bad-share", 0.4)
     assert load_dataset(str(output), split="train")["row"][:] == [0, 2, 3, 5, 7, 8]
+    said = capsys.readouterr().out
+    assert f"{output}: 6 chats with 4 different images; 3 rows are left out, see {output}/refused-train.log\n" in said
+    run(tmp_path / "x/llava.json", quantizer_folder, output, "--max-bad-share", 0.4)
+    assert f"nothing to do; 3 rows are left out, see {output}/refused-train.log\n" in capsys.readouterr().out
     lines = (output / "refused-train.log").read_text().splitlines()
     assert [line.split(": ")[0].rpartition(" ")[2] for line in lines] == ["1", "4", "6"]
     assert "there is no image file images/nowhere.png" in lines[1] and "cannot be read as an image" in lines[2]
@@ -291,6 +295,31 @@ def test_pictures_that_no_row_names_are_counted(quantizer_folder, tmp_path, caps
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     run(folder, quantizer_folder, tmp_path / "out")
     assert f"{folder}: no row names 1 of 3 image files, such as 2.png\n" in capsys.readouterr().out
-    (folder / "2.png").unlink()
+    (folder / "2.png").rename(folder / "2.heic")
     run(folder, quantizer_folder, tmp_path / "other")
-    assert "no row names" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no row names" not in said
+    assert f"{folder}: 1 files are images of kinds that are not read, such as 2.heic\n" in said
+
+
+@pytest.mark.parametrize(
+    "pattern", ["data/*.parquet", "**/*.parquet", "data/../data/*.parquet", "data/out/*/*.parquet"]
+)
+def test_a_glob_that_would_take_in_the_output_is_refused(pattern, llava_data, quantizer_folder, tmp_path):
+    """At once, not when the second run finds what the first has written."""
+    shutil.copytree(llava_data / "table", tmp_path / "data")
+    output = tmp_path / "data" if pattern.startswith("data/*") or ".." in pattern else tmp_path / "data/out"
+    with pytest.raises(ValueError, match=f"--data .* would take in what is written to --output {output}; choose"):
+        run(tmp_path / pattern, quantizer_folder, output)
+    assert not (tmp_path / "data/out").exists()
+    # Beside the data, one folder above its own files
+    run(tmp_path / "data/*.parquet", quantizer_folder, tmp_path / "data/out")
+    run(tmp_path / "data/*.parquet", quantizer_folder, tmp_path / "data/out")
+
+
+def test_an_output_that_holds_the_data_and_no_data_are_refused(llava_data, quantizer_folder, tmp_path):
+    shutil.copytree(llava_data / "table", tmp_path / "out/table")
+    with pytest.raises(ValueError, match=f"--output {tmp_path}/out has .* of --data .* in it; choose another folder"):
+        run(tmp_path / "out/table/*.parquet", quantizer_folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="--data is empty; give a file"):
+        run("", quantizer_folder, tmp_path / "new")

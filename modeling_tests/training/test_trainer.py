@@ -144,10 +144,20 @@ def test_how_examples_are_batched_does_not_change_the_loss(make, model, rows, op
     assert first_loss(make(**options)) == pytest.approx(compute_loss(model, rows), rel=1e-5)
 
 
-def test_examples_are_cut_at_max_length(make, model, rows):
-    short, whole = rows.map(lambda row: {name: row[name][:16] for name in row}), compute_loss(model, rows)
-    cut = first_loss(make(max_length=16))
+def test_texts_are_cut_at_max_length_and_images_are_not(make, model, rows):
+    texts = rows.map(lambda row: {name: [id_ % 768 if id_ > 0 else id_ for id_ in row[name]] for name in row})
+    short, whole = texts.map(lambda row: {name: row[name][:16] for name in row}), compute_loss(model, texts)
+    cut = first_loss(make(texts, max_length=16))
     assert cut == pytest.approx(compute_loss(model, short), rel=1e-5) and abs(cut - whole) > 1e-4
+    message = "2 of 4 train examples are longer than `max_length` 16, the longest has 31 ids; none is cut, since images"
+    with pytest.raises(ValueError, match=message):
+        make(max_length=16)
+    with pytest.raises(ValueError, match="`max_length` is 16, at which a stream would be cut, images too"):
+        make(rows.to_iterable_dataset(), max_length=16)
+    with pytest.raises(ValueError, match="`packing_strategy` is wrapped, which cuts images; take bfd"):
+        make(max_length=64, packing=True, packing_strategy="wrapped")
+    with pytest.raises(ValueError, match="2 of 4 eval .* are longer than `max_length` 16"):
+        make(texts, max_length=16).evaluate(rows)
 
 
 def accuracy(prediction) -> dict[str, float]:

@@ -99,7 +99,10 @@ def load_merged(adapter: str, base: str, note: dict, dtype: str = "auto") -> tup
         reason = " ".join(str(error).split())
         raise ValueError(f"{adapter} does not fit {base}: {reason[:200]}") from error
     check_fit(adapted, adapter, base)
-    model = adapted.merge_and_unload(safe_merge=True).eval()
+    try:
+        model = adapted.merge_and_unload(safe_merge=True).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{adapter} cannot be merged: {' '.join(str(error).split())[:200]}") from error
     if note:
         model.config.caption_prompt = note["caption_prompt"]
         if note["image_generation"]:

@@ -121,12 +121,15 @@ SEED = at_least(0, 2**32 - 1)
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    # A line that ends so says nothing without the next
+    return " ".join(lines[: 1 + lines[0].endswith(":")])
 
 
 def is_damage(error: Exception) -> bool:
     """Whether an error is what the libraries raise of a truncated file or of a config that does not fit the weights."""
-    known = type(error).__name__ in ("SafetensorError", "StrictDataclassFieldValidationError")
+    names = {kind.__name__ for kind in type(error).__mro__}
+    known = bool(names & {"SafetensorError", "StrictDataclassError"})
     return known or isinstance(error, RuntimeError) and "mismatched" in str(error)
 
 

@@ -157,6 +157,11 @@ def check_image_processor(image_processor, config: PreTrainedConfig) -> None:
     kind = type(image_processor).__name__.removesuffix("Pil")
     if kind not in IMAGE_PROCESSORS:
         raise ValueError(f"its image processor is a {kind}; it must be one of {', '.join(IMAGE_PROCESSORS)}.")
+    for name, is_needed in (("do_rescale", True), ("do_resize", not image_processor.do_center_crop)):
+        if is_needed and getattr(image_processor, name, True) is False:
+            raise ValueError(
+                f"its image processor has `{name}` false, so it would not read most pictures; set it."
+            )
     height, width = find_image_size(image_processor)
     side = config.image_size
     if (height, width) != (side, side):

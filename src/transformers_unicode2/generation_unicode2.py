@@ -212,7 +212,7 @@ class UniCode2GenerationMixin(GenerationMixin):
         **kwargs,
     ) -> dict:
         """Stock preparation; with guidance, second rows are added that see of the prompt its last id alone."""
-        kwargs["inputs_embeds"] = inputs_embeds
+        kwargs |= {"inputs_embeds": inputs_embeds, **drop_short_cache(self.config.text_config, input_ids, kwargs)}
         if visual_guidance_scale is None:
             return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
         if attention_mask is None:
@@ -238,6 +238,22 @@ class UniCode2GenerationMixin(GenerationMixin):
         seen = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -seen.shape[1] :]
         return {**inputs, "position_ids": position_ids, "visual_guidance_scale": visual_guidance_scale}
+
+
+def drop_short_cache(text_config, input_ids: torch.LongTensor, options: dict) -> dict:
+    """Options of a step of Phi-3 that begins anew, as its own class does, where longer texts get other rotations.
+
+    All that was cached by then was rotated for short texts.
+    """
+    name = next((name for name in ("past_key_values", "cache") if options.get(name) is not None), None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if name is None or not text_config.model_type.startswith("phi") or rope.get("rope_type") != "longrope":
+        return {}
+    limit = text_config.original_max_position_embeddings
+    if not 0 < options[name].get_seq_length() <= limit < input_ids.shape[1]:
+        return {}
+    # With the images of the prompt, as in the first step
+    return {name: None, "next_sequence_length": None, "is_first_iteration": options.get("inputs_embeds") is None}
 
 
 class InterleavedLogitsProcessor(LogitsProcessor):

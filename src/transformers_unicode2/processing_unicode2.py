@@ -16,6 +16,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .encoders_unicode2 import find_image_size
 from .images_unicode2 import UniCode2BatchFeature, UniCode2ImageProcessor, load_image, open_images, to_rgb
+from .turns_unicode2 import clean_turns, get_entry
 
 # ChatML with images, whose tokens stand as `${name}`. The package has this file; a repository has its own template.
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -256,7 +257,7 @@ class UniCode2Processor(ProcessorMixin):
 
         given, size = visual_token_ids or [], self.num_image_tokens
         # Tables have `None` for what a turn lacks, and templates print it.
-        turns = drop_none(messages)
+        turns = clean_turns(messages)
         turns = [{**turn, "content": self.join_parts(turn.get("content", ""))} for turn in turns]
         num_places = sum(turn["content"].count(self.image_token) for turn in turns)
         if num_places != len(given):
@@ -353,18 +354,6 @@ def read_chat_template(image_token: str, start_token: str = "<|im_start|>", end_
     """The package's chat template with these tokens; a turn begins and ends with the last two."""
     template = Template(CHAT_TEMPLATE.read_text(encoding="utf-8"))
     return template.substitute(image_token=image_token, start_token=start_token, end_token=end_token)
-
-
-def drop_none(value):
-    """The value without the entries of dictionaries, at any depth, that are `None`."""
-    if isinstance(value, dict):
-        return {name: drop_none(entry) for name, entry in value.items() if entry is not None}
-    return [drop_none(entry) for entry in value] if isinstance(value, list) else value
-
-
-def get_entry(part, name: str):
-    """An entry of a message or of a part of one, which are dictionaries or, since Transformers 5.24, objects."""
-    return part.get(name) if isinstance(part, dict) else getattr(part, name, None)
 
 
 def convert_like(like, rows: list[list[int]]):

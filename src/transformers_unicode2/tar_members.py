@@ -84,12 +84,12 @@ def read_members(file: Path) -> Iterator[tarfile.TarInfo]:
 def check_padding(position: int, start: int, length: int) -> None:
     """Raises `ValueError` when the zeros from `position` to `start` cannot be the end of a tar.
 
-    An end has two blocks of zeros, or up to a whole record. More of them may be a hole, or a download that stopped in a
-    file of full length.
+    An end has two blocks of zeros, and more up to the end of a record: a whole record and one block at most. More of
+    them may be a hole, or a download that stopped in a file of full length.
     """
     zeros = start - position
     is_end = start % tarfile.RECORDSIZE == 0 or start == length
-    if zeros > tarfile.RECORDSIZE or position and zeros > 2 * BLOCK and not is_end:
+    if zeros > tarfile.RECORDSIZE + BLOCK or position and zeros > 2 * BLOCK and not is_end:
         raise ValueError(f"there are {zeros} bytes of zeros from byte {position} on, where images may have been")
 
 

@@ -23,7 +23,7 @@ from .fresh import PROJECTOR_INITS, draw_codebook, make_projector, make_visual_h
 from .language_models import (
     CHAT_TEMPLATES,
     TextSide,
-    find_end_ids,
+    find_last_norm,
     load_text_config,
     prepare_text,
     read_language_model,
@@ -98,12 +98,12 @@ def compose_checkpoint(
             return [], []
         text_config = load_text_config(llm)
         settle_config(llm, text_config)
-        text = prepare_text(llm, text_config.vocab_size, chat_template)
+        text = prepare_text(llm, text_config, chat_template)
         with whole_folder(output) as new:
             parts = build_parts(text_config, text, vision, codebook if folder is None else folder, visual_head)
             model, processor, stored, vision_state = parts
             report = write_weights(model, llm, text, stored, vision_state, projector_init, new)
-            write_configurations(model, processor, find_end_ids(llm, text_config, text), image_generation, new)
+            write_configurations(model, processor, text.generation, image_generation, new)
             told = {"llm": llm, "vision": vision, "codebook": codebook, "projector_init": projector_init}
             write_card(new, output, summarize(told, text.notes), [llm, vision], {"Parts": report})
             return report, text.notes
@@ -147,10 +147,11 @@ def write_weights(
     config = model.config
     writer = ShardWriter(output, {name: value.shape for name, value in model.state_dict().items()})
     embedding, norm = None, {}
+    last_norm = f"model.language_model.{find_last_norm(model.model.language_model)}"
     for state in read_language_model(llm, config.tie_word_embeddings, text):
         writer.write("language model", state)
         embedding = state.get("model.language_model.embed_tokens.weight", embedding)
-        norm |= {name: value for name, value in state.items() if name.startswith("model.language_model.norm.")}
+        norm |= {name: value for name, value in state.items() if name.startswith(f"{last_norm}.")}
     writer.write("vision encoder", {f"model.quantizer.{name}": v for name, v in vision_state.items()})
     writer.write("codebook C1", {f"model.quantizer.codebook.{name}": v for name, v in stored.state_dict().items()})
     writer.write("C2", {"model.visual_embeddings.weight": stored.codes.to(config.dtype)})
@@ -160,9 +161,7 @@ def write_weights(
     return writer.report
 
 
-def write_configurations(
-    model, processor, eos_token_id: int | list[int], image_generation: dict | None, output: Path
-) -> None:
+def write_configurations(model, processor, generation: dict, image_generation: dict | None, output: Path) -> None:
     """Writes what a fresh checkpoint has beside its weights, the code that travels included."""
     from transformers import GenerationConfig
     from transformers.dynamic_module_utils import custom_object_save
@@ -173,7 +172,7 @@ def write_configurations(
     config.save_pretrained(output)
     sampling = {} if image_generation is None else {"image_generation": image_generation}
     GenerationConfig(
-        eos_token_id=eos_token_id,
+        **generation,
         pad_token_id=processor.tokenizer.pad_token_id,
         max_new_tokens=max(64, 2 * config.num_image_tokens),
         **sampling,

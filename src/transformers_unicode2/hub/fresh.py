@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..projection import calibrate_projector, measure_embeddings
+from .language_models import find_last_norm
 
 PROJECTOR_INITS = ("calibrated", "default")
 # Random images whose features a random codebook is drawn like.
@@ -70,8 +71,9 @@ def measure_hidden(model, norm: dict[str, torch.Tensor]) -> float:
         model (`UniCode2ForConditionalGeneration`): on the meta device.
         norm (`dict[str, torch.Tensor]`): weights of this norm, by their names in the model.
     """
-    module = deepcopy(model.model.language_model.norm).to_empty(device="cpu").float()
-    prefix = "model.language_model.norm."
+    last = find_last_norm(model.model.language_model)
+    module = deepcopy(model.model.language_model.get_submodule(last)).to_empty(device="cpu").float()
+    prefix = f"model.language_model.{last}."
     module.load_state_dict({name.removeprefix(prefix): value.float() for name, value in norm.items()})
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(NUM_MEASURED, model.config.text_config.hidden_size, generator=generator)

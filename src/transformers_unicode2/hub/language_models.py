@@ -29,6 +29,11 @@ CHAT_TEMPLATES = ("own", "chatml")
 # What the settings of a tokenizer say of the lengths of texts.
 LENGTHS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Settings of generation that say which texts are possible.
+CONSTRAINTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "no_repeat_ngram_size")
+# Those that choose one.
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING += ("repetition_penalty", "num_beams", "length_penalty", "penalty_alpha", "stop_strings")
 # Numbers that old files hold, and that Transformers computes from the configuration.
 COMPUTED = "rotary_emb.inv_freq"
 # Numbers in no file that are right again after loading, as names end. The `weights` are positions of XGLM.
@@ -64,6 +69,8 @@ def load_text_config(llm: str):
     experts = next((name for name in EXPERTS if settings.get(name)), None)
     if experts:
         raise ValueError(f"{what}, a mixture of {settings[experts]} experts; UniCode² has no loss for their router.")
+    if settings.get("hidden_size_per_layer_input"):
+        raise ValueError(f"{what}, each of whose layers reads token ids, which the codes of an image do not have.")
     other = next((name for name in OTHER_HEADS if settings.get(name) not in (None, 1)), None)
     if other:
         raise ValueError(f"{what}, whose head changes its scores by `{other}`; UniCode² would not keep them.")
@@ -84,12 +91,19 @@ def check_build(what: str, config) -> None:
     parts = [name for name, _ in whole.named_children()]
     if sorted(parts) != ["lm_head", "model"] or type(whole.model) is not type(base):
         raise ValueError(f"{what} of {', '.join(parts)}; it must be a `model` and an `lm_head`.")
+    if find_last_norm(whole.model) is None:
+        raise ValueError(f"{what}; it must end in a norm.")
     names = set(whole.state_dict())
     if EMBEDDING not in names or {name for name in names if name.startswith("lm_head.")} != {HEAD}:
         raise ValueError(f"{what}; it must have `embed_tokens`, and a head without a bias.")
     lost = [name for name, _ in whole.named_buffers() if name not in names and not name.endswith(BUFFERS)]
     if lost:
         raise ValueError(f"{what} with {lost[0]}, which no file of weights holds; UniCode² would lose it.")
+
+
+def find_last_norm(model) -> str | None:
+    """Name of the norm behind the layers of a language model, which most families call `norm`."""
+    return next((name for name, _ in reversed(list(model.named_children())) if "norm" in name), None)
 
 
 def settle_config(llm: str, config) -> None:
@@ -116,13 +130,7 @@ def settle_config(llm: str, config) -> None:
     for name in (name for name in (EMBEDDING, HEAD) if name in files):
         with safe_open(files[name], framework="pt") as tensors:
             found[name] = tensors.get_tensor(name)
-    for name, weight in found.items():
-        bad = (~weight.isfinite().all(-1)).nonzero()[:, 0].tolist()
-        if bad:
-            raise ValueError(
-                f"{len(bad)} of {len(weight)} rows of {name} of {llm} are not finite, the first is number {bad[0]}; "
-                "copy the model again."
-            )
+    check_finite(found, llm)
     if HEAD in found and not torch.equal(found[EMBEDDING], found[HEAD]):
         config.tie_word_embeddings = False
     config.dtype = config.dtype or found[EMBEDDING].dtype
@@ -141,6 +149,7 @@ class TextSide:
         num_known (`int`): those that the language model has learnt.
         num_rows (`int`): all of them, with those that are added.
         fresh_ids (`list[int]`): ids whose rows begin at the mean of the known ones.
+        generation (`dict`): settings of generation that say how a text may end, and which are possible.
         notes (`list[str]`): sentences about all this.
     """
 
@@ -151,21 +160,22 @@ class TextSide:
     num_known: int
     num_rows: int
     fresh_ids: list[int]
+    generation: dict
     notes: list[str]
 
 
-def prepare_text(llm: str, vocab_size: int, chat_template: str) -> TextSide:
+def prepare_text(llm: str, config, chat_template: str) -> TextSide:
     """Loads the tokenizer of a language model and gives it image tokens and a chat template that marks answers.
 
     Args:
         llm (`str`): folder or Hub name.
-        vocab_size (`int`): rows of its embedding.
+        config (`PreTrainedConfig`): its configuration.
         chat_template (`str`): `"own"` teaches the model's own, `"chatml"` puts ChatML in its place.
 
     Raises:
         `ValueError`: without a tokenizer, and on a template that cannot be taught.
     """
-    tokenizer = load_tokenizer(llm)
+    tokenizer, vocab_size = load_tokenizer(llm), config.vocab_size
     before, num_before = set(tokenizer.get_vocab().values()), len(tokenizer)
     image_tokens = next((names for names in IMAGE_TOKENS if set(names) <= set(tokenizer.get_vocab())), IMAGE_TOKENS[0])
     missing = [name for name in image_tokens if name not in tokenizer.get_vocab()]
@@ -188,7 +198,9 @@ def prepare_text(llm: str, vocab_size: int, chat_template: str) -> TextSide:
         )
     end, note = give_template(llm, tokenizer, image_tokens[0], chat_template)
     num_known = min(vocab_size, num_before)
-    return TextSide(tokenizer, image_tokens, end, vocab_size, num_known, num_rows, fresh_ids, [*notes, note])
+    generation, told = make_generation(llm, config, tokenizer, end)
+    notes += [note, *told]
+    return TextSide(tokenizer, image_tokens, end, vocab_size, num_known, num_rows, fresh_ids, generation, notes)
 
 
 def load_tokenizer(llm: str):
@@ -197,8 +209,10 @@ def load_tokenizer(llm: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"{llm} has no tokenizer that can be read: {first_line(error)}") from error
+    except Exception as error:
+        # What the readers of damaged files raise can be anything
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(f"{llm} has no tokenizer that can be read: {reason}") from error
     if not tokenizer("Which one?", add_special_tokens=False)["input_ids"]:
         raise ValueError(f"{llm} has no tokenizer: the one that Transformers makes of it knows no words.")
     if not tokenizer.is_fast:
@@ -254,18 +268,26 @@ def choose_template(tokenizer) -> str:
     return f", `default` of {', '.join(names)}"
 
 
-def find_end_ids(llm: str, config, text: TextSide) -> int | list[int] | None:
-    """The ids that end a text: those that the language model has by itself, and the end of an answer."""
+def make_generation(llm: str, config, tokenizer, end: str) -> tuple[dict, list[str]]:
+    """What a language model says of how its texts are generated: ids that end or may not be in a text.
+
+    Its sampling is left out, so that answers are the same each time; the returned sentences name it.
+    """
     from transformers import GenerationConfig
 
     try:
-        own = GenerationConfig.from_pretrained(llm).eos_token_id
+        given = GenerationConfig.from_pretrained(llm).to_diff_dict()
     except OSError:
-        own = config.eos_token_id
+        given = {"eos_token_id": getattr(config, "eos_token_id", None)}
+    own = given.get("eos_token_id")
     own = own if isinstance(own, list) else [own]
-    ends = [*own, text.tokenizer.eos_token_id, text.tokenizer.convert_tokens_to_ids(text.end)]
+    ends = [*own, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)]
     ends = list(dict.fromkeys(id_ for id_ in ends if id_ is not None))
-    return ends[0] if len(ends) == 1 else ends
+    kept = {name: given[name] for name in CONSTRAINTS if name in given}
+    left = {name: given[name] for name in SAMPLING if given.get(name) not in (None, False)}
+    named = ", ".join(f"{name} {value}" for name, value in sorted(left.items()))
+    notes = [f"its generation settings are for calls of `generate`, and not defaults: {named}"] if left else []
+    return {"eos_token_id": ends[0] if len(ends) == 1 else ends, **kept}, notes
 
 
 def read_language_model(llm: str, is_tied: bool, text: TextSide) -> Iterator[dict[str, torch.Tensor]]:
@@ -275,6 +297,7 @@ def read_language_model(llm: str, is_tied: bool, text: TextSide) -> Iterator[dic
     """
     for file in find_safetensors(llm):
         state = {name: value for name, value in load_file(file).items() if not name.endswith(COMPUTED)}
+        check_finite(state, llm)
         if is_tied:
             state.pop(HEAD, None)
         for name in (name for name in (EMBEDDING, HEAD) if name in state):
@@ -283,6 +306,17 @@ def read_language_model(llm: str, is_tied: bool, text: TextSide) -> Iterator[dic
             f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name: value
             for name, value in state.items()
         }
+
+
+def check_finite(state: dict[str, torch.Tensor], llm: str) -> None:
+    """Raises `ValueError` when a weight has numbers that are not finite."""
+    for name, weight in state.items():
+        bad = (~weight.isfinite().reshape(len(weight), -1).all(-1)).nonzero()[:, 0].tolist() if weight.ndim else []
+        if bad:
+            raise ValueError(
+                f"{len(bad)} of {len(weight)} rows of {name} of {llm} are not finite, the first is number {bad[0]}; "
+                "copy the model again."
+            )
 
 
 def add_rows(weight: torch.Tensor, text: TextSide, what: str) -> torch.Tensor:

@@ -56,9 +56,9 @@ def plan_checkpoint(
     if Path(llm).is_dir() and not any(Path(llm).glob("tokenizer*")):
         note = f"{llm} has no tokenizer: rows for image tokens are not counted"
         size = text_config.vocab_size
-        text = TextSide(None, ("", "", ""), "", size, size, size, [], [note])
+        text = TextSide(None, ("", "", ""), "", size, size, size, [], {}, [note])
     else:
-        text = prepare_text(llm, text_config.vocab_size, chat_template)
+        text = prepare_text(llm, text_config, chat_template)
     model = build_model(text_config, text, vision_config, codebook_config, visual_head)
     return count_parts(model), text.notes
 

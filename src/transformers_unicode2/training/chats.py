@@ -1,13 +1,12 @@
 """Tokenized chats to training sequences over the unified vocabulary."""
 
 import json
-import re
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 
-from ..processing_unicode2 import drop_none
+from ..control_tokens import find_control_tokens
+from ..turns_unicode2 import clean_turns
 
 
 def encode_chat(processor, messages: list[dict], visual_token_ids: list[list[int]]) -> tuple[list[int], list[int]]:
@@ -41,29 +40,31 @@ def list_parts(turn: dict) -> list[dict]:
     return content
 
 
-@lru_cache(maxsize=8)
-def find_control_tokens(tokenizer, size: int) -> re.Pattern:
-    """Finds the control tokens of a tokenizer in a text. It is asked anew when the tokenizer has another `size`."""
-    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= set(tokenizer.all_special_tokens)
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-
-
 def check_tools(processor, messages: list[dict]) -> None:
-    """Raises `ValueError` when the chat template does not write the calls of tools, or what these return."""
-    turns = [{**turn, "content": processor.join_parts(list_parts(turn))} for turn in drop_none(messages)]
+    """Raises `ValueError` when the chat template leaves out the calls of tools, what these return, or the thoughts of
+    the last answer. Those of earlier answers are for many templates to leave out.
+    """
+    turns = [{**turn, "content": processor.join_parts(list_parts(turn))} for turn in clean_turns(messages)]
     calls = [call for turn in turns for call in turn.get("tool_calls") or []]
     said = [turn["content"].strip() for turn in turns if turn["role"] == "tool"]
-    if not calls and not said:
+    thoughts = [turn["reasoning_content"].strip() for turn in turns[-1:] if turn.get("reasoning_content")]
+    if not calls and not said and not thoughts:
         return
     text = processor.tokenizer.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False)
     said += [str((call.get("function") or call).get("name")) for call in calls]
+    said += thoughts
     # Some templates write what a tool returned as JSON
-    lost = [words for words in said if words not in text and json.dumps(words)[1:-1] not in text]
+    lost = [words for words in said if not any(form in text for form in (words, *write_json(words)))]
     if lost:
+        what = "the thoughts" if lost[0] in thoughts else "a tool"
         raise ValueError(
-            f"the chat template of the model leaves out {lost[0]!r:.60}, of a tool, so nothing would be learnt of it"
+            f"the chat template of the model leaves out {lost[0]!r:.60}, of {what}, so nothing would be learnt of it"
         )
+
+
+def write_json(words: str) -> list[str]:
+    """The text as JSON has it inside of quotes, with and without escapes of other letters than ASCII."""
+    return [json.dumps(words, ensure_ascii=ensure_ascii)[1:-1] for ensure_ascii in (True, False)]
 
 
 class ExampleBuilder:

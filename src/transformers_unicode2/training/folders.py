@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..images_unicode2 import one_line
 from ..record import check_finished
+from .arrow_table import ArrowTable
 from .hub_rows import HubRows
-from .tables import ArrowTable, CaptionList, CsvTable, JsonTable, Tables, TarTable, TextFiles, is_image
+from .tables import CaptionList, CsvTable, JsonTable, Tables, TarTable, TextFiles, is_image
 
 KINDS = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz"), JsonTable),
@@ -19,7 +20,7 @@ KINDS = {
 # Tables that name the images beside them.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.tsv")
 # Files of other programs' that are no data.
-NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json")
+NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 # Of a data set, with a configuration or a split behind it.
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:|$)")
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
@@ -32,6 +33,8 @@ def open_table(data: str, split: str, streaming: bool) -> Tables | HubRows:
     Raises:
         `ValueError`: when there are none, or it cannot be told which are meant.
     """
+    if not data.strip():
+        raise ValueError("--data is empty; give a file, a folder or the name of a data set.")
     place = Path(data)
     if place.is_dir():
         check_finished(place, split)

@@ -28,6 +28,7 @@ class HubRows:
     """
 
     kind = "a data set of the Hub"
+    typed = True
 
     def __init__(self, data: str, split: str, streaming: bool):
         from datasets import Features, config, load_dataset_builder
@@ -59,7 +60,7 @@ class HubRows:
         self.builder.download_and_prepare()
         return self.builder.as_dataset(self.split)
 
-    def read(self, start: int = 0) -> Iterator[tuple[Path | None, dict]]:
+    def read(self, start: int = 0) -> Iterator[tuple[Path | None, dict | ValueError]]:
         """Yields the rows from `start` on; their files are in no folder of the user's, see `find_stored`."""
         for row in self.rows.skip(start) if self.num_rows is None else self.read_stored(start):
             row = self.features.decode_example(row) if self.features else row
@@ -77,11 +78,11 @@ class HubRows:
 
 
 def undecoded(feature):
-    """A feature whose images are read as they are stored."""
-    from datasets import Image, LargeList, List
+    """A feature whose images, sounds and films are read as they are stored."""
+    from datasets import Audio, Image, LargeList, List, Video
 
-    if isinstance(feature, Image):
-        return Image(decode=False)
+    if isinstance(feature, (Image, Audio, Video)):
+        return type(feature)(decode=False)
     if isinstance(feature, (List, LargeList)):
         return type(feature)(undecoded(feature.feature))
     if isinstance(feature, dict):
@@ -89,8 +90,10 @@ def undecoded(feature):
     return feature
 
 
-def flatten_sample(row: dict) -> dict:
+def flatten_sample(row: dict) -> dict | ValueError:
     """A sample of a WebDataset as `tables.TarTable` has it: images in one column, beside the entries of its JSON."""
+    if not isinstance(row.get("json"), dict | None):
+        return ValueError(f"its .json is {type(row['json']).__name__}, where an object must be")
     kinds = {name: name.rsplit(".", 1)[-1].lower() for name in row}
     images = [value for name, value in row.items() if is_image(Path(f"x.{kinds[name]}")) and value is not None]
     about = {name: value for name, value in (row.get("json") or {}).items() if name != "image" or not images}

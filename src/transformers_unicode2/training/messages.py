@@ -3,7 +3,7 @@
 import json
 import re
 
-from ..processing_unicode2 import drop_none
+from ..turns_unicode2 import drop_none, get_function
 
 # A newline beside a marker parts it from the text, and is no text.
 MARKER = re.compile(r"\n?<image>\n?")
@@ -19,11 +19,25 @@ FOLLOWS = {
 }
 # Entries of a message that chat templates know beside its role and content.
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+# Those that are not read: without them, a turn would say something else.
+NOT_READ = ("video", "videos", "audio", "audios", "function_call", "thinking", "reasoning")
+# Those that say how much is learnt of a turn.
+WEIGHTS = ("weight", "loss_weight", "train")
+
+
+def list_values(value: object) -> list:
+    """A value that may be missing, one or a list, as a list."""
+    if value is None or isinstance(value, (str, bytes, list, dict)) and not value:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def parse_cell(value: object) -> object:
-    """A list that a table keeps as JSON in a text, or the value as it is. Raises `ValueError` on damaged JSON."""
-    if not isinstance(value, str) or not (value.lstrip().startswith("[") and value.rstrip().endswith("]")):
+    """A list or object that a table keeps as JSON in a text, or the value as it is.
+
+    Raises `ValueError` on damaged JSON.
+    """
+    if not isinstance(value, str) or value.strip()[:1] + value.strip()[-1:] not in ("[]", "{}"):
         return value
     try:
         return json.loads(value)
@@ -49,14 +63,15 @@ def add_system(turns: list[dict] | str, system: str | None) -> list[dict] | str:
     return turns
 
 
-def read_messages(turns: list[dict] | str, images: list) -> tuple[list[dict], list]:
+def read_messages(turns: list[dict] | str, images: list, typed: bool = False) -> tuple[list[dict], list]:
     """
     Turns as people write them to messages whose contents are lists of parts, and the images of the chat.
 
     Args:
         turns: of LLaVA (`from` and `value`) or TRL (`role` and `content`).
-        images: of the row. They may be in the parts instead. In a chat of TRL's without places for them, they come
+        images: of the row. They may be in turns or parts instead. In a chat of TRL's without places for them, they come
             first in the first turn of the user, as in TRL.
+        typed: see `tables.FileTable`.
 
     Raises:
         `ValueError`: on a role or a content that is none.
@@ -72,11 +87,14 @@ def read_messages(turns: list[dict] | str, images: list) -> tuple[list[dict], li
         if str(role).lower() not in ROLES:
             raise ValueError(f"turn {number} is by {role!r:.40}, which is none of {', '.join(sorted(ROLES))}")
         try:
+            check_entries(turn)
             parts = split_markers(content) if isinstance(content, str) else read_parts(content, carried)
+            parts = place_images(turn, parts, carried)
+            kept = {name: turn[name] for name in KEPT if turn.get(name)}
+            if "tool_calls" in kept:
+                kept["tool_calls"] = read_calls(drop_none(turn["tool_calls"]) if typed else turn["tool_calls"])
         except ValueError as error:
             raise ValueError(f"turn {number}: {error}") from error
-        # Arrow gives every call the arguments of all others, as `None`
-        kept = {name: drop_none(turn[name]) for name in KEPT if turn.get(name)}
         messages.append({"role": ROLES[str(role).lower()], "content": parts, **kept})
     if carried and images:
         raise ValueError(f"it has {len(images)} images in its column and {len(carried)} in its parts")
@@ -87,6 +105,52 @@ def read_messages(turns: list[dict] | str, images: list) -> tuple[list[dict], li
         if asked:
             asked["content"][:0] = [{"type": "image"} for _ in images]
     return messages, images or carried
+
+
+def check_entries(turn: dict) -> None:
+    """Raises `ValueError` when a turn has entries without which it would teach something else."""
+    filled = [name for name in NOT_READ if list_values(turn.get(name))]
+    if filled:
+        raise ValueError(f"it has something in {filled[0]}, which is not read")
+    for name in WEIGHTS:
+        if turn.get(name) not in (None, 1):
+            raise ValueError(f"its {name} is {turn[name]!r:.40}, and all answers are learnt alike")
+
+
+def place_images(turn: dict, parts: list[dict], carried: list) -> list[dict]:
+    """The parts with places for the images that a turn itself names, which are appended to `carried`."""
+    own = list_values(turn.get("images")) or list_values(turn.get("image"))
+    if not own:
+        return parts
+    carried += own
+    places = sum(part["type"] == "image" for part in parts)
+    if places not in (0, len(own)):
+        raise ValueError(f"it has {places} places for images and {len(own)} images")
+    return parts if places else [*({"type": "image"} for _ in own), *parts]
+
+
+def read_calls(calls: list[dict]) -> list[dict]:
+    """Calls of tools with their arguments as objects; as JSON where a `null` would else be lost.
+
+    Raises `ValueError` on calls or arguments that are none.
+    """
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"its tool_calls are {calls!r:.60}, where a list of calls must be")
+    read = []
+    for call in calls:
+        arguments = get_function(call).get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                raise ValueError(f"the arguments of a tool are {arguments!r:.60}, which is no JSON") from None
+        if arguments != drop_none(arguments):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        call = drop_none(call)
+        if arguments is not None:
+            get_function(call)["arguments"] = arguments
+        read.append(call)
+    return read
 
 
 def split_markers(text: str) -> list[dict]:

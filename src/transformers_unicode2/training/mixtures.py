@@ -195,7 +195,14 @@ def count_rows(sizes: list[int], fractions: list[float | None]) -> list[int]:
         return sizes
     shares = [fraction / sum(fractions) for fraction in fractions]
     total = min(size / share for size, share in zip(sizes, shares) if share > 0)
-    return [round(share * total) for share in shares]
+    counts = [round(share * total) for share in shares]
+    for number, (count, size, share) in enumerate(zip(counts, sizes, shares), 1):
+        if share > 0 and not count:
+            raise ValueError(
+                f"Part {number} has {share:.3g} of a mixture of {total:.0f} rows, and gives none of its {size}; raise "
+                "its `fraction` or leave it out."
+            )
+    return counts
 
 
 def merge_features(features: list):

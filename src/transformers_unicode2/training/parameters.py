@@ -2,6 +2,8 @@
 
 import re
 
+from torch import nn
+
 LAYERS = "language_model.layers"
 
 
@@ -112,7 +114,7 @@ def adapt(model, lora: dict, train_modules: list[str]):
     from peft import get_peft_model
 
     check_modules(model, train_modules)
-    config = make_lora_config(lora, train_modules)
+    config = make_lora_config(model, lora, train_modules)
     embedding = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
     whole = next((name for name in config.modules_to_save or () if lies_in(embedding, name)), None)
     if whole and model.config.tie_word_embeddings:
@@ -125,16 +127,49 @@ def adapt(model, lora: dict, train_modules: list[str]):
     except (TypeError, ValueError) as error:
         raise ValueError(f"`lora` is {lora}, which PEFT does not take: {error}") from error
     check_learning(adapted, [name for name in train_modules if name != "lm_head"])
+    check_merge(adapted, model.config.tie_word_embeddings)
     return adapted
 
 
-def make_lora_config(lora: dict, train_modules: list[str]):
+def find_linears(model) -> list[str]:
+    """Last names of the linear layers within the layers of the language model, such as `q_proj`."""
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and f".{LAYERS}." in name}
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def check_merge(adapted, is_tied: bool) -> None:
+    """Raises `ValueError` on adapters that can be trained and then not be merged into the weights.
+
+    Args:
+        adapted: model with adapters.
+        is_tied: whether its text embedding is the text head, too.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in adapted.named_modules():
+        if any(getattr(module, "lora_bias", {}).values()) and module.get_base_layer().bias is None:
+            raise ValueError(
+                f"`lora_bias` gives {name} a bias, which cannot be merged since the layer has none; leave it out."
+            )
+    if is_tied and isinstance(adapted.get_input_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "`lora` adapts the text embedding, which is tied to the text head, so that it cannot be merged; take it "
+            "out of `target_modules`."
+        )
+
+
+def make_lora_config(model, lora: dict, train_modules: list[str]):
     """LoRA on the linear layers of the language model; the other modules that learn are trained and saved whole.
 
     Names within `language_model.layers` have adapters on their layers alone. The text head stays as it is: the trainers
     of TRL refuse an adapter on it. PEFT saves its adapters and `modules_to_save` and silently nothing else, so no
     module learns that is in neither. Raises `ValueError` when `train_modules` name no layers, since then there is
     nothing to adapt, or when PEFT knows no such fields.
+
+    Args:
+        model: model without adapters.
+        lora: fields of `LoraConfig`.
+        train_modules: modules that learn.
     """
     from peft import LoraConfig
 
@@ -146,9 +181,13 @@ def make_lora_config(lora: dict, train_modules: list[str]):
         raise ValueError(
             f"`lora` adapts the language model, whose layers are not among `train_modules`: {', '.join(train_modules)}."
         )
-    patterns = [rf".*(?<![^.]){re.escape(name)}(\..*)?(?<=_proj)" for name in some]
+    linears = find_linears(model)
+    any_linear = rf"\.(.*\.)?({'|'.join(map(re.escape, linears))})"
+    patterns = [
+        rf".*(?<![^.]){re.escape(name)}{'' if name.rsplit('.', 1)[-1] in linears else any_linear}" for name in some
+    ]
     defaults = {
-        "target_modules": r".*language_model\.layers.*_proj" if all_layers else "|".join(patterns),
+        "target_modules": rf".*language_model\.layers{any_linear}" if all_layers else "|".join(patterns),
         "modules_to_save": [name for name in train_modules if name not in (*all_layers, *some, "lm_head")],
         "task_type": "CAUSAL_LM",
     }

@@ -84,7 +84,9 @@ class StageArguments:
             "evaluation and inference read all (default: all)"
         },
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "attention of the language model"})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "attention of the language model (default: as Transformers chooses)"}
+    )
     lora: dict = field(
         default_factory=dict,
         metadata={"help": "fields of LoraConfig, such as {r: 16}, to train adapters of the language model"},
@@ -296,7 +298,7 @@ def make_trainer(
         processing_class=processor.tokenizer,
         optimizers=(muon, None),
     )
-    trainer.text_weight, trainer.codes_per_image = args.text_weight, args.codes_per_image
+    trainer.text_weight, trainer.codes_per_image, trainer.processor = args.text_weight, args.codes_per_image, processor
     trainer.learning_rates, trainer.master_weights = args.learning_rates, args.master_weights
     return trainer
 

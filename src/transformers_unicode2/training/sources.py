@@ -19,22 +19,27 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from math import isnan
 from pathlib import Path
 
 from PIL import Image
 
-from ..image_tables import find_file, read_cell
-from ..images_unicode2 import URLS, decode_image, load_image, one_line
+from ..images_unicode2 import decode_image, load_image, one_line
 from .columns import check_columns, check_format, find_caption_column, find_columns, find_image_columns, recognize
 from .folders import open_table
-from .hub_rows import HubRows, find_stored
-from .messages import add_system, check_messages, parse_cell, read_messages
+from .hub_rows import HubRows
+from .messages import add_system, check_messages, list_values, parse_cell, read_messages
+from .row_images import (
+    CHAT_IMAGES,
+    CHAT_NAMES,
+    MissingFileError,
+    find_image,
+    list_chat_images,
+    list_images,
+    list_other_images,
+)
 from .tables import Tables
 from .templates import CAPTION_PROMPT, USUAL, Task, build_chat
 
-# Columns of chats with their images.
-CHAT_IMAGES = ("images", "image", "file_names", "file_name")
 # Characters of a text that are shown.
 SHOWN = 300
 # Columns of chats that are not read: without them, a chat would be about nothing, or about something else.
@@ -47,14 +52,6 @@ class RowError(ValueError):
     def __init__(self, number: int, reason: str, missing: str | None = None):
         super().__init__(f"row {number}: {reason}")
         self.number, self.reason, self.missing = number, reason, missing
-
-
-class MissingFileError(ValueError):
-    """A row names an image file that is not there."""
-
-    def __init__(self, file: str, folder: Path | None):
-        super().__init__(f"there is no image file {one_line(file):.200} in {folder or 'the data set'}")
-        self.file = file
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,8 @@ class Source:
         table (`Tables` or `HubRows`): the rows as they are stored.
         image_root (`Path`, *optional*): folder of the images; by default that of the file which names them.
         task (`Task`, *optional*): what is made of a row that is no chat yet.
-        image_columns (`tuple[str]`): columns with images. A chat has those of the first that is filled; a row that is
-            no chat yet has one image in one of them.
+        image_columns (`tuple[str]`): columns with images. A chat has those of the first that is filled, see
+            `row_images`; a row that is no chat yet has one image in one of them.
         caption_column (`str`, *optional*): what `{caption}` stands for.
         caption_prompt (`str`): what `{caption_prompt}` stands for.
     """
@@ -129,18 +126,28 @@ class Source:
     def convert(self, number: int, row: dict, folder: Path | None) -> Row:
         """The chat of a row. Raises `ValueError` when it makes none."""
         if self.format in ("llava", "messages"):
-            filled = [name for name in NOT_READ if parse_cell(row.get(name)) not in (None, "", [])]
+            filled = [name for name in NOT_READ if list_values(parse_cell(row.get(name)))]
             if filled:
                 raise ValueError(f"it has something in its column {filled[0]}, which is not read")
             turns = row.get("conversations" if self.format == "llava" else "messages")
             turns = add_system(turns, row.get("system"))
-            messages, images = read_messages(turns, list_images(row, self.image_columns))
+            messages, images = self.read_chat(row, turns)
         else:
             messages = build_chat(self.name_columns(row, number), number, self.task, self.caption_prompt)
             count = sum(part["type"] == "image" for message in messages for part in message["content"])
             images = [self.find_only_image(row)] * count if count else []
         check_messages(messages, len(images))
         return Row(number, messages, [find_image(image, self.image_root or folder) for image in images])
+
+    def read_chat(self, row: dict, turns: list[dict] | str) -> tuple[list[dict], list]:
+        """Messages and images of a chat. Raises `ValueError` when it has images which are not read."""
+        typed = self.table.typed
+        if self.image_columns != (*CHAT_IMAGES, *CHAT_NAMES):
+            return read_messages(turns, list_images(row, self.image_columns), typed)
+        messages, images = read_messages(turns, list_chat_images(row), typed)
+        if images:
+            return messages, images
+        return read_messages(turns, list_other_images(row), typed)
 
     def name_columns(self, row: dict, number: int) -> dict:
         """The row with its caption in the column `caption`. Of several captions, rows take another one in turn.
@@ -150,11 +157,16 @@ class Source:
         if self.format == "questions":
             return {**row, **{name: parse_cell(row.get(name)) for name in ("questions", "answers")}}
         if self.format == "journeydb" and self.caption_column is None:
-            about = row.get("Task2")
-            return {**row, "caption": (about.get("Caption") if isinstance(about, dict) else None) or row.get("prompt")}
+            about = parse_cell(row.get("Task2"))
+            caption = about.get("Caption") if isinstance(about, dict) else None
+            return {**row, "caption": caption if str(caption or "").strip() else row.get("prompt")}
         if self.caption_column is None:
             return row
         caption = row.get(self.caption_column)
+        # A caption may be written as a list is, without being one
+        with suppress(ValueError):
+            listed = parse_cell(caption)
+            caption = listed if isinstance(listed, list) and all(isinstance(text, str) for text in listed) else caption
         if isinstance(caption, list) and caption:
             caption = caption[number % len(caption)]
         return {**row, "caption": caption}
@@ -167,48 +179,6 @@ class Source:
             held = ", ".join(f"{len(values)} in {name}" for name, values in images.items() if values) or "none"
             raise ValueError(f"it has {len(found)} images ({held}), where a text is about one")
         return found[0]
-
-
-def list_images(row: dict, columns: tuple[str, ...]) -> list:
-    """The values of the images in the first of these columns that has some."""
-    for name in columns:
-        value = row.get(name)
-        # A file may be named as a list is written, without being one.
-        with suppress(ValueError):
-            value = parse_cell(value)
-        # pandas has NaN where there is nothing.
-        if isinstance(value, float) and isnan(value):
-            value = None
-        if isinstance(value, dict) and not value.get("bytes") and not value.get("path"):
-            value = None
-        if value is not None and value != "" and value != []:
-            return value if isinstance(value, list) else [value]
-    return []
-
-
-def find_image(value: bytes | str | dict | None, folder: Path | None) -> dict:
-    """Where an image is: the path of its file, or its content.
-
-    Args:
-        value: of a cell, see `image_tables.read_cell`.
-        folder: that a path is relative to, and stays inside unless it is absolute. Without one, see `find_stored`.
-
-    Raises:
-        `MissingFileError`: when there is no such file. `ValueError`: when there is no image.
-    """
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value:
-        path = find_file(value, folder, absolute=True)
-        found = find_stored(value) if folder is None else path and {"path": path, "bytes": None}
-        if found:
-            return found
-    try:
-        return {"path": None, "bytes": read_cell(value, folder, absolute=True)}
-    except ValueError as error:
-        if isinstance(value, str) and value and not value.lower().startswith((*URLS, "data:")):
-            raise MissingFileError(value, folder) from error
-        raise
 
 
 def read_image(image: dict) -> Image.Image:
@@ -258,7 +228,7 @@ def open_source(
     check_format(format, columns, data)
     root = Path(image_root) if image_root else None
     if format in ("llava", "messages"):
-        return Source(data, format, table, root, image_columns=given or CHAT_IMAGES)
+        return Source(data, format, table, root, image_columns=given or (*CHAT_IMAGES, *CHAT_NAMES))
     if format == "journeydb":
         image_columns = given or ("img_path",)
     elif format == "captions":

@@ -8,7 +8,7 @@ They turn a caption `NA` into nothing, and fail on a later row with other fields
 import csv
 import gzip
 import json
-import os
+import mimetypes
 import posixpath
 import re
 import sys
@@ -23,7 +23,6 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from ..image_tables import named, open_arrow
 from ..images_unicode2 import FORMATS, one_line
 from ..record import hash_file
 from ..tar_members import find_place, follow, read_members
@@ -40,9 +39,13 @@ TEXTS = ("txt", "text", "caption")
 
 
 class FileTable:
-    """Rows of one file, which is a `kind`."""
+    """Rows of one file, which is a `kind`.
+
+    In a `typed` one all rows have the same entries, so that `None` stands for those that a row does not have.
+    """
 
     kind: str
+    typed = False
 
     def __init__(self, file: Path):
         self.file = file
@@ -161,14 +164,16 @@ class CsvTable(FileTable):
         dialect = "excel-tab" if self.file.suffix.lower() == ".tsv" else "excel"
         try:
             with open(self.file, encoding="utf-8-sig", newline="") as content:
-                reader = csv.DictReader(content, dialect=dialect)
+                # Not strict, an open quote would swallow the rows behind it
+                reader = csv.DictReader(content, dialect=dialect, strict=True)
                 names = reader.fieldnames or []
                 if len(set(names)) < len(names):
                     raise ValueError(f"the columns {', '.join(names)} are not of different names")
                 for row in islice(reader, start, None):
                     yield ValueError(f"it has more cells than the {len(names)} columns") if None in row else row
         except (csv.Error, ValueError) as error:
-            raise ValueError(f"{one_line(str(self.file))} cannot be read as a table: {error}.") from error
+            place = f" behind line {reader.line_num}" if isinstance(error, csv.Error) else ""
+            raise ValueError(f"{one_line(str(self.file))} cannot be read as a table: {error}{place}.") from error
 
 
 class CaptionList(FileTable):
@@ -185,45 +190,6 @@ class CaptionList(FileTable):
                     yield row if separator else ValueError(f"its line {one_line(name)!r:.80} has no tabulator")
         except UnicodeDecodeError as error:
             raise ValueError(f"{one_line(str(self.file))} is no text in UTF-8: {error}.") from error
-
-
-class ArrowTable(FileTable):
-    """Rows of a parquet or arrow file, as Python objects. Raises `ValueError` when the file is damaged."""
-
-    kind = "parquet or arrow file"
-
-    def __init__(self, file: Path):
-        super().__init__(file)
-        self.rows, self.groups = None, []
-        with named(file):
-            if file.suffix.lower() == ".arrow":
-                self.rows = open_arrow(file)
-            else:
-                metadata = self.open().metadata
-                self.groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-
-    def open(self):
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        return parquet.ParquetFile(pa.OSFile(os.fsencode(self.file)))
-
-    def __len__(self) -> int:
-        return sum(self.groups) if self.rows is None else len(self.rows)
-
-    def read(self, start: int = 0) -> Iterator[dict | ValueError]:
-        with named(self.file):
-            if self.rows is not None:
-                for first in range(start, len(self.rows), BATCH):
-                    yield from self.rows[first : first + BATCH].to_pylist()
-                return
-            for group, size in enumerate(self.groups):
-                # Whole groups before the first row are not read.
-                skipped, start = min(start, size), max(start - size, 0)
-                if skipped < size:
-                    for batch in self.open().iter_batches(BATCH, row_groups=[group]):
-                        yield from batch[skipped:].to_pylist()
-                        skipped = max(skipped - len(batch), 0)
 
 
 class TextFiles(FileTable):
@@ -339,6 +305,10 @@ class Tables:
         return sum(self.lengths)
 
     @property
+    def typed(self) -> bool:
+        return self.tables[0].typed
+
+    @property
     def kind(self) -> str:
         """What the rows are read from, for example `2 CSV files`."""
         count = len(self.tables)
@@ -365,3 +335,8 @@ class Tables:
 def is_image(file: Path) -> bool:
     """Whether a file is named as an image of one of `FORMATS` is."""
     return Image.registered_extensions().get(file.suffix.lower()) in FORMATS
+
+
+def is_other_image(file: Path) -> bool:
+    """Whether a file is named as an image of a format that is not read, such as HEIC."""
+    return (mimetypes.guess_type(file.name)[0] or "").startswith("image/") and not is_image(file)

@@ -12,6 +12,8 @@ workers. An output does not go on with other pictures than it was begun with.
 """
 
 import argparse
+import fnmatch
+import glob
 import hashlib
 import os
 import sys
@@ -34,7 +36,7 @@ from .image_files import check_image_files, collect_notes, notes_file, write_not
 from .row_index import Job, RowIndex, check_blocks, index_rows
 from .shards import write_shard
 from .sources import describe, open_source
-from .tables import is_image
+from .tables import is_image, is_other_image
 from .templates import CAPTION_PROMPT, USUAL, read_tasks
 
 # Folder of rows that are chats already, beside the folders of several tasks
@@ -123,6 +125,22 @@ def check_places(args: argparse.Namespace) -> None:
     for data in args.data:
         if Path(data).is_dir() and output.is_relative_to(Path(data).resolve()):
             raise ValueError(f"--output {args.output} is inside --data {data}; choose a folder beside it.")
+        # Of the output itself, and of its folders of tasks
+        written = (output / f"{args.split}-0.parquet", output / "task" / f"{args.split}-0.parquet")
+        if not Path(data).exists() and any(matches(file.parts, Path(os.path.abspath(data)).parts) for file in written):
+            raise ValueError(f"--data {data} would take in what is written to --output {args.output}; choose another.")
+        inside = [file for file in glob.glob(data, recursive=True) if Path(file).resolve().is_relative_to(output)]
+        if inside:
+            raise ValueError(f"--output {args.output} has {inside[0]} of --data {data} in it; choose another folder.")
+
+
+def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a path is among those of a glob with `**`."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
 def load_processor(model: str):
@@ -199,7 +217,7 @@ def enter(args: argparse.Namespace, jobs: list, work: Path, made_of: dict, stack
             )
         check_image_files(jobs, np.load(notes), (len(jobs), None))
         remove(work)
-        print(f"{output} is finished; nothing to do")
+        print(f"{output} is finished; nothing to do{count_refused(args)}")
     else:
         make_folders(work)
         remove_unfinished(work)
@@ -209,12 +227,25 @@ def enter(args: argparse.Namespace, jobs: list, work: Path, made_of: dict, stack
 
 def finish(index, args: argparse.Namespace) -> None:
     """Says what was written, and removes what is no longer needed."""
-    file, count = Path(args.output, refused_name(args)), sum(block["num_rows"] for block in index.blocks)
-    num_refused = len(file.read_text().splitlines()) if file.is_file() else 0
-    are = "row is" if num_refused == 1 else "rows are"
-    left_out = f"; {num_refused} {are} left out, see {file}" if num_refused else ""
-    print(f"{args.output}: {count - num_refused:,} chats with {len(index.images):,} different images{left_out}")
+    from .image_codes import ImageCodes
+
+    num_refused, count = len(list_refused(args)), sum(block["num_rows"] for block in index.blocks)
+    num_images = len(index.images) - len(ImageCodes(index.work).errors)
+    print(f"{args.output}: {count - num_refused:,} chats with {num_images:,} different images{count_refused(args)}")
     remove(index.work)
+
+
+def list_refused(args: argparse.Namespace) -> list[str]:
+    """The lines of the file about the rows that are left out."""
+    file = Path(args.output, refused_name(args))
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def count_refused(args: argparse.Namespace) -> str:
+    """How many rows are left out, as the end of a sentence."""
+    count = len(list_refused(args))
+    are = "row is" if count == 1 else "rows are"
+    return f"; {count} {are} left out, see {Path(args.output, refused_name(args))}" if count else ""
 
 
 def refused_name(args: argparse.Namespace) -> str:
@@ -231,6 +262,11 @@ def name_unread(data: list[str], index) -> list[str]:
         places = {file.parent for file in files if os.path.realpath(file) in named}
         unread = [file for file in files if file.parent in places and os.path.realpath(file) not in named]
         unread = [file for file in unread if hash_file(file) not in keys]
+        others = [file for file in list_files(Path(folder)) if is_other_image(file)]
+        if others:
+            lines.append(
+                f"{folder}: {len(others)} files are images of kinds that are not read, such as {others[0].name}\n"
+            )
         if unread:
             lines.append(
                 f"{folder}: no row names {len(unread)} of {len(files)} image files, such as {unread[0].name}\n"

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -60,6 +60,7 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
         text_weight (`float`): weight of a text token in the loss.
         codes_per_image (`int`, *optional*): codes of each image in a prompt that a training step reads, drawn anew in
             each step; evaluation reads all. Not for joined rows (`packing`, `padding_free`) nor for chats with images.
+        processor (`UniCode2Processor`, *optional*): saved with each checkpoint, which can then be loaded for use.
 
     Raises:
         `ValueError`: on options that this loss or data that are tokenized already would ignore, see `check_options`.
@@ -67,6 +68,7 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
 
     text_weight = 1.0
     codes_per_image: int | None = None
+    processor = None
 
     def __init__(self, model, args=None, **kwargs):
         check_options(model, args, kwargs)
@@ -100,6 +102,11 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
     def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
         with all_rows(self.args):
             return super().get_test_dataloader(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.processor is not None:
+            self.processor.save_pretrained(output_dir or self.args.output_dir)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         offset = self.accelerator.unwrap_model(model).config.visual_token_offset
@@ -198,12 +205,12 @@ class UniCode2SFTTrainer(PartRates, WholeCheckpoints, SFTTrainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         # A string is the name of one that the trainer has.
         if not isinstance(eval_dataset, str):
-            check_datasets({"eval": eval_dataset}, self.args, self._formatting_func)
+            check_datasets({"eval": eval_dataset}, self.args, self._formatting_func, find_offset(self.model))
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset, *args, **kwargs):
         """As of `Trainer`, with data of the kinds that training takes."""
-        check_datasets({"test": test_dataset}, self.args, self._formatting_func)
+        check_datasets({"test": test_dataset}, self.args, self._formatting_func, find_offset(self.model))
         if not self._skip_prepare_dataset:
             options = (self.processing_class, self.args, False, self._formatting_func, "test")
             test_dataset = self._prepare_dataset(test_dataset, *options)
@@ -264,7 +271,7 @@ def check_options(model, args: TrainingArguments | None, others: dict) -> None:
             "`model_init_kwargs` and `quantization_config` are for a model by name; load the model with them."
         )
     datasets = {"train": others.get("train_dataset"), "eval": others.get("eval_dataset")}
-    check_datasets(datasets, args, others.get("formatting_func"))
+    check_datasets(datasets, args, others.get("formatting_func"), find_offset(model))
 
 
 def as_sft_config(args: TrainingArguments | None) -> SFTConfig:
@@ -280,17 +287,24 @@ def as_sft_config(args: TrainingArguments | None) -> SFTConfig:
     return SFTConfig(**settings)
 
 
-def check_datasets(datasets: dict, args: SFTConfig, formatting_func) -> None:
+def find_offset(model) -> int | None:
+    """First visual token id of a model, or of one by name; `None` of a model of another kind."""
+    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+    return getattr(config, "visual_token_offset", None)
+
+
+def check_datasets(datasets: dict, args: SFTConfig, formatting_func, visual_token_offset: int | None) -> None:
     """`check_dataset` of all data sets, and of those in dictionaries."""
     for name, dataset in datasets.items():
         if isinstance(dataset, dict):
-            check_datasets({f"{name} {key}": part for key, part in dataset.items()}, args, formatting_func)
+            parts = {f"{name} {key}": part for key, part in dataset.items()}
+            check_datasets(parts, args, formatting_func, visual_token_offset)
         elif dataset is not None:
-            check_dataset(name, dataset, args, formatting_func)
+            check_dataset(name, dataset, args, formatting_func, visual_token_offset)
 
 
-def check_dataset(name: str, dataset, args: SFTConfig, formatting_func) -> None:
-    """Raises `ValueError` when `args` ask for what is not done to this data set."""
+def check_dataset(name: str, dataset, args: SFTConfig, formatting_func, visual_token_offset: int | None) -> None:
+    """Raises `ValueError` when `args` ask for what is not done to this data set, or would cut its images."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
             f"The {name} data are a {type(dataset).__name__}; give a `Dataset` or an `IterableDataset` of the library "
@@ -302,6 +316,8 @@ def check_dataset(name: str, dataset, args: SFTConfig, formatting_func) -> None:
     if tokenized and asked:
         raise ValueError(f"The {name} data are tokenized already, so `{asked[0]}` has no effect on them; leave it out.")
     if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        if tokenized and args.max_length is not None and visual_token_offset is not None:
+            check_cuts(name, dataset, args, visual_token_offset)
         return
     asked = [option for option in ("packing", "shuffle_dataset") if getattr(args, option)]
     if asked:
@@ -316,11 +332,31 @@ def check_lengths(name: str, dataset, max_length: int) -> None:
         raise ValueError(
             f"`max_length` is {max_length}, and `skip_prepare_dataset` leaves all lengths; set it to null."
         )
-    batches = dataset.select_columns("input_ids").with_format("arrow").iter(4096)
-    lengths = [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
+    lengths = list_lengths(dataset)
     too_long = sum(length > max_length for length in lengths)
     if too_long:
         raise ValueError(
             f"{too_long} of {len(lengths)} {name} examples are longer than `max_length` {max_length}, the longest has "
             f"{max(lengths)} ids; none is cut, since images would be: raise `max_length` or set it to null."
         )
+
+
+def check_cuts(name: str, dataset, args: SFTConfig, visual_token_offset: int) -> None:
+    """Raises `ValueError` when TRL would cut tokenized rows with images, or may, since it cuts anywhere."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"`max_length` is {args.max_length}, at which a stream would be cut, images too; set it to null."
+        )
+    batches = dataset.select_columns("input_ids").with_format("arrow").iter(4096)
+    largest = [pc.max(pc.list_flatten(batch["input_ids"])).as_py() or 0 for batch in batches]
+    if max(largest, default=0) < visual_token_offset:
+        return
+    if args.packing and args.packing_strategy == "wrapped":
+        raise ValueError("`packing_strategy` is wrapped, which cuts images; take bfd, which cuts none of these rows.")
+    check_lengths(name, dataset, args.max_length)
+
+
+def list_lengths(dataset: Dataset) -> list[int]:
+    """Ids of each row."""
+    batches = dataset.select_columns("input_ids").with_format("arrow").iter(4096)
+    return [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
