@@ -2,9 +2,10 @@
 
 import re
 
+import pytest
 import yaml
 
-from transformers_unicode2.cards import write_card
+from transformers_unicode2.cards import name_places, write_card, write_table
 
 
 def test_a_card_has_metadata_tables_and_settings(tmp_path):
@@ -38,6 +39,26 @@ def test_a_card_names_no_place_of_this_machine(tmp_path, monkeypatch):
     assert str(tmp_path) not in text and "runs/" not in text
     assert "# own\n" in text and 'model="own"' in text and "Of `base` and `org/llm`." in text and "| base | 2 |" in text
     assert '"model": "base"' in text and '"path": "org/data"' in text and '"start": "gone.yaml"' in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/no_think {question}", "/no_think {question}"),
+        ("/no_think", "/no_think"),
+        ("/gone/unicode2-tiny", "unicode2-tiny"),
+        ("/tmp/my photos", "my photos"),
+        ("org/llm", "org/llm"),
+        ("/", ""),
+    ],
+)
+def test_what_begins_with_a_slash_is_not_always_a_path(text, shown):
+    assert name_places(text) == shown
+
+
+def test_a_cell_is_one_line_and_no_html():
+    table = write_table([{"a": "x\ny <b> | `<|image|>`", "b": 1}])
+    assert table.splitlines()[2] == "| x<br>y &lt;b&gt; \\| `<\\|image\\|>` | 1 |"
 
 
 def test_the_snippet_of_a_card_runs(tiny_checkpoint, photo, tmp_path, monkeypatch, capsys):

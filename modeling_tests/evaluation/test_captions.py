@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from transformers_unicode2 import UniCode2ForConditionalGeneration
 from transformers_unicode2.evaluation import captions
-from transformers_unicode2.evaluation.score_card import read_card
+from transformers_unicode2.evaluation.card_files import read_card
 from transformers_unicode2.scenes.sample import sample_scene
 from transformers_unicode2.scenes.scene import draw_scene
 from transformers_unicode2.scenes.texts import dense_caption
@@ -199,3 +199,12 @@ def test_the_name_of_a_folder_is_no_pattern(tmp_path):
     file = tmp_path / "t[1]/train-0.parquet"
     Dataset.from_list([{"messages": [{"role": "user"}], "codes": [[1]]}]).to_parquet(str(file))
     assert len(captions.open_rows([file])) == 1
+
+
+def test_the_same_rows_have_the_same_protocol(tiny_checkpoint, folder, tmp_path):
+    """Whether their number was asked for or not."""
+    words = ("--model", tiny_checkpoint, "--data", folder, "--num-choices", 3)
+    for name, more in (("all", ()), ("number", ("--num-rows", 24))):
+        run(*words, *more, "--json", tmp_path / f"{name}.json")
+    one, other = (read_card(tmp_path / f"{name}.json") for name in ("all", "number"))
+    assert one.protocol_hash == other.protocol_hash and one.items == other.items

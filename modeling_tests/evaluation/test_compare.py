@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from transformers_unicode2 import cli
+from transformers_unicode2.evaluation.card_files import begin_card
 from transformers_unicode2.evaluation.compare import compute_p, main, make_parser
-from transformers_unicode2.evaluation.score_card import ScoreCard, begin_card
+from transformers_unicode2.evaluation.score_card import ScoreCard
 
 
 def write_card(file, right, scores=(), command="evaluate scenes", **protocol) -> None:
@@ -102,3 +103,23 @@ def test_pictures_of_an_unknown_making_are_compared_with_none(tmp_path):
     with pytest.raises(ValueError, match="a.json does not say how its pictures were drawn"):
         compare(tmp_path / "a.json", tmp_path / "b.json")
     assert compare(tmp_path / "a.json", tmp_path / "a.json")[0]["B - A"] == 0.0
+
+
+@pytest.mark.parametrize(("one", "other"), [({"a": 0}, {"a": False}), ({"a": None}, {}), ({"a": 0}, {})])
+def test_entries_that_are_equal_in_python_alone_differ(tmp_path, one, other):
+    write_card(tmp_path / "a.json", [0, 1], **one)
+    write_card(tmp_path / "b.json", [0, 1], **other)
+    with pytest.raises(ValueError, match=r"different protocols \(a is (0|None) in A and (False|not given) in B\)"):
+        compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert compare(tmp_path / "a.json", tmp_path / "b.json", "--ignore", "a")[0]["p"] == 1.0
+
+
+def test_a_comparison_takes_the_place_of_one_alone(tmp_path):
+    write_card(tmp_path / "a.json", [0, 1])
+    before = (tmp_path / "a.json").read_bytes()
+    for name, message in (("a.json", "is there, and is no comparison; it is not"), ("no/x.json", "there is no folder")):
+        with pytest.raises(ValueError, match=message):
+            compare(tmp_path / "a.json", tmp_path / "a.json", "--json", tmp_path / name)
+    assert (tmp_path / "a.json").read_bytes() == before
+    for _ in range(2):
+        compare(tmp_path / "a.json", tmp_path / "a.json", "--json", tmp_path / "x.json")

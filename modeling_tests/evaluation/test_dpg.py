@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from transformers_unicode2.evaluation import dpg
-from transformers_unicode2.evaluation.score_card import read_card
+from transformers_unicode2.evaluation.card_files import read_card
 
 HEAD = (
     "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
@@ -113,6 +113,13 @@ def test_what_is_neither_yes_nor_no_is_known(text, yes):
         (HEAD + "\na,x,k,one,0,e,w,t,Is it?\n", "line 2: proposition_id and dependency must be numbers"),
         (HEAD + "\na,x,k,1,7,e,w,t,Is it?\n", "a question of a depends on question 7, which it does not have"),
         (HEAD + "\na,x,k,1,0,e,w,t,\n", "line 2: question_natural_language is empty"),
+        (HEAD + "\na,x,k\n", "line 2 has another number of fields than the first line; give dpg_bench.csv whole"),
+        (
+            HEAD + "\na,x,k,1,0,e,w,t,Is it?\na,x,k,1,0,e,w,t,Is it so?\n",
+            "line 3: this prompt has a question 1 already",
+        ),
+        (HEAD + "\na,x,k,1,0,e,w,t," + "x" * 140_000, "line 2 cannot be read .field larger than field limit .131072"),
+        (HEAD + '\na,x,k,1,0,e,w,t,"Is it?\nb,x,k,1,0,e,w,t,Is it?\n', "line 3 cannot be read .unexpected end of data"),
         (HEAD + "\nc,x,k,1,0,e,w,t,Is it?\n", "1 of 1 pictures are missing in .*, the first is c.png; run `unicode2"),
     ],
 )
@@ -120,3 +127,21 @@ def test_files_of_another_shape_are_refused(place, tiny_checkpoint, text, messag
     (place / "dpg.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         run(place, "--vqa", tiny_checkpoint)
+
+
+def test_categories_are_one_with_spaces_around_them(place):
+    (place / "dpg.csv").write_text("\n".join([HEAD, *ROWS, "b,y,k,2,0, entity ,whole,t,Is it big?"]) + "\n")
+    assert [one.category for one in dpg.read_questions(place / "dpg.csv")["b"]] == ["entity", "entity"]
+
+
+@pytest.mark.parametrize("answers", [None, [], [{}], [{"1": "yes"}, {"1": "yes"}], [["yes"]]])
+def test_answers_of_another_shape_are_asked_anew(place, answers):
+    import json
+
+    questions = dpg.read_questions(place / "dpg.csv")["b"]
+    file, picture = place / "b.json", place / "drawn/b.png"
+    content = {"vqa": "v", "picture": dpg.hash_data(picture)}
+    file.write_text(json.dumps({**content, "answers": answers}))
+    assert dpg.read_result(file, {"vqa": "v"}, picture, questions, 1) is None
+    file.write_text(json.dumps({**content, "answers": [{"1": "yes"}]}))
+    assert dpg.read_result(file, {"vqa": "v"}, picture, questions, 1) == [{"1": "yes"}]

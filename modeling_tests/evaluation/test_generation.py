@@ -11,7 +11,9 @@ from PIL import Image
 from tokenizing import stop_at
 
 from transformers_unicode2.evaluation import generation
-from transformers_unicode2.evaluation.score_card import read_card
+from transformers_unicode2.evaluation.card_files import read_card
+from transformers_unicode2.evaluation.geneval import find_folders
+from transformers_unicode2.evaluation.prompts import read_dpg
 
 PROMPTS = [
     {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a circle"},
@@ -117,8 +119,86 @@ def test_another_protocol_in_the_same_folder_is_refused(prompts, drawn, tiny_che
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "00001"), "3 of 8 files in .* are missing or not as they were written"),
+        (
+            lambda folder: (folder / "00000/samples/00001.png").unlink(),
+            "prompts in .* lack pictures, the first is 00000",
+        ),
+        (lambda folder: Image.new("RGB", (64, 64)).save(folder / "00000/samples/00000.png"), "1 of 8 files in"),
+        (lambda folder: (folder / "00000/metadata.jsonl").write_text(json.dumps(PROMPTS[1])), "1 of 8 files in"),
+        (lambda folder: edit(folder / ".unicode2/record.json", "true", "false"), "out is not finished; run"),
+        # Copied without the hidden folder
+        (
+            lambda folder: (shutil.rmtree(folder / ".unicode2"), shutil.rmtree(folder / "00001")),
+            "has 1 prompts, and its generation.json tells of 2; run `unicode2 evaluate generation` again",
+        ),
+        (
+            lambda folder: (
+                shutil.rmtree(folder / ".unicode2"),
+                *[(folder / f"0000{i}/samples/00001.png").unlink() for i in range(2)],
+            ),
+            "has 1 pictures of each prompt, and its generation.json tells of 2",
+        ),
+    ],
+)
+def test_pictures_that_are_not_all_there_are_not_scored(drawn, tmp_path, change, message):
+    folder = shutil.copytree(drawn, tmp_path / "out")
+    find_folders(folder)
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        find_folders(folder)
+
+
+def edit(file, old, new):
+    file.write_text(file.read_text().replace(old, new))
+
+
+def test_what_scorers_leave_is_not_of_the_pictures(prompts, drawn, tiny_checkpoint, tmp_path, monkeypatch):
+    folder = shutil.copytree(drawn, tmp_path / "out")
+    picture = folder / "00001/samples/00001.png"
+    picture.unlink()
+    for verdict in ("one", "another"):
+        (folder / "00000/geneval_hf.json").write_text(verdict)
+        run(prompts, tiny_checkpoint, folder)
+    assert picture.read_bytes() == (drawn / "00001/samples/00001.png").read_bytes()
+    find_folders(folder)
+
+
+def test_every_setting_of_the_scheduler_is_in_the_protocol(tiny_checkpoint, drawn):
+    scheduler = read_card(drawn / "generation.json").protocol["decoder"]["scheduler"]
+    saved = json.loads((tiny_checkpoint / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["class"] == saved["_class_name"] and scheduler["shift"] == saved["shift"]
+    assert {name for name in saved if not name.startswith("_")} <= scheduler.keys()
+    assert not any(name.startswith("_") for name in scheduler)
+
+
+def test_a_size_that_the_decoder_would_round_is_refused(prompts, tiny_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="must be multiples of"):
+        run(prompts, tiny_checkpoint, tmp_path / "out", "--image-size", "65")
+    assert not (tmp_path / "out").exists()
+
+
+def test_control_tokens_are_refused_by_their_line(tiny_checkpoint, tmp_path):
+    token = "<|im_end|>"
+    file, folder = tmp_path / "p.jsonl", tmp_path / "dpg"
+    lines = [json.dumps(one) + "\n" for one in (PROMPTS[0], {**PROMPTS[1], "prompt": f"a {token}"})]
+    file.write_text("".join(lines))
+    with pytest.raises(ValueError, match=r"p.jsonl line 2 has <\|im_end\|>, which is a control token of the model"):
+        run(file, tiny_checkpoint, tmp_path / "out")
+    folder.mkdir()
+    (folder / "a.txt").write_text(token)
+    with pytest.raises(ValueError, match="dpg/a.txt has <"):
+        run(folder, tiny_checkpoint, tmp_path / "out", "--benchmark", "dpg", "--images-per-prompt", "4")
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("", "prompts.jsonl is empty"),
+        ("[" * 100_000, "line 1: it is not JSON"),
+        (json.dumps({**PROMPTS[0], "prompt": "a \ud800"}), "line 1: `prompt` is .* has half of a letter"),
         ("a circle", "line 1: it is not JSON"),
         ('["a"]', "line 1: it is list, where an object must be"),
         ('{"prompt": "", "tag": "counting"}', "`prompt` is '', where a text must be"),
@@ -144,3 +224,12 @@ def test_other_refusals(prompts, tiny_checkpoint, tmp_path):
         run(prompts, tiny_checkpoint, tmp_path / "out", "--rewritten", tmp_path / "texts")
     with pytest.raises(ValueError, match="has no .txt files; give the folder dpg_bench/prompts of DPG-Bench"):
         run(prompts, tiny_checkpoint, tmp_path / "out", "--benchmark", "dpg")
+
+
+def test_hidden_files_are_no_prompts(tmp_path):
+    (tmp_path / "a.txt").write_text("a circle")
+    (tmp_path / "._a.txt").write_bytes(b"\x00\x05\x16\xe9")
+    assert [prompt.name for prompt in read_dpg(tmp_path)] == ["a"]
+    (tmp_path / "b.txt").write_text(" ")
+    with pytest.raises(ValueError, match="b.txt is empty"):
+        read_dpg(tmp_path)

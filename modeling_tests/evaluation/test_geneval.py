@@ -10,9 +10,9 @@ from PIL import Image
 
 from transformers_unicode2 import cli
 from transformers_unicode2.evaluation import geneval
+from transformers_unicode2.evaluation.card_files import read_card
 from transformers_unicode2.evaluation.detectors import find_box
 from transformers_unicode2.evaluation.geneval import Detection, main, make_parser, relate, score_picture
-from transformers_unicode2.evaluation.score_card import read_card
 from transformers_unicode2.scenes.check import check_drawing
 from transformers_unicode2.scenes.sample import sample_scene
 from transformers_unicode2.scenes.scene import SEEN_PAIRS, SHAPES, draw_scene
@@ -64,6 +64,23 @@ def test_rules_of_every_tag(metadata, made, reason):
     right, reasons = score(metadata, *made)
     assert right == (reason is None)
     assert reason is None or reason in "; ".join(reasons)
+
+
+@pytest.mark.parametrize(
+    ("found", "asked"),
+    [
+        ("sofa", "couch"), ("motorbike", "motorcycle"), ("aeroplane", "airplane"), ("pottedplant", "potted plant"),
+        ("potted-plant", "potted plant"), ("Dining_Table", "dining table"), ("tvmonitor", "tv"),
+        ("mouse", "computer mouse"), ("remote", "tv remote"), ("keyboard", "computer keyboard"),
+        ("hair dryer", "hair drier"), ("trafficlight", "traffic light"), ("cat", "Cat"),
+    ],
+)  # fmt: skip
+def test_a_class_has_one_name_in_all_spellings(found, asked):
+    """Those of COCO's older lists, and those of GenEval's prompts, as what is wanted and as what is not."""
+    wanted = {"tag": "single_object", "include": [{"class": asked, "count": 1}]}
+    assert score(wanted, make(found))[0]
+    assert not score({**wanted, "exclude": [{"class": asked, "count": 1}]}, make(found))[0]
+    assert geneval.name_class(asked) in {geneval.name_class(label) for label in (found, "dog")}
 
 
 def test_at_most_sixteen_of_a_class_count():
@@ -208,7 +225,7 @@ def test_pictures_are_scored_by_the_models_of_transformers(judges, tmp_path, mon
     assert card.protocol["benchmark"] == "geneval_hf"
     assert read_card(tmp_path / "card.json").protocol_hash == card.protocol_hash
     found = detectors.Mask2FormerDetector(judges / "detector")(Image.open(tmp_path / "drawn/00000/samples/00000.png"))
-    assert found and {one.label for one in found} <= {"cat", "computer mouse", "dog"}
+    assert found and {one.label for one in found} <= {"cat", "mouse", "dog"}
     assert all(one.mask.shape == (48, 64) and one.box == find_box(one.mask) for one in found)
     namer = detectors.ColorNamer(judges / "clip")
     assert namer(Image.new("RGB", (64, 48), "red"), found[0], "cat") in detectors.COLORS
@@ -230,6 +247,51 @@ def test_overall_is_the_mean_of_the_tags(judges, tmp_path, monkeypatch):
     monkeypatch.setattr(geneval, "score_prompt", lambda *_: next(scored))
     figures = {figure.name: figure.value for figure in run(tmp_path / "drawn", judges, tmp_path / "card.json").figures}
     assert figures == {"overall": 75.0, "colors": 100.0, "position": 50.0, "prompts with a right picture": 100.0}
+
+
+@pytest.mark.parametrize("kept", ["[]", "null", "12", "{", '{"tag": "colors", "right": []}', "[" * 100_000])
+def test_damaged_verdicts_are_made_anew(judges, tmp_path, monkeypatch, kept):
+    write_pictures(tmp_path / "drawn")
+    scored = {"tag": "colors", "right": [True, True], "reasons": [[], []]}
+    monkeypatch.setattr(geneval, "score_prompt", lambda *_: scored)
+    run(tmp_path / "drawn", judges, tmp_path / "card.json")
+    file = tmp_path / "drawn/00000/geneval_hf.json"
+    content = json.loads(file.read_text())
+    # One that answers the same, but for what it says
+    for text in (kept, json.dumps({**content, "right": None}), json.dumps({**content, "tag": None})):
+        file.write_text(text)
+        run(tmp_path / "drawn", judges, tmp_path / "card.json")
+        assert json.loads(file.read_text()) == content
+
+
+def test_only_numbers_are_prompts_and_pictures(tmp_path):
+    """As the official scorer has it."""
+    write_pictures(tmp_path)
+    (tmp_path / "0backup").mkdir()
+    (tmp_path / "00000/samples/grid.png").write_bytes(b"")
+    folders = geneval.find_folders(tmp_path)
+    assert [folder.name for folder in folders] == ["00000", "00001"]
+    assert [file.name for file in geneval.list_pictures(folders[0])] == ["00000.png", "00001.png"]
+
+
+def test_gaps_in_the_numbers_are_refused(tmp_path):
+    write_pictures(tmp_path / "a")
+    (tmp_path / "a/00001").rename(tmp_path / "a/00002")
+    with pytest.raises(ValueError, match="has 2 folders of prompts, and the last is 00002; run `unicode2 evaluate gen"):
+        geneval.find_folders(tmp_path / "a")
+    write_pictures(tmp_path / "b", 3)
+    for number in range(2):
+        (tmp_path / f"b/0000{number}/samples/00001.png").unlink()
+    with pytest.raises(ValueError, match="2 of 2 prompts in .* lack pictures, the first is 00000"):
+        geneval.find_folders(tmp_path / "b")
+
+
+def test_a_picture_that_is_cut_is_named(judges, tmp_path):
+    write_pictures(tmp_path / "drawn")
+    file = tmp_path / "drawn/00001/samples/00001.png"
+    file.write_bytes(file.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="00001/samples/00001.png .* cannot be read as an image"):
+        run(tmp_path / "drawn", judges, tmp_path / "card.json")
 
 
 def test_what_cannot_be_scored_is_refused(judges, tmp_path):

@@ -12,15 +12,19 @@ import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
 
+from transformers_unicode2.evaluation.card_files import read_card
 from transformers_unicode2.evaluation.scenes import main, make_parser
-from transformers_unicode2.evaluation.score_card import ScoreCard, read_card
+from transformers_unicode2.evaluation.score_card import ScoreCard
 from transformers_unicode2.scenes.sample import sample_scene
 from transformers_unicode2.scenes.scene import SEEN_PAIRS, draw_scene
 from transformers_unicode2.scenes.texts import questions
 
 pytest.importorskip("lmms_eval")
+from lmms_eval.tasks import TaskManager  # noqa: E402
+
 from transformers_unicode2.evaluation.lmms_eval import KeptAnswers, UniCode2, hash_request  # noqa: E402
-from transformers_unicode2.evaluation.understanding import add_mmbench, read_number  # noqa: E402
+from transformers_unicode2.evaluation.task_files import find_judge, list_files, list_yaml  # noqa: E402
+from transformers_unicode2.evaluation.understanding import PAPER, add_mmbench, read_number  # noqa: E402
 
 TASK = """
 task: {task}
@@ -174,6 +178,14 @@ def test_the_command_writes_a_card_and_resumes(tasks, tiny_checkpoint, tmp_path)
     for other in cards[1:]:
         assert other.protocol_hash == one.protocol_hash and other.items == one.items and other.figures == one.figures
     assert one.protocol["system_prompt"] == "Answer briefly, please." and one.protocol["dtype"] == "torch.bfloat16"
+    # Another protocol does not take its place
+    before = (tmp_path / "one/card.json").read_bytes()
+    command = [*alone, "--dtype", "float32", "--output", str(tmp_path / "one")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and (tmp_path / "one/card.json").read_bytes() == before
+    assert "protocol dtype was torch.bfloat16 and is torch.float32" in done.stderr
+    assert "Failed to load model entry-point" not in done.stdout + done.stderr
+    assert len(one.protocol["include_path"]["scenes"]) == 64
     (figure,) = one.figures
     assert figure.name == "scenes, exact" and figure.count == COUNT and figure.interval == "binomial"
     assert one.protocol["tasks"]["scenes"]["questions"] == COUNT
@@ -181,3 +193,18 @@ def test_the_command_writes_a_card_and_resumes(tasks, tiny_checkpoint, tmp_path)
 
 def count_answers(output: Path) -> int:
     return sum('"key"' in line for file in output.glob("answers/*.jsonl") for line in file.read_text().splitlines())
+
+
+def test_files_of_a_task_are_those_of_its_own(tasks):
+    index = TaskManager(include_path=str(tasks)).task_index
+    files = {file for yaml in list_yaml(index, "scenes") for file in list_files(yaml, tasks)}
+    assert files == {tasks / "scenes/scenes.yaml", tasks / "scenes/utils.py"}
+
+
+def test_judges_of_the_papers_tasks_are_known():
+    index = TaskManager().task_index
+    asked = {task for tasks in PAPER.values() for task in tasks if any(map(find_judge, list_yaml(index, task)))}
+    # The last by the code that it shares with `mmbench_en_dev`
+    assert asked == {"mmvet", "mmbench_en_dev_static"}
+    others = ("llava_in_the_wild", "mathvista_testmini_cot", "mmvetv2", "hallusion_bench_image")
+    assert all(any(map(find_judge, list_yaml(index, task))) for task in others)

@@ -65,3 +65,21 @@ def test_what_cannot_be_put_is_refused(tmp_path, monkeypatch, capsys, name, sent
     with pytest.raises(SystemExit):
         put(monkeypatch, tmp_path / name, str(tmp_path / "drawn.json"))
     assert sentence in capsys.readouterr().err and (tmp_path / "README.md").read_text() == TEXT
+
+
+@pytest.mark.parametrize(
+    ("front", "sentence"),
+    [
+        ("license: [open", "The front matter of"),
+        ("- a\n- b", "The front matter of"),
+        ("model-index:\n- name: a\n  results: []\n- name: b\n  results: []", "a model-index of 2 models (a, b)"),
+    ],
+)
+def test_front_matter_that_would_be_lost_is_refused(tmp_path, monkeypatch, capsys, front, sentence):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"---\n{front}\n---\n{TEXT}")
+    before = readme.read_bytes()
+    with pytest.raises(SystemExit):
+        put(monkeypatch, readme, make_card(tmp_path, "0.json", 0, 5))
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.splitlines()) == 1 and readme.read_bytes() == before

@@ -6,7 +6,7 @@ from PIL import Image
 from tokenizing import stop_at
 
 from transformers_unicode2.evaluation import reconstruction
-from transformers_unicode2.evaluation.score_card import read_card
+from transformers_unicode2.evaluation.card_files import read_card
 from transformers_unicode2.scenes.sample import sample_scene
 from transformers_unicode2.scenes.scene import draw_scene
 
@@ -48,7 +48,8 @@ def test_pictures_are_redrawn_and_compared(tiny_checkpoint, pictures, clip, tmp_
     card = run(tiny_checkpoint, pictures, tmp_path)
     assert "1 of 4 pictures cannot be read, and are left out." in capsys.readouterr().out
     figures = {figure.name: figure for figure in card.figures}
-    assert figures.keys() == {"psnr", "ssim"} and figures["psnr"].count == 3
+    assert figures.keys() == {"psnr", "ssim", "pictures that cannot be read"} and figures["psnr"].count == 3
+    assert figures["pictures that cannot be read"].value == 1
     original = Image.open(pictures / "0.png").convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
     redrawn = np.asarray(Image.open(tmp_path / "000000.png"), float)
     error = ((np.asarray(original, float) - redrawn) ** 2).mean() / 255**2
@@ -71,3 +72,21 @@ def test_what_cannot_be_measured_is_refused(tiny_checkpoint, pictures, tmp_path)
     run(tiny_checkpoint, pictures, tmp_path / "out", "--num-images", "1")
     with pytest.raises(ValueError, match="begun with something else .*protocol seed was 0 and is 1"):
         run(tiny_checkpoint, pictures, tmp_path / "out", "--num-images", "1", "--seed", "1")
+
+
+def test_equal_pictures_are_counted_and_have_a_psnr(tiny_checkpoint, pictures, tmp_path, monkeypatch):
+    """It would be infinite, which JSON cannot say."""
+    original, save = reconstruction.fit(Image.open(pictures / "0.png").convert("RGB"), 64), reconstruction.save_picture
+    monkeypatch.setattr(reconstruction, "save_picture", lambda file, image: save(file, original))
+    run(tiny_checkpoint, pictures, tmp_path / "out", "--num-images", "2")
+    card = read_card(tmp_path / "out/card.json")
+    assert card.items["psnr"]["0"] == 100.0 > card.items["psnr"]["1"]
+    assert {figure.name: figure.value for figure in card.figures}["pictures redrawn exactly"] == 1
+
+
+@pytest.mark.parametrize(("name", "message"), [("card.json", "is no score card"), ("card.md", "is no page of such")])
+def test_files_of_others_are_refused_before_any_work(tiny_checkpoint, pictures, tmp_path, name, message):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=message):
+        run(tiny_checkpoint, pictures, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"

@@ -4,12 +4,37 @@ import numpy as np
 import pytest
 import torch
 
-from transformers_unicode2.evaluation.scenes import main, make_parser, shares, shuffle
-from transformers_unicode2.evaluation.score_card import read_card
+from transformers_unicode2.evaluation.card_files import read_card
+from transformers_unicode2.evaluation.scenes import find_others, main, make_parser, shares, shuffle
+from transformers_unicode2.scenes.scene import SEEN_PAIRS
+from transformers_unicode2.scenes.texts import CATEGORIES, sample_prompt
 
 
 def test_shares_are_percentages_over_all_and_per_kind():
     assert shares(["a", "a", "b"], [True, False, True]) == {"all": pytest.approx(200 / 3), "a": 50.0, "b": 100.0}
+
+
+def test_chance_is_of_other_prompts_of_the_category():
+    """Whatever their number; one without another is left out."""
+    rng = np.random.default_rng(0)
+    for count in (6, 7, 20):
+        prompts = [sample_prompt(CATEGORIES[i % 6], rng, SEEN_PAIRS) for i in range(count)]
+        others = find_others(prompts)
+        assert all(prompts[i].category == prompts[k].category for i, k in others.items())
+        assert all(prompts[i].text != prompts[k].text for i, k in others.items())
+        texts = [{two.text for two in prompts if two.category == one.category} for one in prompts]
+        assert [*others] == [i for i, of_category in enumerate(texts) if len(of_category) > 1]
+    assert len(others) > 15
+
+
+@pytest.mark.parametrize("name", ["README.json", "notes.txt", "card.md"])
+def test_files_of_others_stay(tiny_checkpoint, tmp_path, name):
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="--json|README.md is there"):
+        main(make_parser().parse_args(["--model", str(tiny_checkpoint), "--json", str(tmp_path / name)]))
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
 
 
 def test_shuffled_codes_are_the_same_codes_elsewhere():

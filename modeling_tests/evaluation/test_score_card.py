@@ -1,11 +1,10 @@
 """Figures, intervals and what makes two cards comparable."""
 
-import json
-
 import numpy as np
 import pytest
 
-from transformers_unicode2.evaluation.score_card import ScoreCard, bootstrap, check_card_file, read_card, wilson
+from transformers_unicode2.evaluation.card_files import read_card
+from transformers_unicode2.evaluation.score_card import ScoreCard
 
 
 def make_card(**changes) -> ScoreCard:
@@ -16,26 +15,6 @@ def make_card(**changes) -> ScoreCard:
     card.add_figure("fid", 12.5, 4, "")
     card.run = {"date": "2026-11-30", "batch_size": 4}
     return card
-
-
-def test_wilson_is_the_published_interval():
-    """R's binom.confint(x, n, method = "wilson")."""
-    assert wilson(15, 20) == pytest.approx((0.5313, 0.8881), abs=1e-4)
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-
-
-def test_bootstrap_covers_the_mean_and_respects_groups():
-    """Four equal images of a prompt say no more than one."""
-    values = {str(i): float(v) for i, v in enumerate(np.random.default_rng(1).normal(size=200))}
-    low, high = bootstrap(values)
-    spread = np.std(list(values.values())) / 200**0.5
-    assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.1)
-    grouped = bootstrap({f"{i}/{j}": value for i, value in values.items() for j in range(4)})
-    assert grouped[1] - grouped[0] == pytest.approx(high - low, rel=0.1)
-    alone = bootstrap({f"{i}-{j}": value for i, value in values.items() for j in range(4)})
-    assert alone[1] - alone[0] == pytest.approx((high - low) / 2, rel=0.1)
-    assert bootstrap({"0": 1.0}) == (None, None) == bootstrap({"0/0": 1.0, "0/1": 2.0})
 
 
 def test_a_mean_over_strata_keeps_their_sizes():
@@ -74,20 +53,6 @@ def test_what_cannot_vary_has_no_interval():
     assert "| overall | 75 % | too few | 4 in 2 groups |" in card.make_page()
 
 
-def test_a_card_takes_the_place_of_a_card_alone(tmp_path):
-    make_card().write(tmp_path / "card.json")
-    check_card_file(tmp_path / "card.json")
-    (tmp_path / "notes.md").write_text("# Notes")
-    (tmp_path / "data.json").write_text("{}")
-    for name, message in (
-        ("card.md", "must end in .json; the page of the card is written beside it"),
-        ("notes.json", "notes.md is there, and is no page of a score card"),
-        ("data.json", "data.json is there, and is no score card; it is not replaced"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check_card_file(tmp_path / name)
-
-
 def test_tasks_are_data_sets_of_their_own():
     card = ScoreCard("evaluate understanding", {"tasks": {"gqa": {}}}, {"model": "m"})
     card.add_share("gqa, exact_match", {"0": True})
@@ -117,15 +82,22 @@ def test_the_protocol_alone_decides_about_the_hash():
     assert same.protocol_hash == card.protocol_hash != make_card(guidance_scale=4.0).protocol_hash
 
 
-def test_what_is_no_card_is_refused(tmp_path):
-    card, file = make_card(), tmp_path / "card.json"
-    with pytest.raises(ValueError, match="There is no file .*card.json"):
-        read_card(file)
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="is no score card .KeyError: 'figures'"):
-        read_card(file)
-    content = card.to_dict()
-    content["protocol"]["guidance_scale"] = 4.0
-    file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="was changed by hand, or is of another version"):
-        read_card(file)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_finite_score_is_refused(value):
+    """JSON has no word for it."""
+    card = ScoreCard("c", {}, {})
+    for add in (lambda: card.add_mean("m", {"0": 1.0, "1": value}, "dB"), lambda: card.add_figure("m", value, 2, "")):
+        with pytest.raises(ValueError, match=f"m(, item '1',)? got {value}, which is no finite score"):
+            add()
+    assert not card.figures
+
+
+def test_two_figures_of_a_name_are_refused():
+    card = make_card()
+    with pytest.raises(ValueError, match="There are two figures 'right'"):
+        card.add_share("right", {"0": True})
+
+
+def test_texts_of_a_protocol_stay_in_their_row():
+    page = make_card(ask="/no_think\nLook | say <b>: {question}").make_page()
+    assert "| ask | /no_think<br>Look \\| say &lt;b&gt;: {question} |" in page

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def write_card(
 def name_places(value):
     """A text, list or dictionary whose paths of this machine, alone or in backticks, have become their last names.
 
-    A path is what begins at the root, or has a slash and is there. Other texts, such as Hub names, stay.
+    A path is what begins at the root, see `is_place`, or has a slash and is there. Other texts, such as Hub names and
+    prompts, stay.
     """
     if isinstance(value, dict):
         return {name: name_places(part) for name, part in value.items()}
@@ -129,8 +131,15 @@ def name_places(value):
     if not isinstance(value, str | Path):
         return value
     text = re.sub("`([^`]+)`", lambda found: f"`{name_places(found[1])}`", str(value))
-    is_place = os.path.isabs(text) or "/" in text and os.path.exists(text)
-    return Path(os.path.abspath(text)).name if is_place else text
+    return Path(os.path.abspath(text)).name if is_place(text) else text
+
+
+def is_place(text: str) -> bool:
+    """Whether a text is a path. Some commands of language models, such as `/no_think`, begin with a slash, too."""
+    if not os.path.isabs(text):
+        return "/" in text and os.path.exists(text)
+    top, *below = Path(text).parts[1:] or [""]
+    return bool(below) and len(text.split()) == 1 or os.path.exists(Path("/", top))
 
 
 def write_table(rows: list[dict]) -> str:
@@ -141,8 +150,11 @@ def write_table(rows: list[dict]) -> str:
 
 
 def write_cell(value) -> str:
+    """A value in one line of a table. HTML is shown as it is written; code in backticks shows it anyway."""
     text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-    return text.replace("|", "\\|")
+    parts = re.split("(`[^`]+`)", text.replace("|", "\\|"))
+    parts = [part if part.startswith("`") else escape(part, quote=False) for part in parts]
+    return "<br>".join("".join(parts).splitlines())
 
 
 def find_versions() -> list[dict]:

@@ -28,8 +28,9 @@ import torch
 from ..cli import SEED, at_least
 from ..planning_unicode2 import CACHE_NAME
 from ..tokens import check_codes, find_tables
+from .card_files import check_card_file
 from .drawing import batches
-from .score_card import ScoreCard, check_card_file, describe_generation, describe_run, describe_subject, hash_data
+from .score_card import ScoreCard, describe_generation, describe_run, describe_subject, hash_data
 
 # Rows whose greedy answers are printed
 NUM_EXAMPLES = 5
@@ -103,7 +104,8 @@ def main(args: argparse.Namespace) -> dict:
 def make_card(args: argparse.Namespace, report: dict, model, files: list[Path], start: float) -> ScoreCard:
     """The score card of a report. Its items are the rows, in the order that the seed gives them."""
     protocol = {"benchmark": "captioned images", "data": hash_data(*files)}
-    protocol |= {name: getattr(args, name) for name in ("split", "num_rows", "num_choices", "seed")}
+    # Of the rows that there are, whatever was asked for
+    protocol |= {name: report[name] for name in ("split", "num_rows", "num_choices", "seed")}
     protocol["dtype"] = str(model.dtype)
     card = ScoreCard("evaluate captions", protocol, describe_subject(args.model))
     for name in ("own_loss", "other_loss", "image_gap"):
@@ -128,7 +130,7 @@ def name_items(values: list) -> dict:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises `ValueError` before any work on what would fail after it."""
     if args.json:
-        check_card_file(args.json)
+        check_card_file(args.json, "evaluate captions")
     if args.num_rows < args.num_choices:
         raise ValueError(f"--num-rows is {args.num_rows}; {args.num_choices} choices need at least as many.")
     if "{caption}" not in args.draw_prompt:

@@ -13,13 +13,16 @@ differ, such as a setting that is to be compared.
 import argparse
 import json
 from math import comb
+from pathlib import Path
 
 import numpy as np
 
 from ..cards import write_table
 from ..files import write_file
 from ..record import MOST, shorten
-from .score_card import ScoreCard, bootstrap, flatten, group_of, mean_of, read_card
+from .card_files import check_place, read_card
+from .intervals import bootstrap, group_of, mean_of
+from .score_card import ScoreCard, flatten
 
 # Random signs of a test
 FLIPS = 10_000
@@ -38,6 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> list[dict]:
+    if args.json:
+        check_output(args.json)
     first, second = read_card(args.first), read_card(args.second)
     check_protocols(first, second, args)
     rows = compare_cards(first, second)
@@ -47,6 +52,18 @@ def main(args: argparse.Namespace) -> list[dict]:
     if args.json:
         write_file(args.json, (json.dumps(rows, indent=1) + "\n").encode())
     return rows
+
+
+def check_output(file: str) -> None:
+    """Raises `ValueError` when a comparison cannot be written to a file, or would replace something else."""
+    check_place(file, "--json")
+    if Path(file).is_file():
+        try:
+            rows = json.loads(Path(file).read_text())
+        except (ValueError, RecursionError):
+            rows = None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "B - A" in row for row in rows):
+            raise ValueError(f"--json {file} is there, and is no comparison; it is not replaced.")
 
 
 def write(value) -> str:
@@ -64,20 +81,25 @@ def check_protocols(first: ScoreCard, second: ScoreCard, args: argparse.Namespac
     for name in args.ignore:
         one.pop(name, None)
         other.pop(name, None)
+    if not args.ignore and first.protocol_hash == second.protocol_hash:
+        return
+    # As JSON, in which neither 0 is false nor a missing entry null
+    texts = [{name: json.dumps(value, sort_keys=True) for name, value in part.items()} for part in (one, other)]
+    names = [name for name in {**one, **other} if texts[0].get(name) != texts[1].get(name)]
+    if not names and args.ignore:
+        return
     for file, entries in ((args.first, one), (args.second, other)):
-        if "generation.not known, of the pictures" in entries and one != other:
+        if "generation.not known, of the pictures" in entries:
             raise ValueError(
                 f"{file} does not say how its pictures were drawn: they lay without generation.json, which `unicode2 "
                 "evaluate generation` writes beside them. It can be compared with no other."
             )
-    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
-    if names:
-        changes = [f"{name} is {tell(one, name)} in A and {tell(other, name)} in B" for name in names[:MOST]]
-        changes += [f"and {len(names) - MOST} more"] * (len(names) > MOST)
-        raise ValueError(
-            f"{args.first} and {args.second} follow different protocols ({'; '.join(changes)}); --ignore NAME lets an "
-            "entry differ."
-        )
+    changes = [f"{name} is {tell(one, name)} in A and {tell(other, name)} in B" for name in names[:MOST]]
+    changes += [f"and {len(names) - MOST} more"] * (len(names) > MOST)
+    raise ValueError(
+        f"{args.first} and {args.second} follow different protocols ({'; '.join(changes)}); --ignore NAME lets an "
+        "entry differ."
+    )
 
 
 def tell(entries: dict, name: str) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .geneval import COLORS, RENAMED, Detection
+from .geneval import COLORS, Detection
 from .judges import load_judge
 
 # Of a color and a class; the mean of their embeddings stands for the color
@@ -26,7 +26,7 @@ class Mask2FormerDetector:
 
         self.processor = AutoImageProcessor.from_pretrained(name)
         self.model = load_judge(Mask2FormerForUniversalSegmentation, name, "--detector").to(device)
-        self.labels = rename(self.model.config)
+        self.labels = self.model.config.id2label
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> list[Detection]:
@@ -46,11 +46,6 @@ class Mask2FormerDetector:
         return detections
 
 
-def rename(config) -> dict[int, str]:
-    """The classes of a detector by their numbers, as prompts call them."""
-    return {number: RENAMED.get(label, label) for number, label in config.id2label.items()}
-
-
 def find_labels(name: str) -> set[str]:
     """The classes that a detector knows. Raises `ValueError` when it is no Mask2Former."""
     from transformers import AutoConfig
@@ -58,7 +53,7 @@ def find_labels(name: str) -> set[str]:
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "mask2former":
         raise ValueError(f"--detector {name} is a {config.model_type}; give a Mask2Former.")
-    return {*rename(config).values()}
+    return {*config.id2label.values()}
 
 
 def find_box(mask: np.ndarray) -> tuple[float, float, float, float]:

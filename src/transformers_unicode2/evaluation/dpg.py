@@ -26,10 +26,11 @@ import numpy as np
 from PIL import Image
 
 from ..files import remove_unfinished, write_file
-from ..images_unicode2 import one_line
+from ..images_unicode2 import load_image, one_line
 from ..record import hash_file, hash_source
+from .card_files import begin_card, check_card_file, check_drawn, read_kept
 from .judges import load_judge
-from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_content, hash_data
+from .score_card import ScoreCard, describe_run, hash_content, hash_data
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "category_broad", "question_natural_language")
 ASK = "{question} Answer with yes or no."
@@ -70,7 +71,7 @@ def main(args: argparse.Namespace) -> ScoreCard:
 
     if "{question}" not in args.ask:
         raise ValueError(f"--ask {args.ask!r} has no {{question}} in it.")
-    check_card_file(args.json)
+    check_card_file(args.json, "evaluate dpg")
     start, questions = time.perf_counter(), read_questions(args.questions)
     files = find_grids(Path(args.images), questions, args.pictures)
     judge = {"vqa": hash_source(args.vqa), "ask": args.ask, "rules": RULES, "pictures": args.pictures}
@@ -78,13 +79,11 @@ def main(args: argparse.Namespace) -> ScoreCard:
     folder, answer, results = Path(args.images) / RESULTS, None, {}
     folder.mkdir(exist_ok=True)
     remove_unfinished(folder)
-    for name in tqdm(questions, unit="prompt", desc="dpg_hf"):
-        known = read_result(folder / f"{name}.json", judge, files[name])
+    for name, asked in tqdm(questions.items(), unit="prompt", desc="dpg_hf"):
+        known = read_result(folder / f"{name}.json", judge, files[name], asked, int(args.pictures))
         if known is None:
             answer = answer or Judge(args.vqa)
-            known = [
-                ask_all(tile, questions[name], answer, args.ask) for tile in split(files[name], int(args.pictures))
-            ]
+            known = [ask_all(tile, asked, answer, args.ask) for tile in split(files[name], int(args.pictures))]
             content = {**judge, "picture": hash_data(files[name]), "answers": known}
             write_file(folder / f"{name}.json", json.dumps(content).encode())
         results[name] = known
@@ -99,13 +98,19 @@ def read_questions(file: str | Path) -> dict[str, list[Question]]:
     """The questions of each prompt by its name. Raises `ValueError` with line and column when the file is another."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as content:
-            reader = csv.DictReader(content)
+            # Strictly, or a quote that is never closed takes in the rest of the file
+            reader = csv.DictReader(content, strict=True)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
                 raise ValueError(f"{file} has no column {missing[0]}; give dpg_bench.csv of DPG-Bench.")
             questions = {}
-            for line, row in enumerate(reader, 2):
-                questions.setdefault(row["item_id"], []).append(read_question(row, f"{file} line {line}"))
+            for row in reader:
+                where = f"{file} line {reader.line_num}"
+                add_question(questions.setdefault(row["item_id"], []), read_question(row, where), where)
+    except csv.Error as error:
+        # That of `DictReader` is still the one before
+        line = reader.reader.line_num
+        raise ValueError(f"{file} line {line} cannot be read ({error}); give dpg_bench.csv whole.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}).") from error
     if not questions:
@@ -118,7 +123,16 @@ def read_questions(file: str | Path) -> dict[str, list[Question]]:
     return questions
 
 
+def add_question(asked: list[Question], question: Question, where: str) -> None:
+    """Raises `ValueError` when the prompt has a question of this number already."""
+    if question.number in [one.number for one in asked]:
+        raise ValueError(f"{where}: this prompt has a question {question.number} already; give each its own number.")
+    asked.append(question)
+
+
 def read_question(row: dict, where: str) -> Question:
+    if None in row or None in row.values():
+        raise ValueError(f"{where} has another number of fields than the first line; give dpg_bench.csv whole.")
     try:
         number = int(row["proposition_id"])
         parents = tuple(int(part) for part in str(row["dependency"]).split(",") if part.strip() and int(part))
@@ -126,7 +140,7 @@ def read_question(row: dict, where: str) -> Question:
         raise ValueError(f"{where}: proposition_id and dependency must be numbers ({error}).") from error
     if not row["question_natural_language"]:
         raise ValueError(f"{where}: question_natural_language is empty.")
-    return Question(number, row["question_natural_language"], row["category_broad"] or "other", parents)
+    return Question(number, row["question_natural_language"], row["category_broad"].strip() or "other", parents)
 
 
 def find_grids(images: Path, questions: dict, pictures: str) -> dict[str, Path]:
@@ -139,12 +153,13 @@ def find_grids(images: Path, questions: dict, pictures: str) -> dict[str, Path]:
         raise ValueError(
             f"{len(lost)} of {len(files)} pictures are missing in {images}, the first is {lost[0]}.png; {how}."
         )
+    check_drawn(images)
     return files
 
 
 def split(file: Path, count: int) -> list[Image.Image]:
     """The pictures of a file: itself, or the four of a grid, top left, top right, bottom left and bottom right."""
-    grid = Image.open(file).convert("RGB")
+    grid = load_image(file)
     if count == 1:
         return [grid]
     width, height = grid.width // 2, grid.height // 2
@@ -199,14 +214,14 @@ class Judge:
         return written[0]["generated_text"].strip()
 
 
-def read_result(file: Path, judge: dict, picture: Path) -> list[dict[str, str]] | None:
-    """What this judge said of the same picture before, if it did."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    same = content.get("picture") == hash_data(picture) and all(content.get(key) == judge[key] for key in judge)
-    return content["answers"] if same else None
+def read_result(
+    file: Path, judge: dict, picture: Path, questions: list[Question], count: int
+) -> list[dict[str, str]] | None:
+    """What this judge said of the same `count` pictures of a file before, if it answered all questions."""
+    answers = (read_kept(file, {**judge, "picture": hash_data(picture)}) or {}).get("answers")
+    numbers = {str(one.number) for one in questions}
+    fits = isinstance(answers, list) and all(isinstance(one, dict) and one.keys() == numbers for one in answers)
+    return answers if fits and len(answers) == count else None
 
 
 def make_card(args: argparse.Namespace, questions: dict, results: dict, judge: dict) -> ScoreCard:

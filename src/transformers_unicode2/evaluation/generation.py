@@ -28,14 +28,15 @@ from PIL import Image
 
 from ..checkpoints import check_checkpoint
 from ..cli import SEED, at_least
-from ..files import explained, make_folders, remove, whole_file, write_file
+from ..control_tokens import find_control_tokens
+from ..files import explained, make_folders, remove, remove_unfinished, whole_file, write_file
 from ..planning_unicode2 import first_given
 from ..processes import agree, follow_launcher, join
 from ..record import Record, hash_file
-from .prompts import BenchmarkPrompt, read_dpg, read_geneval, replace_texts
+from .card_files import DRAWN
+from .prompts import BenchmarkPrompt, check_control, list_dpg, read_dpg, read_geneval, replace_texts
 from .score_card import ScoreCard, describe_generation, describe_run, describe_subject
 
-CARD = "generation.json"
 # Single pictures of DPG-Bench, until their grid is there
 PARTS = "parts"
 # Of the decoder, what a call may set, by the options
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace, state) -> None:
 
     start, prompts = time.perf_counter(), agree(lambda: read_prompts(args))
     pipe, output = load_pipeline(args, state.device), Path(args.output)
-    card = agree(lambda: describe(args, pipe))
+    card = agree(lambda: describe(args, pipe, len(prompts)))
     record = Record(output, {"protocol": card.protocol, "subject": card.subject}, BENCHMARKS[args.benchmark].owns)
     with explained(output), ExitStack() as stack:
         if agree(lambda: stack.enter_context(record.making())):
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace, state) -> None:
                 raise ValueError(f"{len(missing):,} pictures are missing in {output}; run the command again.")
             benchmark.finish(prompts)
             card.run = describe_run(str(state.device), start, processes=state.num_processes, drawn=len(todo))
-            card.write(output / CARD)
+            card.write(output / DRAWN)
     if state.is_main_process:
         print(f"{output}: {len(prompts) * args.images_per_prompt:,} pictures of {len(prompts):,} prompts")
 
@@ -119,11 +120,16 @@ def list_missing(benchmark, prompts: list[BenchmarkPrompt], count: int) -> list[
 
 
 def read_prompts(args: argparse.Namespace) -> list[BenchmarkPrompt]:
+    from transformers import AutoTokenizer
+
     check_checkpoint(args.model, "model_index.json")
     prompts = (read_geneval if args.benchmark == "geneval" else read_dpg)(args.prompts)
     if args.benchmark == "dpg" and args.images_per_prompt != 4:
         raise ValueError(f"--images-per-prompt is {args.images_per_prompt}; a grid of DPG-Bench has 4.")
-    return replace_texts(prompts, args.rewritten)
+    prompts = replace_texts(prompts, args.rewritten)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    check_control(prompts, find_control_tokens(tokenizer, len(tokenizer)), args.rewritten or args.prompts)
+    return prompts
 
 
 def load_pipeline(args: argparse.Namespace, device):
@@ -147,12 +153,12 @@ def has(pipe, name: str) -> bool:
     return name in signature(type(pipe).__call__).parameters
 
 
-def describe(args: argparse.Namespace, pipe) -> ScoreCard:
+def describe(args: argparse.Namespace, pipe, num_prompts: int) -> ScoreCard:
     """The card of the pictures, without figures: what they depend on."""
     sampling = {} if args.temperature is None else {"do_sample": args.temperature > 0, "temperature": args.temperature}
     plan = {"max_plan_tokens": args.max_plan_tokens}
     protocol = {"benchmark": args.benchmark, "task_type": "text-to-image", "prompts": hash_prompts(args)}
-    protocol["seed"] = args.seed
+    protocol |= {"num_prompts": num_prompts, "seed": args.seed}
     protocol["rewritten"] = hash_file(args.rewritten) if args.rewritten else "none"
     protocol["images_per_prompt"] = args.images_per_prompt
     protocol["language model"] = describe_generation(
@@ -174,7 +180,10 @@ def describe_decoder(args: argparse.Namespace, pipe) -> dict:
     for option, name in DECODER.items():
         if has(pipe, name):
             settings[name] = first_given(getattr(args, option), pipe.config.get(name), defaults[name].default)
-    return settings | {"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__}
+    # As it is saved; its private entries are versions of libraries
+    scheduler = json.loads(pipe.scheduler.to_json_string())
+    kept = {name: value for name, value in scheduler.items() if not name.startswith("_")}
+    return settings | {"pipeline": type(pipe).__name__, "scheduler": {"class": type(pipe.scheduler).__name__, **kept}}
 
 
 def hash_prompts(args: argparse.Namespace) -> str:
@@ -182,7 +191,7 @@ def hash_prompts(args: argparse.Namespace) -> str:
 
     if args.benchmark == "geneval":
         return hash_file(args.prompts)
-    return hash_files(Path(args.prompts).glob("*.txt"), args.prompts)
+    return hash_files(list_dpg(args.prompts), args.prompts)
 
 
 def draw(pipe, text: str, seed: tuple[int, int, int], args: argparse.Namespace) -> Image.Image:
@@ -203,7 +212,7 @@ def draw(pipe, text: str, seed: tuple[int, int, int], args: argparse.Namespace) 
 class GenEval:
     """OUTPUT/{i:05d}/metadata.jsonl and OUTPUT/{i:05d}/samples/{j:05d}.png."""
 
-    owns = ("[0-9]*", CARD, "generation.md")
+    owns = ("[0-9]*/metadata.jsonl", "[0-9]*/samples", DRAWN, "generation.md")
 
     def __init__(self, output: Path, args: argparse.Namespace):
         self.output = output
@@ -222,13 +231,15 @@ class GenEval:
     def finish(self, prompts: list[BenchmarkPrompt]) -> None:
         for prompt in prompts:
             content = json.dumps(prompt.metadata) + "\n"
+            # What a kill left of it; scorers have files of their own beside it
+            remove_unfinished(self.output / prompt.name, ("metadata.jsonl",))
             write_file(self.output / prompt.name / "metadata.jsonl", content.encode())
 
 
 class Dpg:
     """OUTPUT/{id}.png: four pictures, top left, top right, bottom left and bottom right."""
 
-    owns = ("*.png", PARTS, CARD, "generation.md")
+    owns = ("*.png", PARTS, DRAWN, "generation.md")
 
     def __init__(self, output: Path, args: argparse.Namespace):
         self.output, self.count = output, args.images_per_prompt

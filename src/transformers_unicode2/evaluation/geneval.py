@@ -15,26 +15,32 @@ differ is not known until somebody measures it on the same pictures; call it by 
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..files import remove_unfinished, write_file
+from ..images_unicode2 import load_image
 from ..record import hash_source
+from .card_files import begin_card, check_card_file, check_drawn, read_kept
 from .prompts import RELATIONS, TAGS, check_metadata
-from .score_card import ScoreCard, begin_card, check_card_file, describe_run, hash_content, hash_data
+from .score_card import ScoreCard, describe_run, hash_content, hash_data
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16
 # Of the summed sizes of two boxes, within which they are at one place
 TOLERANCE = 0.1
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-# As the prompts call what COCO calls otherwise
-RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+# Of COCO's classes the names by which GenEval's prompts have them, all as `name_class` writes them
+RENAMED = {
+    "mouse": "computermouse", "remote": "tvremote", "remotecontrol": "tvremote", "keyboard": "computerkeyboard",
+    "sofa": "couch", "motorbike": "motorcycle", "aeroplane": "airplane", "tvmonitor": "tv", "television": "tv",
+    "doughnut": "donut", "hairdryer": "hairdrier", "mobilephone": "cellphone", "ski": "skis",
+}  # fmt: skip
 RESULT = "geneval_hf.json"
 # Of what is in it; verdicts of other rules are not read again
 RULES = "geneval_hf 1"
@@ -69,7 +75,7 @@ def score_picture(
     for wanted in metadata["include"]:
         label, count = wanted["class"], wanted["count"]
         # The best of them, as many as are asked for
-        objects, here = found.get(label, [])[:count], []
+        objects, here = found.get(name_class(label), [])[:count], []
         if len(objects) < count:
             here.append(f"expected {label} >= {count}, found {len(objects)}")
         elif "color" in wanted:
@@ -81,20 +87,27 @@ def score_picture(
         reasons += here
         matched.append(None if here else objects)
     for unwanted in metadata.get("exclude", []):
-        number = len(found.get(unwanted["class"], []))
+        number = len(found.get(name_class(unwanted["class"]), []))
         if number >= unwanted["count"]:
             reasons.append(f"expected {unwanted['class']} < {unwanted['count']}, found {number}")
     return not reasons, reasons
 
 
 def group_detections(metadata: dict, detections: list[Detection]) -> dict[str, list[Detection]]:
-    """The detections that count, by their class, the best first."""
+    """The detections that count, by their class, see `name_class`, the best first."""
     limit = COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD
     found = {}
     for one in sorted(detections, key=lambda one: -one.score):
-        if one.score > limit and len(found.setdefault(one.label, [])) < MAX_OBJECTS:
-            found[one.label].append(one)
+        here = found.setdefault(name_class(one.label), [])
+        if one.score > limit and len(here) < MAX_OBJECTS:
+            here.append(one)
     return found
+
+
+def name_class(label: str) -> str:
+    """One name for all spellings of a class: small letters without spaces, hyphens and underscores, see `RENAMED`."""
+    name = re.sub(r"[\s_-]+", "", label.lower())
+    return RENAMED.get(name, name)
 
 
 def check_position(wanted: dict, objects: list[Detection], matched: list[list[Detection] | None]) -> list[str]:
@@ -144,14 +157,14 @@ def main(args: argparse.Namespace) -> ScoreCard:
     from .judges import check_clip
 
     start, folders = time.perf_counter(), find_folders(Path(args.images))
-    check_card_file(args.json)
+    check_card_file(args.json, "evaluate geneval")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scorer = {"detector": hash_source(args.detector), "clip": hash_source(args.clip), "rules": RULES}
     check_wanted(folders, find_labels(args.detector))
     check_clip(args.clip)
     judge, results, seen = None, {}, {}
     for folder in tqdm(folders, unit="prompt", desc="geneval_hf"):
-        pictures = sorted((folder / "samples").glob("*.png"))
+        pictures = list_pictures(folder)
         asked = {**scorer, "metadata": read_metadata(folder), "pictures": hash_data(*pictures)}
         known = read_result(folder, asked)
         if known is None:
@@ -169,32 +182,43 @@ def main(args: argparse.Namespace) -> ScoreCard:
 
 def find_folders(images: Path) -> list[Path]:
     """The folders of the prompts. Raises `ValueError` where metadata or pictures are missing, with the numbers."""
-    folders = sorted(path for path in images.glob("[0-9]*") if path.is_dir()) if images.is_dir() else []
+    folders = [path for path in images.iterdir() if path.name.isdecimal() and path.is_dir()] if images.is_dir() else []
+    folders.sort(key=lambda path: int(path.name))
     if not folders:
         raise ValueError(f"{images} has no folders 00000, 00001 and so on, as GenEval's pictures have them.")
-    counts = {folder: len(list((folder / "samples").glob("*.png"))) for folder in folders}
-    short = [folder.name for folder, count in counts.items() if count < max(counts.values())]
-    if short or not max(counts.values()):
+    again = "run `unicode2 evaluate generation` again until it is finished."
+    if int(folders[-1].name) != len(folders) - 1:
+        raise ValueError(f"{images} has {len(folders)} folders of prompts, and the last is {folders[-1].name}; {again}")
+    pictures = {folder: list_pictures(folder) for folder in folders}
+    most = max(map(len, pictures.values()))
+    short = [folder.name for folder, files in pictures.items() if [int(one.stem) for one in files] != [*range(most)]]
+    if short or not most:
         raise ValueError(
             f"{len(short) or len(folders)} of {len(folders)} prompts in {images} lack pictures, the first is "
-            f"{(short or [folders[0].name])[0]}; run `unicode2 evaluate generation` again until it is finished."
+            f"{(short or [folders[0].name])[0]}; {again}"
         )
     lost = [folder.name for folder in folders if not (folder / "metadata.jsonl").is_file()]
     if lost:
         raise ValueError(
-            f"{len(lost)} of {len(folders)} prompts in {images} have no metadata.jsonl, the first is {lost[0]}; run "
-            "`unicode2 evaluate generation` again until it is finished."
+            f"{len(lost)} of {len(folders)} prompts in {images} have no metadata.jsonl, the first is {lost[0]}; {again}"
         )
     for folder in folders:
         read_metadata(folder)
+    check_drawn(images, {folder.name: len(files) for folder, files in pictures.items()})
     return folders
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures of a prompt, by their numbers; other files beside them, such as a grid of all, are none."""
+    files = [file for file in (folder / "samples").glob("*.png") if file.stem.isdecimal()]
+    return sorted(files, key=lambda file: int(file.stem))
 
 
 def read_metadata(folder: Path) -> dict:
     try:
         content = json.loads((folder / "metadata.jsonl").read_text())
         check_metadata(content)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}/metadata.jsonl is none of GenEval's: {error}.") from error
     return content
 
@@ -203,10 +227,11 @@ def check_wanted(folders: list[Path], labels: set[str]) -> None:
     """Raises `ValueError` on a class that the detector does not know, or a color that is not told apart: every picture
     would be wrong.
     """
+    names = {*map(name_class, labels)}
     for folder in folders:
         metadata = read_metadata(folder)
         for wanted in (*metadata["include"], *metadata.get("exclude", [])):
-            if wanted["class"] not in labels:
+            if name_class(wanted["class"]) not in names:
                 known = ", ".join(sorted(labels)[:5])
                 raise ValueError(
                     f"{folder}/metadata.jsonl has the class {wanted['class']!r}, which the detector does not know; its "
@@ -220,19 +245,16 @@ def check_wanted(folders: list[Path], labels: set[str]) -> None:
 
 def read_result(folder: Path, asked: dict) -> dict | None:
     """What this scorer said before of the same pictures and the same metadata, if it did."""
-    try:
-        content = json.loads((folder / RESULT).read_text())
-    except (OSError, ValueError):
-        return None
-    same = all(content.get(key) == asked[key] for key in asked)
-    return {"tag": content["tag"], "right": content["right"], "reasons": content["reasons"]} if same else None
+    content = read_kept(folder / RESULT, asked)
+    kept = {name: content.get(name) for name in ("tag", "right", "reasons")} if content else {}
+    return kept if isinstance(kept.get("right"), list) and kept["right"] and None not in kept.values() else None
 
 
 def score_prompt(folder: Path, pictures: list[Path], detect: Callable, namer) -> dict:
     """What the rules say of each picture of a prompt."""
     metadata, right, reasons = read_metadata(folder), [], []
     for file in pictures:
-        image = Image.open(file).convert("RGB")
+        image = load_image(file)
         flag, why = score_picture(metadata, detect(image), lambda one, label, image=image: namer(image, one, label))
         right.append(flag)
         reasons.append(why)

@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 
 from ..files import write_file
-from .score_card import ScoreCard, describe_subject, make_index, read_card
+from .card_files import read_card
+from .score_card import ScoreCard, describe_subject, make_index
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,8 +32,28 @@ def main(args: argparse.Namespace) -> None:
         if not card.figures:
             raise ValueError(f"{name} has no figures; its pictures are to be scored first.")
         check_subject(name, card, readme.parent)
+    check_readme(readme)
     count = add_figures(readme, list(cards.values()))
     print(f"{readme}: {count} figures of {len(cards)} score cards")
+
+
+def check_readme(readme: Path) -> None:
+    """Raises `ValueError` when the front matter of a model card cannot be read, or has figures of several models."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        models = (metadata_load(readme) or {}).get("model-index") or []
+    except (YAMLError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"The front matter of {readme}, between the lines ---, is no YAML of a model card "
+            f"({' '.join(str(error).split())}); mend it."
+        ) from error
+    if len(models) > 1:
+        names = ", ".join(str(one.get("name")) for one in models)
+        raise ValueError(
+            f"{readme} has a model-index of {len(models)} models ({names}), and score cards are of one; keep one."
+        )
 
 
 def check_subject(name: str, card: ScoreCard, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from re import Pattern
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -30,7 +31,7 @@ def read_geneval(file: str | Path) -> list[BenchmarkPrompt]:
         try:
             try:
                 content = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError("it is not JSON") from error
             check_metadata(content)
         except ValueError as error:
@@ -48,7 +49,7 @@ def read_lines(file: str | Path) -> list[str]:
         lines = Path(file).read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}).") from error
-    if not lines:
+    if lines == [""]:
         raise ValueError(f"{file} is empty.")
     return lines
 
@@ -59,6 +60,10 @@ def check_metadata(content: dict) -> None:
         raise ValueError(f"it is {type(content).__name__}, where an object must be")
     if not isinstance(content.get("prompt"), str) or not content["prompt"].strip():
         raise ValueError(f"`prompt` is {content.get('prompt')!r:.60}, where a text must be")
+    if any("\ud800" <= letter <= "\udfff" for letter in content["prompt"]):
+        raise ValueError(
+            f"`prompt` is {content['prompt']!r:.60}, which has half of a letter, an escape \\ud800 to \\udfff"
+        )
     if content.get("tag") not in TAGS:
         raise ValueError(f"`tag` is {content.get('tag')!r:.60}; it must be one of {', '.join(TAGS)}")
     for name in ("include", "exclude"):
@@ -90,14 +95,30 @@ def check_wanted(one: dict, where: str, place: int) -> None:
 
 def read_dpg(folder: str | Path) -> list[BenchmarkPrompt]:
     """DPG-Bench's folder of `<id>.txt`, one prompt each. Raises `ValueError` when there are none, or one is empty."""
-    files = sorted(Path(folder).glob("*.txt")) if Path(folder).is_dir() else []
+    files = list_dpg(folder)
     if not files:
         raise ValueError(f"{folder} has no .txt files; give the folder dpg_bench/prompts of DPG-Bench.")
-    prompts = [BenchmarkPrompt(file.stem, " ".join(read_lines(file)).strip()) for file in files]
-    empty = [prompt.name for prompt in prompts if not prompt.text]
-    if empty:
-        raise ValueError(f"{folder}/{empty[0]}.txt is empty.")
-    return prompts
+    return [BenchmarkPrompt(file.stem, " ".join(read_lines(file)).strip()) for file in files]
+
+
+def list_dpg(folder: str | Path) -> list[Path]:
+    """The files of DPG-Bench's prompts. Hidden ones, such as those that macOS writes beside others, are none."""
+    return sorted(file for file in Path(folder).glob("*.txt") if not file.name.startswith(".") and file.is_file())
+
+
+def check_control(prompts: list[BenchmarkPrompt], control: Pattern, file: str | Path) -> None:
+    """Raises `ValueError` on a prompt with a control token, which would end the turn, or stand for an image.
+
+    Args:
+        prompts: in the order of the lines of `file`; of DPG-Bench in that of its files.
+        control: finds the control tokens of the model, see `find_control_tokens`.
+        file: that has the prompts, or the folder of DPG-Bench.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        found = control.search(prompt.text)
+        if found:
+            place = f"{file}/{prompt.name}.txt" if Path(file).is_dir() else f"{file} line {number}"
+            raise ValueError(f"{place} has {found.group()}, which is a control token of the model; take it out.")
 
 
 def replace_texts(prompts: list[BenchmarkPrompt], file: str | Path | None) -> list[BenchmarkPrompt]:

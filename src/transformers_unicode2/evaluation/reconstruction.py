@@ -4,10 +4,10 @@
     unicode2 evaluate reconstruction --model pipe --images photos --output redrawn --clip openai/clip-vit-base-patch32
 
 Metrics come from torchmetrics and are updated picture by picture, so memory does not grow with their number. PSNR and
-SSIM compare pixels; codes keep what a picture shows, not its pixels, so both are low. With --clip, `likeness` is the
-cosine of the CLIP embeddings of original and redrawn picture, and `frechet_clip` the Fréchet distance of the two sets
-of embeddings. `fid` is that of Inception features and needs the packages torch-fidelity and torchvision; `lpips` needs
-torchvision.
+SSIM compare pixels; codes keep what a picture shows, not its pixels, so both are low. Equal pictures count with a PSNR
+of 100 dB, and the card says how many there are. With --clip, `likeness` is the cosine of the CLIP embeddings of
+original and redrawn picture, and `frechet_clip` the Fréchet distance of the two sets of embeddings. `fid` is that of
+Inception features and needs the packages torch-fidelity and torchvision; `lpips` needs torchvision.
 
 Each original is resized and center-cropped to the painted square; this crop is encoded and compared. Redrawn pictures
 stay in OUTPUT, and a run that was killed resumes. Picture i has a seed of its own, made of --seed and i.
@@ -28,15 +28,17 @@ from ..checkpoints import check_checkpoint
 from ..cli import SEED, at_least
 from ..codebook.images import ImageSource
 from ..files import explained
+from ..images_unicode2 import load_image
 from ..record import Record, hash_source
+from .card_files import check_foreign, check_replaced
 from .generation import DECODER, describe_decoder, load_pipeline, save_picture
 from .judges import load_judge
-from .score_card import ScoreCard, check_replaced, describe_run, describe_subject
+from .score_card import ScoreCard, describe_run, describe_subject
 
-# Pictures whose embeddings are computed at a time
-BATCH = 16
 # The fewest pictures of which a Fréchet distance is computed, beside the width of the embeddings
 LEAST = 2
+# Most of a PSNR in dB, which is infinite of equal pictures
+MAX_PSNR = 100.0
 FID_NEEDS = "--fid needs torch-fidelity and torchvision"
 
 
@@ -64,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> ScoreCard:
     start = time.perf_counter()
     check_checkpoint(args.model, "model_index.json")
+    check_foreign(Path(args.output) / "card.json", "evaluate reconstruction")
     source = ImageSource(args.images, args.num_images)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     metrics = Metrics(args, device)
@@ -168,6 +171,7 @@ class Metrics:
         """Figures of one pair, float32 `(1, 3, height, width)` in [0, 1]."""
         pair = original.to(self.device), redrawn.to(self.device)
         figures = {name: metric(pair[1], pair[0]).item() for name, metric in self.pairs.items()}
+        figures["psnr"] = min(figures["psnr"], MAX_PSNR)
         for name, metric in self.sets.items():
             for image, real in zip(pair, (True, False)):
                 # A CLIP reads bytes, as its image processor does
@@ -200,11 +204,12 @@ def compare(args: argparse.Namespace, source: ImageSource, output: Path, metrics
     """Adds the figures of all pictures to a card. Raises `ValueError` when none could be read."""
     from tqdm import tqdm
 
-    values = {}
+    values, equal = {}, 0
     for number, image in tqdm(list_originals(source), total=len(source), unit="picture", desc="comparing"):
-        redrawn = Image.open(output / f"{number:06d}.png").convert("RGB")
+        redrawn = load_image(output / f"{number:06d}.png")
         # Decoders round the size that they are asked for
         original = fit(image, redrawn.width)
+        equal += original.tobytes() == redrawn.tobytes()
         for name, value in metrics.compare(to_tensor(original), to_tensor(redrawn)).items():
             values.setdefault(name, {})[str(number)] = value
     if not values:
@@ -222,6 +227,9 @@ def compare(args: argparse.Namespace, source: ImageSource, output: Path, metrics
                 f"{name} is of {count} pictures, fewer than the {width} dimensions of its features; it "
                 "depends on their number."
             )
+    for what, number in (("pictures redrawn exactly", equal), ("pictures that cannot be read", len(source) - count)):
+        if number:
+            card.add_figure(what, number, len(source), "pictures")
     if count < len(source):
         print(f"{len(source) - count} of {len(source)} pictures cannot be read, and are left out.")
 

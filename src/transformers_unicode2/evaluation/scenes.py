@@ -6,10 +6,12 @@ All figures are shares in percent. No training stage has seen the scenes. `new s
 pairs, `unseen pairs` of pairs that never occur in training; for drawing, only prompts that name a pair are used. Short
 prompts, such as "a heart", do occur as captions in training.
 
-Two rows show what chance gives: images painted from the codes of another prompt (`other prompts`) and from codes that
-are shuffled over all images (`shuffled codes`). With several candidates a prompt, the candidate from which the model
-best reads the prompt back is painted; `one candidate` is the same without a choice. With --emoji-dir, emoji are named,
-too. With --clip, their drawings are compared in the space of a CLIP image tower that the model has never seen."""
+Two rows show what chance gives: images painted from the codes of another prompt of the same category (`other prompts`;
+a prompt without one is left out) and from codes that are shuffled over all images (`shuffled codes`). With several
+candidates a prompt, the candidate from which the model best reads the prompt back is painted; `one candidate` is the
+same without a choice. With --emoji-dir, emoji are named, too. With --clip, their drawings are compared in the space of
+a CLIP image tower that the model has never seen.
+"""
 
 import argparse
 import time
@@ -28,6 +30,7 @@ from ..scenes.check import check_drawing, same_scene
 from ..scenes.sample import sample_scene
 from ..scenes.scene import SEEN_PAIRS, UNSEEN_PAIRS, Scene, draw_scene
 from ..scenes.texts import CATEGORIES, ScenePrompt, article, questions, sample_prompt
+from .card_files import check_card_file, check_place
 from .drawing import Painter, answer, encode
 from .generation import describe_decoder
 from .judges import load_judge
@@ -122,12 +125,10 @@ def make_card(args: argparse.Namespace, report: dict, pipe, start: float) -> Sco
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises `ValueError` before any work on what would fail after it."""
-    for name in ("json", "sheet"):
-        path = getattr(args, name)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}.")
-        if path and Path(path).is_dir():
-            raise ValueError(f"--{name} {path} is a folder; give a file.")
+    if args.json:
+        check_card_file(args.json, "evaluate scenes")
+    if args.sheet:
+        check_place(args.sheet, "--sheet")
     # Some formats can only be read
     formats = Image.registered_extensions()
     if args.sheet and formats.get(Path(args.sheet).suffix.lower()) not in Image.SAVE:
@@ -180,27 +181,51 @@ def evaluate_drawings(painter: Painter, part: str, rng: np.random.Generator, rep
         if report["num_candidates"] > 1:
             single = painter.paint(painter.write([prompt.text for prompt in prompts], 1))
             score_drawings(report, "one candidate", prompts, single)
-        # Of the same categories
-        other = drawn[len(CATEGORIES) :] + drawn[: len(CATEGORIES)]
-        score_drawings(report, "other prompts", prompts, other)
+        other = find_others(prompts)
+        if other:
+            score_drawings(report, "other prompts", prompts, [drawn[k] for k in other.values()], [*other])
         score_drawings(report, "shuffled codes", prompts, painter.paint(shuffle(tokens, rng)))
     return drawn
 
 
-def score_drawings(report: dict, part: str, prompts: list[ScenePrompt], images: list[Image.Image]) -> None:
-    """Adds the percentage of the images that show what was asked for, over all and per category."""
-    right = [check_drawing(prompt, image) for prompt, image in zip(prompts, images)]
-    add_shares(report, "drawing", part, [prompt.category for prompt in prompts], right)
+def find_others(prompts: list[ScenePrompt]) -> dict[int, int]:
+    """For each prompt the number of the next one, around the end, that has its category and another text; a prompt
+    without one is left out.
+    """
+    count, others = len(prompts), {}
+    for i, prompt in enumerate(prompts):
+        for k in ((i + step) % count for step in range(1, count)):
+            if prompts[k].category == prompt.category and prompts[k].text != prompt.text:
+                others[i] = k
+                break
+    return others
 
 
-def add_shares(report: dict, task: str, part: str, kinds: list[str], right: list[bool]) -> None:
+def score_drawings(
+    report: dict, part: str, prompts: list[ScenePrompt], images: list[Image.Image], numbers: list[int] | None = None
+) -> None:
+    """Adds the percentage of the images that show what was asked for, over all and per category.
+
+    `numbers` are those of the prompts that the images are compared with, by default all.
+    """
+    numbers = [*range(len(prompts))] if numbers is None else numbers
+    right = [check_drawing(prompts[i], image) for i, image in zip(numbers, images)]
+    add_shares(report, "drawing", part, [prompts[i].category for i in numbers], right, numbers)
+
+
+def add_shares(
+    report: dict, task: str, part: str, kinds: list[str], right: list[bool], numbers: list[int] | None = None
+) -> None:
     """Adds percentages to a report, see `shares`, and which items are right, by seed and number: those of another seed
     are other scenes.
     """
+    numbers = [*range(len(right))] if numbers is None else numbers
     report[task][part] = shares(kinds, right)
     for kind in report[task][part]:
         name = f"{task}, {part}" if kind == "all" else f"{task}, {part}, {kind}"
-        chosen = {f"{report['seed']}-{i}": bool(flag) for i, flag in enumerate(right) if kind in ("all", kinds[i])}
+        chosen = {
+            f"{report['seed']}-{i}": bool(flag) for i, flag, one in zip(numbers, right, kinds) if kind in ("all", one)
+        }
         if kind != "scene":
             report["items"][name] = chosen
 

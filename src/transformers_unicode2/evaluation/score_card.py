@@ -14,6 +14,7 @@ A card is a JSON file and a page beside it. Its parts are:
 
 import hashlib
 import json
+import math
 import platform
 import subprocess
 import time
@@ -22,18 +23,13 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
-
 from ..cards import name_places, write_table
 from ..files import remove_unfinished, write_file
 from ..planning_unicode2 import IMAGE_OPTIONS
 from ..record import shorten
+from .intervals import bootstrap, group_of, mean_of, wilson
 
 FORMAT = 3
-# Resamples of a bootstrap, and the quantile of a normal distribution for 95 % on two sides
-RESAMPLES, NORMAL = 2000, 1.959963984540054
-# Of them computed at a time
-CHUNK = 50
 # Settings by which image mode draws ids, beside its own
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 LIBRARIES = (
@@ -90,7 +86,7 @@ class ScoreCard:
 
     def add_share(self, name: str, right: dict[str, bool]) -> None:
         """Adds the percentage of the items that are right, with its Wilson interval."""
-        check_items(name, right)
+        self.check_items(name, right)
         count = len(right)
         low, high = (100 * limit for limit in wilson(sum(right.values()), count))
         value = 100 * sum(right.values()) / count if count else 0.0
@@ -104,7 +100,7 @@ class ScoreCard:
         Where all shares are 0 % or all are 100 %, there is nothing to resample, and the interval is Wilson's of the
         groups.
         """
-        check_items(name, values)
+        self.check_items(name, values)
         low, high = bootstrap(values, strata)
         interval, groups = "too few" if low is None else "bootstrap", len({group_of(item) for item in values})
         if unit == "%" and values and {*values.values()} in ({0.0}, {100.0}):
@@ -118,14 +114,28 @@ class ScoreCard:
 
     def add_figure(self, name: str, value: float, count: int, unit: str) -> None:
         """Adds a figure that no items make up, such as a distance of distributions."""
+        self.check_items(name, {name: value})
         self.figures.append(Figure(name, value, None, None, count, unit, "none"))
+
+    def check_items(self, name: str, items: dict[str, float]) -> None:
+        """Raises `ValueError` on a second figure of a name, and on an item that has no finite value, or no name before
+        its slash, so that it would be in no group.
+        """
+        if name in [figure.name for figure in self.figures]:
+            raise ValueError(f"There are two figures {name!r}; a card has one of each name.")
+        for item, value in items.items():
+            if not group_of(item):
+                raise ValueError(f"{name}: the item {item!r} has no name before its first slash.")
+            if not math.isfinite(value):
+                what = name if item == name else f"{name}, item {item!r},"
+                raise ValueError(f"{what} got {value}, which is no finite score.")
 
     def to_dict(self) -> dict:
         content = {"format": FORMAT, "command": self.command, "protocol_hash": self.protocol_hash}
         content |= {"protocol": self.protocol, "subject": self.subject}
         content |= {"figures": [asdict(figure) for figure in self.figures], "items": self.items}
         content |= {"strata": self.strata, "run": self.run}
-        return json.loads(json.dumps(content, default=str))
+        return json.loads(json.dumps(content, default=str, allow_nan=False))
 
     def write(self, file: str | Path) -> None:
         """Writes the card to a JSON file, and its page beside it, with the suffix `.md`."""
@@ -177,7 +187,7 @@ def make_index(card: ScoreCard):
     """`model-index` of a Hub model card for the figures of a score card, as `ModelCardData`."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    name = Path(card.subject.get("model", "model")).name
+    name = Path(str(card.subject.get("model", "model"))).name
     results = [
         EvalResult(
             task_type=card.protocol.get("task_type", "image-text-to-text"),
@@ -203,126 +213,6 @@ def name_dataset(card: ScoreCard, figure: Figure) -> tuple[str, str]:
     if "tasks" in card.protocol:
         return tuple(figure.name.split(", ", 1))
     return card.protocol.get("benchmark", card.command), figure.name
-
-
-def read_card(file: str | Path) -> ScoreCard:
-    """Reads a card. Raises `ValueError` on a file that is none, or whose protocol was changed by hand."""
-    if not Path(file).is_file():
-        raise ValueError(f"There is no file {file}.")
-    try:
-        content = json.loads(Path(file).read_text())
-        figures = [Figure(**figure) for figure in content["figures"]]
-        names = ("command", "protocol", "subject", "items", "strata", "run")
-        card = ScoreCard(**{name: content[name] for name in names}, figures=figures)
-        found = content["protocol_hash"], content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no score card ({type(error).__name__}: {error}).") from error
-    if found != (card.protocol_hash, FORMAT):
-        raise ValueError(f"{file} was changed by hand, or is of another version: its protocol has another hash.")
-    return card
-
-
-def begin_card(command: str, benchmark: str, scorer: dict, images: str | Path, pictures: str) -> ScoreCard:
-    """The card of drawn pictures, with how they were drawn, as `unicode2 evaluate generation` left it beside them.
-
-    `pictures` is a SHA-256 of all of them. Where it is not known how they were drawn, it is part of the protocol.
-    """
-    file = Path(images, "generation.json")
-    drawn = read_card(file) if file.is_file() else None
-    protocol = {"benchmark": benchmark, "task_type": "text-to-image", "scorer": scorer}
-    protocol["generation"] = drawn.protocol if drawn else {"not known, of the pictures": pictures}
-    subject = drawn.subject if drawn else {"model": "not known"}
-    return ScoreCard(command, protocol, {**subject, "pictures": pictures})
-
-
-def check_replaced(file: Path, card: ScoreCard) -> None:
-    """Raises `ValueError` when a card would take the place of one with figures, or items of them, that it lacks."""
-    counts = {figure.name: figure.count for figure in card.figures}
-    for figure in read_card(file).figures if file.is_file() else ():
-        if counts.get(figure.name, 0) < figure.count:
-            raise ValueError(
-                f"{file} has {figure.name!r} of {figure.count} items, and this run gives {counts.get(figure.name, 0)}; "
-                "choose another --output, or delete the card."
-            )
-
-
-def check_card_file(file: str) -> None:
-    """Raises `ValueError`, before any work, when a card cannot be written to the file of the option `--json`, or
-    would take the place of something else. A card that is there is replaced.
-    """
-    path, page = Path(file), Path(file).with_suffix(".md")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--json {file}: there is no folder {path.absolute().parent}.")
-    if path.is_dir():
-        raise ValueError(f"--json {file} is a folder; give a file.")
-    if path.suffix != ".json":
-        raise ValueError(f"--json {file} must end in .json; the page of the card is written beside it, to .md.")
-    if path.is_file() and '"protocol_hash"' not in path.read_text(errors="replace"):
-        raise ValueError(f"--json {file} is there, and is no score card; it is not replaced.")
-    if page.is_file() and "# Score card: " not in page.read_text(errors="replace"):
-        raise ValueError(f"{page} is there, and is no page of a score card; --json {file} would replace it.")
-
-
-def check_items(name: str, items: dict) -> None:
-    """Raises `ValueError` when an item has no name before its slash, so that it would be in no group."""
-    unnamed = [item for item in items if not group_of(item)]
-    if unnamed:
-        raise ValueError(f"{name}: the item {unnamed[0]!r} has no name before its first slash.")
-
-
-def group_of(item: str) -> str:
-    """The group of an item: what its name has before the first slash, or all of it."""
-    return item.split("/", 1)[0]
-
-
-def mean_of(values: dict[str, float], strata: dict[str, str] | None = None) -> float:
-    """The mean of the items, or the mean over strata of their means."""
-    parts = {}
-    for item, value in values.items():
-        parts.setdefault(strata[group_of(item)] if strata else "", []).append(value)
-    return float(np.mean([np.mean(part) for part in parts.values()]))
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a binomial share, exact at 0 and 1."""
-    if not count:
-        return 0.0, 1.0
-    share, square = right / count, NORMAL**2
-    middle = (share + square / (2 * count)) / (1 + square / count)
-    half = NORMAL / (1 + square / count) * (share * (1 - share) / count + square / (4 * count**2)) ** 0.5
-    return middle - half if right else 0.0, middle + half if right < count else 1.0
-
-
-def bootstrap(values: dict[str, float], strata: dict[str, str] | None = None) -> tuple[float | None, float | None]:
-    """
-    A 95 % percentile interval of `mean_of`, the same in every run: groups of items are resampled with replacement,
-    within their strata.
-
-    Args:
-        values: by item.
-        strata: the stratum of each group.
-
-    Returns:
-        Its limits; `None` of fewer than two groups, or of a stratum of one, which cannot tell how much it varies.
-    """
-    groups = {}
-    for item, value in values.items():
-        total = groups.setdefault(group_of(item), np.zeros(2))
-        total += value, 1
-    if len(groups) < 2:
-        return None, None
-    rng, parts = np.random.default_rng(0), {}
-    for group, total in groups.items():
-        parts.setdefault(strata[group] if strata else "", []).append(total)
-    if min(map(len, parts.values())) < 2:
-        return None, None
-    means = np.zeros(RESAMPLES)
-    for part in map(np.array, parts.values()):
-        for start in range(0, RESAMPLES, CHUNK):
-            drawn = part[rng.integers(len(part), size=(CHUNK, len(part)))].sum(1)  # sums and counts
-            means[start : start + CHUNK] += drawn[:, 0] / drawn[:, 1] / len(parts)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def describe_run(device: str, start: float, **settings) -> dict:
@@ -355,7 +245,7 @@ def find_commit() -> str | None:
 
 def hash_content(content) -> str:
     """SHA-256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def hash_data(*files: str | Path) -> dict[str, str]:

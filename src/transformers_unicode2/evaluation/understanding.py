@@ -10,13 +10,14 @@ name and date are on the card: --judge NAME, with its key in OPENAI_API_KEY. MME
 
 lmms-eval runs them, by our entry point; its data come from the Hub. `--include-path` adds a folder with tasks of your
 own. Every question is answered alone, so batches change nothing. Answers are kept in OUTPUT/answers, and a run that was
-killed resumes from there.
+killed resumes from there. Metrics with such names as `acc` and `exact_match` are shares, in percent; others are points.
 
 lmms-eval pins other packages; benchmarks/paper.md says how to install it beside this one.
 """
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +34,10 @@ from ..files import make_folders
 from ..images_unicode2 import one_line
 from ..processes import follow_launcher, join
 from ..record import hash_files
-from .score_card import ScoreCard, check_replaced, describe_run, describe_subject, hash_content, mean_of
+from .card_files import check_foreign, check_replaced, check_same
+from .intervals import mean_of
+from .score_card import ScoreCard, describe_run, describe_subject, hash_content
+from .task_files import find_judge, list_files, list_yaml, read_yaml
 
 # Tasks of lmms-eval for the columns of Table 1
 PAPER = {
@@ -49,8 +53,12 @@ PAPER = {
     "MMBench": ("mmbench_en_dev_static",),
     "MME": ("mme",),
 }
-# Beginnings of the names of tasks whose answers a judge grades, but for those that end in `_static`
-JUDGED = ("mmvet", "mmbench")
+COMMAND = "evaluate understanding"
+# What ends the names of tasks that read answers by rules, with a judge in their code for another task
+STATIC = "_static"
+# Words in the names of metrics that are shares, and tasks whose metrics all are: of each question, from 0 to 1
+SHARES = {"acc", "accuracy", "exact", "match", "matches", "anls"}
+OF_SHARES = ("seedbench", "mmstar", "mmvet")
 # An index of MMBench is that of the question, and this times the number of the order of its choices
 ORDER = 1_000_000
 
@@ -75,12 +83,12 @@ def main(args: argparse.Namespace) -> ScoreCard | None:
     import torch
 
     follow_launcher()
-    tasks = list_tasks(args)
-    check_judge(args, tasks)
+    check_include(args.include_path)
+    check_foreign(Path(args.output) / "card.json", COMMAND)
     check_checkpoint(args.model)
     state = join(cpu=not torch.cuda.is_available())
     try:
-        return run(args, tasks)
+        return run(args, list_tasks(args))
     finally:
         # Gloo's threads can abort the process if they live until the interpreter ends.
         state.destroy_process_group()
@@ -91,17 +99,23 @@ def run(args: argparse.Namespace, tasks: list[str]) -> ScoreCard | None:
     start = time.perf_counter()
     # Before lmms-eval is imported, which reads them then
     os.environ |= {"MODEL_VERSION": args.judge} if args.judge else {}
+    # First of all: it asks our entry point, which would wait for itself if our model were imported before
+    import lmms_eval.models  # noqa: F401
     from accelerate.utils import gather_object
     from lmms_eval.tasks import TaskManager
 
     from .lmms_eval import UniCode2
 
-    manager = TaskManager(include_path=args.include_path)
+    manager, output = TaskManager(include_path=args.include_path), Path(args.output)
     check_tasks(tasks, manager.all_tasks)
-    output = Path(args.output)
+    files = {task: [*list_yaml(manager.task_index, task)] for task in tasks}
+    check_types(files)
+    check_judge(args, {task: set().union(*map(find_judge, files[task])) for task in tasks})
     make_folders(output)
     options = {"dtype": args.dtype or "auto", "system_prompt": args.system_prompt}
     model = UniCode2(args.model, answers=str(output / "answers"), **options)
+    card = begin_card(args, files, model)
+    check_same(output / "card.json", card)
     results = ask(args, tasks, manager, model)
     parts = gather_object([model.asked])
     if results is None:
@@ -109,11 +123,12 @@ def run(args: argparse.Namespace, tasks: list[str]) -> ScoreCard | None:
         return None
     asked = {task: {n: one for part in parts for n, one in part.get(task, {}).items()} for task in results["samples"]}
     check_graded(results["samples"], args)
-    card = make_card(args, results, asked, model)
+    add_tasks(card, results, asked)
     card.run = describe_run(str(model.device), start, processes=model.world_size)
     card.run |= {"judge_date": str(date.today())} if args.judge else {}
-    check_replaced(Path(args.output) / "card.json", card)
-    card.write(Path(args.output) / "card.json")
+    check_replaced(output / "card.json", card)
+    check_same(output / "card.json", card)
+    card.write(output / "card.json")
     print(card.make_page())
     return card
 
@@ -136,17 +151,17 @@ def ask(args: argparse.Namespace, tasks: list[str], manager, model) -> dict | No
 @contextmanager
 def explained_data() -> Iterator[None]:
     """Raises `ValueError` when the data of a task cannot be loaded."""
+    from datasets.exceptions import DatasetsError
     from tenacity import RetryError
 
     try:
         yield
-    except (RetryError, ConnectionError) as error:
+    except (RetryError, ConnectionError, DatasetsError) as error:
         if isinstance(error, RetryError):
             error = error.last_attempt.exception() or error
-        if not isinstance(error, OSError):
-            raise
         raise ValueError(
-            f"The data of a task cannot be loaded ({one_line(str(error))}); they come from the Hub, or from its cache."
+            f"The data of a task cannot be loaded ({one_line(str(error))}); they come from the Hub, from its cache, or "
+            "from the files that the task names."
         ) from error
 
 
@@ -155,13 +170,33 @@ def list_tasks(args: argparse.Namespace) -> list[str]:
     return [task for name in args.tasks for task in (sum(PAPER.values(), ()) if name == "paper" else (name,))]
 
 
-def check_judge(args: argparse.Namespace, tasks: list[str]) -> None:
-    """Raises `ValueError` when a task has no judge, or it no key."""
-    judged = [task for task in tasks if task.startswith(JUDGED) and not task.endswith("_static")]
-    if judged and not (args.judge and os.environ.get("OPENAI_API_KEY")):
-        lacks = "--judge NAME" if not args.judge else "a key in OPENAI_API_KEY"
-        raise ValueError(f"{judged[0]} is graded by a judge and needs {lacks}; without one, its score would be 0.")
-    if args.judge and {*tasks} <= {*sum(PAPER.values(), ())} - {*judged}:
+def check_include(folder: str | None) -> None:
+    """Raises `ValueError` when the folder with own tasks is none, or a file in it is no YAML of a task."""
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"--include-path {folder} is no folder; give one with tasks of lmms-eval.")
+    for file in Path(folder).rglob("*.yaml") if folder is not None else ():
+        read_yaml(file)
+
+
+def check_types(files: dict[str, list[Path]]) -> None:
+    """Raises `ValueError` on a task that is not answered in text. `files` are those of YAML by the tasks."""
+    for task, ones in files.items():
+        for file in ones:
+            kind = read_yaml(file)[0].get("output_type", "generate_until")
+            if kind != "generate_until":
+                raise ValueError(
+                    f"{task} is of the type {kind}; UniCode² takes tasks of the type generate_until alone."
+                )
+
+
+def check_judge(args: argparse.Namespace, keys: dict[str, set[str]]) -> None:
+    """Raises `ValueError` when a task has no judge, or it no key. `keys` are the variables that may hold one."""
+    judged = {task: names for task, names in keys.items() if names and not task.endswith(STATIC)}
+    for task, names in judged.items():
+        if not args.judge or not any(os.environ.get(name) for name in names):
+            lacks = "--judge NAME" if not args.judge else f"a key in {' or '.join(sorted(names))}"
+            raise ValueError(f"{task} is graded by a judge and needs {lacks}; without one, its score would be 0.")
+    if args.judge and {*keys} <= {*sum(PAPER.values(), ())} - {*judged}:
         raise ValueError(f"--judge {args.judge}: none of the tasks has a judge.")
 
 
@@ -186,27 +221,43 @@ def check_graded(samples: dict[str, list[dict]], args: argparse.Namespace) -> No
             )
 
 
-def make_card(args: argparse.Namespace, results: dict, asked: dict[str, dict[int, str]], model) -> ScoreCard:
+def begin_card(args: argparse.Namespace, files: dict[str, list[Path]], model) -> ScoreCard:
     """
-    Figures of each task, in percent where they are shares. Items are its questions.
+    The card without its tasks.
 
     Args:
         args: options of the command.
-        results: of lmms-eval.
-        asked: digests of what was asked, by task and number of the question.
+        files: YAML files of each task.
         model: that of lmms-eval.
     """
     protocol = {"benchmark": "lmms-eval", "task_type": "image-text-to-text", "lmms_eval": find_version()}
     protocol |= {"limit": args.limit, "system_prompt": model.system_prompt, "dtype": str(model.dtype)}
     protocol |= {"judge": args.judge} if args.judge else {}
     if args.include_path:
-        files = [file for ending in ("py", "yaml") for file in Path(args.include_path).rglob(f"*.{ending}")]
-        protocol["include_path"] = hash_files(files, args.include_path)
-    protocol["tasks"] = {}
-    card = ScoreCard("evaluate understanding", protocol, describe_subject(args.model))
+        root = Path(args.include_path).resolve()
+        own = {file: list_files(file, root) for file in sum(files.values(), [])}
+        # Of groups, the tasks alone
+        names = {file: read_yaml(file)[0].get("task") for file in own}
+        hashes = {
+            names[file]: hash_files(own[file], root) for file in own if own[file] and isinstance(names[file], str)
+        }
+        protocol |= {"include_path": hashes} if hashes else {}
+    return ScoreCard(COMMAND, protocol, describe_subject(args.model))
+
+
+def add_tasks(card: ScoreCard, results: dict, asked: dict[str, dict[int, str]]) -> None:
+    """
+    Adds the figures of each task, in percent where they are shares. Items are its questions.
+
+    Args:
+        card: see `begin_card`.
+        results: of lmms-eval.
+        asked: digests of what was asked, by task and number of the question.
+    """
+    card.protocol["tasks"] = {}
     for task, samples in results["samples"].items():
-        protocol["tasks"][task] = describe_task(task, samples, results, asked.get(task, {}))
-        if task.startswith("mmbench") and task.endswith("_static"):
+        card.protocol["tasks"][task] = describe_task(task, samples, results, asked.get(task, {}))
+        if task.startswith("mmbench") and task.endswith(STATIC):
             add_mmbench(card, task, samples)
             continue
         totals = []
@@ -214,27 +265,30 @@ def make_card(args: argparse.Namespace, results: dict, asked: dict[str, dict[int
             metric, _, kind = name.partition(",")
             if isinstance(value, int | float) and "stderr" not in name and metric not in ("alias", "samples"):
                 shown = f"{task}, {metric}" + (f" ({kind})" if kind not in ("", "none") else "")
-                add_metric(card, shown, metric, float(value), samples)
+                add_metric(card, shown, metric, float(value), samples, is_share(task, metric))
                 totals += [float(value)] * metric.startswith("mme_")
         if task == "mme" and len(totals) == 2:
             card.add_figure("mme, total", sum(totals), len(samples), "points")
-    return card
 
 
-def add_metric(card: ScoreCard, name: str, metric: str, value: float, samples: list[dict]) -> None:
+def is_share(task: str, metric: str) -> bool:
+    """Whether a metric is a share by its name, so that its unit does not depend on what was scored."""
+    return task.startswith(OF_SHARES) or bool({*re.split(r"[\W_]+", metric.lower())} & SHARES)
+
+
+def add_metric(card: ScoreCard, name: str, metric: str, value: float, samples: list[dict], is_share: bool) -> None:
     """Adds a figure with its items, if lmms-eval made it of their mean or of the mean over strata, else alone.
 
     lmms-eval gives shares of 1 or of 100; here they are in percent.
     """
     given = {str(sample["doc_id"]): sample[metric] for sample in samples if metric in sample}
     items = {item: read_number(one) for item, one in given.items()}
-    if items and None not in items.values():
-        is_share = min(items.values()) >= 0 and max(items.values()) <= 1
+    if items and None not in items.values() and not (is_share and max(items.values()) > 1):
         values = {item: 100 * number if is_share else number for item, number in items.items()}
         for strata in (None, read_strata(given)):
             mean = mean_of(values, strata)
             if np.isclose(mean, value) or is_share and np.isclose(mean / 100, value, atol=1e-5):
-                if strata is None and {*values.values()} <= {0.0, 100.0}:
+                if is_share and strata is None and {*values.values()} <= {0.0, 100.0}:
                     card.add_share(name, {item: bool(number) for item, number in values.items()})
                 else:
                     card.add_mean(name, values, "%" if is_share else "points", strata)
