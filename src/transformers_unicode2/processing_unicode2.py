@@ -166,6 +166,8 @@ class UniCode2Processor(ProcessorMixin):
             places = [text.count(self.image_token) for text in texts]
             places = places if is_nested else sum(places)
             if places != given:
+                if is_nested and len(given) == 1:
+                    places, given = places[0], given[0]
                 raise ValueError(
                     f"The prompts have places for {places} images, and {given} are given; {self.image_token} is a "
                     "place."
