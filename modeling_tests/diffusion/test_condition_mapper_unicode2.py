@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from transformers_unicode2 import UniCode2ConditionMapper
@@ -130,9 +130,9 @@ def test_redux_is_saved_under_its_own_names(redux, embeds, tmp_path):
     mapper = UniCode2ConditionMapper.from_redux(tmp_path, num_visual_tokens=16)
     with torch.no_grad():
         mapper.down.bias += 1
-    mapper.save_redux(tmp_path / "redux.safetensors")
+    mapper.save_redux(tmp_path / "new/redux.safetensors")
     other = ReduxImageEncoder(redux_dim=16, txt_in_features=24)
-    other.load_state_dict(load_file(tmp_path / "redux.safetensors"))
+    other.load_state_dict(load_file(tmp_path / "new/redux.safetensors"))
     torch.testing.assert_close(other(embeds).image_embeds, redux(embeds).image_embeds + 1)
 
 
@@ -145,6 +145,54 @@ def test_what_is_no_redux_is_refused(mapper, tmp_path):
     said = "two linear layers, and this mapper also has `num_layers` 2, `output_norm` True, `position_embedding` True"
     with pytest.raises(ValueError, match=said):
         mapper.save_redux(tmp_path / "redux.safetensors")
+
+
+def test_a_redux_is_saved_in_the_dtype_of_computing(redux, tmp_path):
+    redux.save_pretrained(tmp_path)
+    mapper = UniCode2ConditionMapper.from_redux(tmp_path)
+    mapper.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    mapper.save_redux(str(tmp_path / "redux.safetensors"))
+    assert {value.dtype for value in load_file(tmp_path / "redux.safetensors").values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="is a folder; name the file to write"):
+        mapper.save_redux(tmp_path)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def change(name, value):
+    return lambda file: save_file({**load_file(file), f"redux_{name}": value}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "redux.safetensors is no whole safetensors file .*; download the Redux again"),
+        (lambda file: file.write_bytes(b""), "redux.safetensors is no whole safetensors file"),
+        (lambda file: torch.save(torch.zeros(2), file), "redux.safetensors is no whole safetensors file"),
+        (change("down.weight", torch.zeros(24, 9)), r"do not fit each other: down.bias \(24,\), down.weight \(24, 9\)"),
+        (change("up.weight", torch.zeros(48)), r"do not fit each other: .*up.weight \(48,\); download it again"),
+        (
+            change("down.bias", torch.full((24,), torch.nan)),
+            "has 1 weights that are not finite, the first is down.bias",
+        ),
+    ],
+)
+def test_a_damaged_redux_is_refused(redux, tmp_path, damage, message):
+    file = tmp_path / "redux.safetensors"
+    save_file(redux.state_dict(), file)
+    damage(file)
+    with pytest.raises(ValueError, match=message) as caught:
+        UniCode2ConditionMapper.from_redux(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["foo", "visual_dim"])
+def test_fields_that_a_redux_leaves_no_choice_of_are_refused(redux, tmp_path, field):
+    redux.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`{field}` cannot be chosen for the mapper of a Redux; choose among pooled_"):
+        UniCode2ConditionMapper.from_redux(tmp_path, **{field: 7})
 
 
 @pytest.mark.parametrize("changes", [{"pooled_dim": None}, {"position_embedding": False}, {"output_norm": False}])

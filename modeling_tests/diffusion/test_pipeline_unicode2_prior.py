@@ -7,7 +7,7 @@ from painters import NO_TEXTS, PAINTERS, POOLED, WIDTH, make_flux, make_sana, ma
 from PIL import Image
 
 from transformers_unicode2 import UniCode2ConditionMapper, UniCode2FluxPipeline, UniCode2PriorPipeline
-from transformers_unicode2.diffusion.pipeline_unicode2_prior import UniCode2PriorOutput
+from transformers_unicode2.diffusion.pipeline_unicode2_prior import UniCode2PriorOutput, find_width
 
 MAPPER = {"visual_dim": 192, "hidden_dim": 32, "output_dim": WIDTH, "num_visual_tokens": 64}
 IDS = torch.arange(800, 864)[None]
@@ -97,6 +97,26 @@ def test_parts_of_two_repositories_without_text_encoders(tiny_checkpoint, prior,
     assert own.condition_mapper.config.output_dim == 192
 
 
+def make_ernie():
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_layers": 1, "ffn_hidden_size": 32, "in_channels": 4}
+    transformer = diffusers.ErnieImageTransformer2DModel(**sizes, text_in_dim=WIDTH, rope_axes_dim=(4, 4, 8))
+    return diffusers.ErnieImagePipeline(transformer, None, None, None, None)
+
+
+def make_wan():
+    """With the second of its transformers alone."""
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "ffn_dim": 32, "freq_dim": 32}
+    transformer = diffusers.WanTransformer3DModel(**sizes, text_dim=WIDTH)
+    return diffusers.WanPipeline(None, None, None, None, transformer_2=transformer, boundary_ratio=0.9)
+
+
+def make_wuerstchen():
+    from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
+
+    prior = WuerstchenPrior(c_in=4, c=8, c_cond=WIDTH, c_r=8, depth=1, nhead=2)
+    return diffusers.WuerstchenPriorPipeline(None, None, prior, None)
+
+
 @pytest.mark.parametrize(
     "make, mapper, message",
     [
@@ -105,6 +125,9 @@ def test_parts_of_two_repositories_without_text_encoders(tiny_checkpoint, prior,
         (make_flux, {"pooled_dim": 8}, f"takes `pooled_prompt_embeds` {POOLED} wide, and the mapper makes 8"),
         (make_sdxl, {"pooled_dim": 8}, f"takes `pooled_prompt_embeds` {POOLED} wide, and the mapper makes 8"),
         (make_sdxl, {"pooled_dim": None}, "StableDiffusionXLPipeline takes `pooled_prompt_embeds`, which this mapper"),
+        (make_ernie, {"output_dim": 16}, "ErnieImagePipeline takes `prompt_embeds` 32 wide, and the mapper makes 16"),
+        (make_wan, {"output_dim": 16}, "WanPipeline takes `prompt_embeds` 32 wide, and the mapper makes 16"),
+        (make_wuerstchen, {"output_dim": 16}, "WuerstchenPriorPipeline takes `prompt_embeds` 32 wide, and the mapper"),
     ],
 )
 def test_pipelines_that_do_not_fit_are_refused(make, mapper, message):
@@ -113,6 +136,42 @@ def test_pipelines_that_do_not_fit_are_refused(make, mapper, message):
     condition = UniCode2PriorOutput(torch.zeros(1, 64, sizes["output_dim"]), pooled, IDS)
     with pytest.raises(ValueError, match=message):
         condition.for_pipeline(make())
+
+
+@pytest.mark.parametrize(
+    ("kind", "needs"),
+    [
+        ("AmusedPipeline", "`encoder_hidden_states`"),
+        ("AudioLDM2Pipeline", "`generated_prompt_embeds`"),
+        ("HunyuanDiTPipeline", "`prompt_embeds_2`"),
+        ("HunyuanImagePipeline", "`prompt_embeds_2`"),
+        ("HunyuanVideo15Pipeline", "`prompt_embeds_2`"),
+        ("Kandinsky3Pipeline", "`attention_mask`"),
+        ("Krea2Pipeline", "embeddings of several layers of its text encoder"),
+        ("StableAudioPipeline", "`attention_mask`"),
+        ("StableAudio3Pipeline", "`encoder_attention_mask`"),
+        ("StableCascadePriorPipeline", "`prompt_embeds_pooled`"),
+        ("ZImageOmniPipeline", "several embeddings for each prompt"),
+    ],
+)
+def test_pipelines_that_need_more_than_we_make_are_refused(kind, needs):
+    with pytest.raises(ValueError, match=f"{kind} needs {needs}.*, which nothing here makes. Supported are pipelines"):
+        UniCode2PriorOutput(torch.zeros(1, 64, WIDTH), None, IDS).for_pipeline(object.__new__(getattr(diffusers, kind)))
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        ({"cross_attention_dim": 4096, "encoder_hid_dim": 2048}, 2048),
+        ({"cross_attention_dim": 1280, "encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"}, 4096),
+        ({"cross_attention_dim": 768, "encoder_hid_dim": 1024, "encoder_hid_dim_type": "ip_image_proj"}, 768),
+        ({"context_in_dim": 2304}, 2304),
+        ({"in_text_dim": 3584, "in_text_dim2": 768}, 3584),
+        ({"sample_size": 64}, None),
+    ],
+)
+def test_the_width_that_a_decoder_reads(config, width):
+    assert find_width(config) == width
 
 
 @pytest.mark.parametrize("field, width", [("visual_dim", 16), ("num_visual_tokens", 81)])

@@ -306,11 +306,15 @@ def test_what_cannot_be_assembled_is_refused(tiny_checkpoint, folders, tmp_path)
     diffusers.DDPMPipeline(make_sdxl_parts()["unet"], diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     with pytest.raises(ValueError, match="is a DDPMPipeline; supported are FluxPipeline and StableDiffusionXLPipeline"):
         assemble_pipeline(*assemble, tmp_path / "ddpm", tmp_path / "out", 32)
+    for name in (str(tmp_path / "nowhere"), "nowhere/flux"):
+        with pytest.raises(ValueError, match=f"^There is no folder {name}, and the Hub gives no pipeline of this name"):
+            assemble_pipeline(*assemble, name, tmp_path / "out", 32)
     with pytest.raises(ValueError, match="`true_cfg_scale` is not kept with a UniCode2StableDiffusionXL.*`guidance_sc"):
         assemble_pipeline(*assemble, folders / "sdxl", tmp_path / "out", 32, true_cfg_scale=2.0)
     assert not (tmp_path / "out").exists()
 
 
+EMBEDS = {"prompt_embeds": torch.zeros(1, 64, WIDTH), "pooled_prompt_embeds": torch.zeros(1, 24)}
 NEGATIVE = {"negative_prompt_embeds": torch.zeros(1, 64, WIDTH), "negative_pooled_prompt_embeds": torch.zeros(1, 24)}
 
 
@@ -330,6 +334,9 @@ NEGATIVE = {"negative_prompt_embeds": torch.zeros(1, 64, WIDTH), "negative_poole
         ({"visual_token_ids": IDS, "ip_adapter_image": 1}, "`ip_adapter_image` needs an IP adapter"),
         ({"prompt_embeds": torch.zeros(1, 64, WIDTH)}, "Give `prompt_embeds` and `pooled_prompt_embeds`, or neither"),
         ({"visual_token_ids": IDS, "height": 0}, "`height` is 0; it must be a whole number"),
+        (EMBEDS | {"prompt_embeds": torch.full((1, 4, WIDTH), torch.nan)}, "`prompt_embeds` has 128 values that"),
+        (EMBEDS | {"pooled_prompt_embeds": torch.full((1, 24), torch.inf)}, "`pooled_prompt_embeds` has 24 values"),
+        (EMBEDS | {name: value / 0 for name, value in NEGATIVE.items()}, "`negative_prompt_embeds` has 2048 values"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(pipe, arguments, message):

@@ -296,7 +296,14 @@ def test_a_cache_is_filled_once(train, monkeypatch):
         ({"images": []}, "The loss of flow matching needs the pictures; name in `images` what `unicode2 tokenize`"),
         ({"images": ["{data}", "{data}"]}, "was made of 1 sources, and `images` names 2; name those that"),
         ({"images": ["{other}"]}, "was not made of what source 1 of `images` holds now"),
-        ({"decoder": "{data}"}, "There is no pipeline in .*data: .*no file named model_index.json"),
+        ({"decoder": "{data}"}, "The folder .*data has no model_index.json that can be read; give that of a whole"),
+        ({"decoder_dtype": "float16"}, "`decoder_dtype` is float16, which needs a GPU; set bfloat16 or float32"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` is nan; it must be a finite number of at least 0"),
+        ({"temperature": float("inf")}, "`temperature` is inf; it must be a finite number above 0"),
+        (
+            {"training": {"max_steps": 2, "per_device_train_batch_size": 23}},
+            "The last step of an epoch has 1 of the 24 pairs, and no other caption to compare; set `dataloader_drop_",
+        ),
         (
             {"mapper": SIZES | {"output_dim": 48, "visual_dim": 8}},
             "`visual_dim` of the mapper is 8, and the codes have 192; `output_dim` .* is 48, and the decoder reads 32",
@@ -337,6 +344,19 @@ def test_a_decoder_without_text_encoders_is_refused(train, folder, tmp_path):
     diffusers.FluxPipeline.from_pretrained(folder / "flux", **texts).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="The decoder .*bare has no text_encoder, which the captions need; name the"):
         train(decoder=str(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"max_steps": 1, "per_device_train_batch_size": 23},
+        {"max_steps": 2, "per_device_train_batch_size": 23, "dataloader_drop_last": True},
+    ],
+)
+def test_a_last_step_of_one_pair_may_stay_out(train, training):
+    """A run that ends before it, or that drops it, compares captions in every step."""
+    logged = train(training=training, **CONTRASTIVE)
+    assert all(entry["loss_contrastive"] > 0 for entry in logged if "loss" in entry)
 
 
 def test_widths_follow_from_model_and_decoder(train, tmp_path):

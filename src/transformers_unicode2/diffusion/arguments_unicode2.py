@@ -23,10 +23,26 @@ ORIGINAL_SIZE = (1024, 1024)
 def to_number(name: str, value, kind: type, low: float) -> float | int:
     """A number of Python or NumPy as `int` or `float`. Raises `ValueError` when it is none, or below `low`."""
     abstract = numbers.Integral if kind is int else numbers.Real
-    if not isinstance(value, abstract) or not low <= value < math.inf:
+    # Python counts truth values among the whole numbers
+    if isinstance(value, bool) or not isinstance(value, abstract) or not low <= value < math.inf:
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"`{name}` is {value!r}; it must be {what} of at least {low}.")
     return kind(value)
+
+
+def check_sizes(height: int, width: int, factor: int) -> None:
+    """Raises `ValueError` on a height or width, in pixels, that is no multiple of what the decoder paints."""
+    if height % factor or width % factor:
+        raise ValueError(f"`height` is {height} and `width` {width}; both must be multiples of {factor}.")
+
+
+def check_length(num_prompt_tokens: int, num_written: int, limit: int | None) -> None:
+    """Raises `ValueError` when a prompt and what is written behind it are longer than the `limit` of a model."""
+    if limit is not None and num_prompt_tokens + num_written > limit:
+        raise ValueError(
+            f"The prompt has {num_prompt_tokens} tokens, and {num_written} are written behind it; the language model "
+            f"reads {limit} at most, so shorten the prompt."
+        )
 
 
 def check_generator(generator, num_images: int) -> None:
@@ -78,6 +94,19 @@ def check_weights(name: str, component) -> None:
         )
 
 
+def check_finite_weights(what: str, module: torch.nn.Module) -> None:
+    """Raises `ValueError` when a weight or buffer is not finite; `what` begins the sentence.
+
+    What is on the meta device or quantized is not looked at.
+    """
+    state = {key: value for key, value in module.state_dict().items() if type(value) is torch.Tensor}
+    bad = [key for key, value in state.items() if not value.is_meta and not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{what} has {len(bad)} weights that are not finite, the first is {bad[0]}; copy or train it again."
+        )
+
+
 def check_sources(**sources) -> None:
     """Raises `ValueError` unless exactly one thing to paint is given, and a prompt is text."""
     given = [name for name, value in sources.items() if value is not None]
@@ -100,7 +129,9 @@ def check_pairs(embeds: dict, kwargs: dict) -> None:
 
 
 def check_embeds(embeds: dict, kwargs: dict, widths: dict[str, int]) -> None:
-    """Raises `ValueError` on embeddings, or negative ones in `kwargs`, of other shapes than a decoder reads.
+    """Raises `ValueError` on embeddings, or negative ones in `kwargs`, that a decoder does not read.
+
+    They must be finite and have the shapes that it reads.
 
     Args:
         embeds: `prompt_embeds` and `pooled_prompt_embeds`.
@@ -115,9 +146,14 @@ def check_embeds(embeds: dict, kwargs: dict, widths: dict[str, int]) -> None:
         for (name, value), shape in zip(given.items(), ((None, widths["output_dim"]), (widths["pooled_dim"],))):
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             fits = isinstance(value, torch.Tensor) and value.ndim == 1 + len(shape) and value.shape[-1] == shape[-1]
-            if value is not None and not (fits and value.is_floating_point() and len(value)):
+            if value is None:
+                continue
+            if not (fits and value.is_floating_point() and len(value)):
                 expected = f"(batch_size, {'num_tokens, ' if len(shape) > 1 else ''}{shape[-1]})"
                 raise ValueError(f"`{name}` is {found}; it must be a floating-point tensor of shape {expected}.")
+            bad = (~value.isfinite()).sum().item()
+            if bad:
+                raise ValueError(f"`{name}` has {bad} values that are not finite; look at what made it.")
         counts = {name: len(value) for name, value in given.items() if value is not None}
         if len({*counts.values()}) > 1:
             said = " and ".join(f"`{name}` has {count}" for name, count in counts.items())

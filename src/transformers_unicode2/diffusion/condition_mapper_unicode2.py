@@ -1,6 +1,7 @@
 """The condition mapper M_φ: embeddings of visual tokens to the conditioning of a frozen diffusion decoder (Eq. 9)."""
 
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -8,9 +9,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import ModelOutput
+
+from .arguments_unicode2 import check_finite_weights
 
 
 @dataclass
@@ -155,9 +159,7 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(f"The mapper in {source} lacks {len(missing)} weights; the first is {missing[0]}.")
-        for name, weight in mapper.named_parameters():
-            if type(weight) is nn.Parameter and not weight.is_meta and not weight.isfinite().all():
-                raise ValueError(f"The mapper in {source} has values in {name} that are not finite; train it again.")
+        check_finite_weights(f"The mapper in {source}", mapper)
         return (mapper, info) if want_info else mapper
 
     @classmethod
@@ -173,17 +175,25 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
             **fields: of the mapper, such as `num_visual_tokens`; widths are those of the file.
 
         Raises:
-            `ValueError`: when the file holds anything but the two layers of Redux.
+            `ValueError`: when the file holds anything but the two layers of Redux, or values that are not finite; on
+                a field that a mapper does not have, or that the file decides.
         """
         weights = read_redux(Path(path))
         hidden_dim, visual_dim = weights["up.weight"].shape
         sizes = {"visual_dim": visual_dim, "hidden_dim": hidden_dim, "output_dim": len(weights["down.weight"])}
+        free = [name for name in signature(cls).parameters if name not in sizes]
+        wrong = [name for name in fields if name not in free]
+        if wrong:
+            raise ValueError(
+                f"`{wrong[0]}` cannot be chosen for the mapper of a Redux; choose among {', '.join(free)}."
+            )
         mapper = cls(**{"position_embedding": False, "output_norm": False, **fields, **sizes})
         state = mapper.state_dict()
         pool = {name: torch.zeros_like(value) for name, value in state.items() if name.startswith("pool")}
         place = {name: torch.zeros_like(value) for name, value in state.items() if name.endswith("_embedding")}
         mapper.load_state_dict({**state, **pool, **place, **{k: v.float() for k, v in weights.items()}})
         mapper.make_identity()
+        check_finite_weights(f"The Redux in {path}", mapper)
         return mapper
 
     def make_identity(self, first: int = 0) -> None:
@@ -197,19 +207,25 @@ class UniCode2ConditionMapper(ModelMixin, ConfigMixin):
         r"""
         Writes the mapper as a Redux file, which ComfyUI loads as a style model. The pooled output has no place in it.
 
+        Folders above it are made. Weights are in the dtype that the mapper computes in.
+
         Raises:
-            `ValueError`: when it has more than the two layers of Redux.
+            `ValueError`: when it has more than the two layers of Redux, or `file` is a folder.
         """
         more = {"num_layers": self.config.num_layers, "output_norm": self.config.output_norm}
         more["position_embedding"] = self.config.position_embedding
         more = [f"`{name}` {value}" for name, value in more.items() if value]
         if more:
             raise ValueError(f"A Redux file holds two linear layers, and this mapper also has {', '.join(more)}.")
+        if Path(file).is_dir():
+            raise ValueError(f"{file} is a folder; name the file to write, such as redux.safetensors in it.")
         layers = {"redux_up": self.up, "redux_down": self.down}
         weights = {
             f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()
         }
-        save_file({name: value.contiguous() for name, value in weights.items()}, file)
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        # Layerwise casting stores them in 8 bits, which readers of such files do not know
+        save_file({name: value.to(self.dtype).contiguous() for name, value in weights.items()}, file)
 
     def forward(self, visual_embeds: torch.Tensor, return_dict: bool = True) -> UniCode2ConditionOutput | tuple:
         r"""
@@ -253,9 +269,20 @@ def read_redux(path: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise ValueError(f"There is no file or folder {path}; download a Redux first, names on the Hub are not read.")
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    weights = {name: value for file in files for name, value in load_file(file).items()}
+    weights = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no whole safetensors file ({error}); download the Redux again.") from error
     expected = {f"redux_{layer}.{kind}" for layer in ("up", "down") for kind in ("weight", "bias")}
     if weights.keys() != expected:
         found = ", ".join(sorted(weights)[:4]) or "no weights"
         raise ValueError(f"{path} is no Redux: it holds {found}; Redux has {', '.join(sorted(expected))}.")
+    shapes = {name.removeprefix("redux_"): tuple(value.shape) for name, value in weights.items()}
+    hidden_dim, output_dim = (shapes[f"{layer}.weight"][:1] for layer in ("up", "down"))
+    fitting = shapes | {"up.bias": hidden_dim, "down.bias": output_dim, "down.weight": output_dim + hidden_dim}
+    if shapes != fitting or any(len(shapes[f"{layer}.weight"]) != 2 for layer in ("up", "down")):
+        said = ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
+        raise ValueError(f"The layers of the Redux in {path} do not fit each other: {said}; download it again.")
     return {name.removeprefix("redux_"): value for name, value in weights.items()}

@@ -88,6 +88,11 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
 
     decoder_part = "transformer"
 
+    @property
+    def size_factor(self) -> int:
+        """What divides the height and the width of an image, in pixels: FLUX packs squares of 2 x 2 latents."""
+        return 2 * self.vae_scale_factor
+
     @staticmethod
     def read_widths(config: dict) -> dict[str, int]:
         return {"output_dim": config["joint_attention_dim"], "pooled_dim": config["pooled_projection_dim"]}
@@ -119,7 +124,7 @@ class UniCode2FluxPipeline(UniCode2RepositoryMixin, UniCode2PriorMixin, FluxPipe
 
     def check_latents(self, latents, num_images: int, height: int, width: int) -> None:
         """Raises `ValueError` unless latents are those of `num_images` images, packed as FLUX has them."""
-        side = 2 * self.vae_scale_factor
+        side = self.size_factor
         shape = (num_images, (height // side) * (width // side), self.transformer.config.in_channels)
         check_latents(latents, shape, height, width)
 

@@ -1,6 +1,7 @@
 """`UniCode2PriorPipeline`: a prompt, an image or visual tokens to the conditioning of any pipeline that takes one."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,11 +23,24 @@ WIDTHS = (
     "cap_feat_dim",
     "text_embed_dim",
     "text_dim",
+    "text_in_dim",
+    "in_text_dim",
+    "context_in_dim",
+    "c_cond",
     "cross_attention_dim",
 )
+# Where a pipeline has its decoder: of two, the second may paint alone.
+DECODERS = ("transformer", "unet", "transformer_2", "prior")
 MASKS = ("prompt_attention_mask", "prompt_embeds_mask")
 # Pipelines that take a list of embeddings, one `(num_tokens, width)` for each image.
 LISTS = ("ZImage",)
+# What further conditioning of a prompt is called in the signature of a call.
+FURTHER = re.compile(r"prompt_(embeds|attention_mask)|^(encoder_)?attention_mask$|^encoder_hidden_states$")
+# Pipelines that take `prompt_embeds` of forms that their signature does not tell.
+OTHER_FORMS = {
+    "Krea2Pipeline": "embeddings of several layers of its text encoder",
+    "ZImageOmniPipeline": "several embeddings for each prompt",
+}
 
 
 @dataclass
@@ -68,12 +82,9 @@ class UniCode2PriorOutput(BaseOutput):
         """
         accepted = inspect.signature(type(pipeline).__call__).parameters
         name = type(pipeline).__name__
-        if "prompt_embeds" not in accepted:
-            raise ValueError(
-                f"{name} takes no `prompt_embeds`. Supported are pipelines that take them alone, with a mask or with "
-                "pooled ones: those of FLUX, SDXL, Chroma, Z-Image, Qwen-Image, SANA, Stable Diffusion and others."
-            )
-        decoder = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+        check_form(name, accepted)
+        parts = (getattr(pipeline, part, None) for part in DECODERS)
+        decoder = next((part for part in parts if part is not None), None)
         if "pooled_prompt_embeds" in accepted and self.pooled_prompt_embeds is None:
             raise ValueError(f"{name} takes `pooled_prompt_embeds`, which this mapper does not make (`pooled_dim`).")
         self.check_widths(pipeline, decoder, accepted)
@@ -95,9 +106,31 @@ class UniCode2PriorOutput(BaseOutput):
         return made
 
 
+def check_form(name: str, accepted: Mapping) -> None:
+    """Raises `ValueError` when a pipeline with these parameters of its call takes no conditioning of the three forms.
+
+    Args:
+        name: its class.
+        accepted: by their names.
+    """
+    known = ("prompt_embeds", "pooled_prompt_embeds", *MASKS)
+    further = [key for key in accepted if key.removeprefix("negative_") not in known and FURTHER.search(key)]
+    if "prompt_embeds" not in accepted:
+        what = "takes no `prompt_embeds`"
+    elif further or name in OTHER_FORMS:
+        what = f"needs {OTHER_FORMS.get(name) or f'`{further[0]}` beside `prompt_embeds`'}, which nothing here makes"
+    else:
+        return
+    raise ValueError(
+        f"{name} {what}. Supported are pipelines that take embeddings alone, with a mask or with pooled ones: those of "
+        "FLUX, SDXL, Chroma, Z-Image, Qwen-Image, SANA, Stable Diffusion and others."
+    )
+
+
 def find_width(config: dict) -> int | None:
     """How wide the conditioning of a decoder is, if its configuration says so."""
-    if config.get("encoder_hid_dim_type") == "text_proj":
+    # Kandinsky 3 projects its texts without a type that says so
+    if config.get("encoder_hid_dim") and config.get("encoder_hid_dim_type", "text_proj") == "text_proj":
         return config["encoder_hid_dim"]
     width = next((config[key] for key in WIDTHS if config.get(key)), None)
     return width if isinstance(width, int) else None

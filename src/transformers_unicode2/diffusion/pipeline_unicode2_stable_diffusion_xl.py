@@ -90,6 +90,11 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
 
     decoder_part = "unet"
 
+    @property
+    def size_factor(self) -> int:
+        """What divides the height and the width of an image, in pixels."""
+        return self.vae_scale_factor
+
     @staticmethod
     def read_widths(config: dict) -> dict[str, int]:
         return {"output_dim": config["cross_attention_dim"], "pooled_dim": read_sdxl_pooled_width(config)}
@@ -125,12 +130,6 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
                 raise ValueError(f"`{name}` is {value!r}; it must be a pair of whole numbers of pixels.")
         if (kwargs.get("negative_original_size") is None) != (kwargs.get("negative_target_size") is None):
             raise ValueError("Give `negative_original_size` and `negative_target_size`, or neither; SDXL reads both.")
-
-    def check_sizes(self, height: int, width: int) -> None:
-        """Raises `ValueError` on sizes that are no multiples of the pixels of a latent."""
-        factor = self.vae_scale_factor
-        if height % factor or width % factor:
-            raise ValueError(f"`height` is {height} and `width` {width}; both must be multiples of {factor}.")
 
     def check_latents(self, latents, num_images: int, height: int, width: int) -> None:
         """Raises `ValueError` unless latents are those of `num_images` images."""
@@ -215,7 +214,6 @@ class UniCode2StableDiffusionXLPipeline(UniCode2RepositoryMixin, UniCode2PriorMi
         generator = list(generator) if isinstance(generator, tuple) else generator
         embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
         self.check_parts(sources, "unet", "scheduler", *(() if output_type == "latent" else ("vae",)))
-        self.check_sizes(height, width)
         self.check_arguments(text_prompt, embeds, {**kwargs, "original_size": original_size}, guidance_scale)
         self.check_call(sources, embeds, kwargs, num_images_per_prompt, text_prompt)
         prior = {"prior_guidance_scale": prior_guidance_scale, "prior_generation_kwargs": prior_generation_kwargs}

@@ -9,6 +9,8 @@ from .arguments_unicode2 import (
     NUMBERS,
     check_embeds,
     check_generator,
+    check_length,
+    check_sizes,
     check_weights,
     count_prompts,
     gather_options,
@@ -125,10 +127,14 @@ class UniCode2PriorMixin:
     def choose_sizes(
         self, height: int | None, width: int | None, num_inference_steps: int | None, num_images_per_prompt: int
     ) -> tuple[int, int, int, int]:
-        """These numbers of a call, or the pipeline's own. Raises `ValueError` on wrong ones."""
+        """These numbers of a call, or the pipeline's own. Raises `ValueError` on wrong ones.
+
+        A height and width must be multiples of `size_factor`, which a pipeline with a decoder has.
+        """
         height, width = (
             self.choose_number(name, value, "image_size") for name, value in (("height", height), ("width", width))
         )
+        check_sizes(height, width, self.size_factor)
         num_inference_steps = self.choose_number("num_inference_steps", num_inference_steps)
         return height, width, num_inference_steps, to_number("num_images_per_prompt", num_images_per_prompt, int, 1)
 
@@ -229,8 +235,8 @@ class UniCode2PriorMixin:
         list, each image is written alone: in a batch, its tokens would depend on the others by rounding.
 
         Raises:
-            `ValueError`: on an empty prompt, on less than one candidate, on options that ask for no image, and when
-                there are not as many generators as prompts.
+            `ValueError`: on an empty prompt or one that leaves no room for an image, on less than one candidate, on
+                options that ask for no image, and when there are not as many generators as prompts.
         """
         num_candidates = self.config.num_candidates if num_candidates is None else num_candidates
         num_candidates = to_number("num_candidates", num_candidates, int, 1)
@@ -268,6 +274,10 @@ class UniCode2PriorMixin:
         inputs = self.processor(
             text=texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
         ).to(device)
+        config = self.vision_language_encoder.config
+        # With the begin-of-image id; not every kind of language model has a limit
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        check_length(inputs["input_ids"].shape[1], 1 + config.num_image_tokens, limit)
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(
             devices=devices, enabled=generator is not None, device_type=device.type if devices else "cuda"

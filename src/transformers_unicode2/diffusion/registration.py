@@ -1,9 +1,10 @@
 """Makes Diffusers find the pipelines and components of this package by their names, without remote code."""
 
+from pathlib import Path
+
 import diffusers
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
-from ..images_unicode2 import one_line
 from .condition_mapper_unicode2 import UniCode2ConditionMapper
 from .pipeline_unicode2_flux import UniCode2FluxPipeline
 from .pipeline_unicode2_prior import UniCode2PriorPipeline
@@ -37,10 +38,11 @@ def find_stock_class(decoder: str) -> str:
     try:
         name = diffusers.DiffusionPipeline.load_config(decoder).get("_class_name")
     except OSError as error:
-        raise ValueError(
-            f"There is no pipeline in {decoder}: {one_line(str(error)):.300}; give a folder or Hub name with a "
-            "model_index.json."
-        ) from error
+        if Path(decoder).is_dir():
+            what = f"The folder {decoder} has no model_index.json that can be read; give that of a whole pipeline."
+        else:
+            what = f"There is no folder {decoder}, and the Hub gives no pipeline of this name. Correct it, or log in."
+        raise ValueError(what) from error
     name = name[-1] if isinstance(name, list) else name
     stock = {own.__name__: own.__name__.removeprefix("UniCode2") for own in PAINTERS.values()}
     # One that has been assembled holds a decoder, too

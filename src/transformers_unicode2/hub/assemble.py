@@ -13,6 +13,7 @@ from ..adapters import find_base, is_adapter, load_merged
 from ..cards import write_card
 from ..checkpoints import check_checkpoint
 from ..cli import at_least
+from ..diffusion.arguments_unicode2 import check_finite_weights
 from ..files import whole_folder
 from ..images_unicode2 import one_line
 from ..record import Record, hash_source, read_record, shorten
@@ -137,12 +138,10 @@ def write_pipeline(
         image_size=image_size,
         **numbers,
     )
-    # FLUX packs squares of four latents into a token
-    grid = pipe.vae_scale_factor * (2 if painter == "transformer" else 1)
-    if image_size % grid:
-        raise ValueError(f"--image-size is {image_size}; this decoder paints multiples of {grid} pixels.")
+    if image_size % pipe.size_factor:
+        raise ValueError(f"--image-size is {image_size}; this decoder paints multiples of {pipe.size_factor} pixels.")
     for part in ("vision_language_encoder", "vae", painter):
-        check_finite_weights(part, getattr(pipe, part))
+        check_finite_weights(f"The {part}", getattr(pipe, part))
     kept = (lambda value: value) if dtype == "float32" else shrink
     encoder.save_pretrained(output, state_dict={name: kept(value) for name, value in encoder.state_dict().items()})
     processor.save_pretrained(output)
@@ -224,13 +223,6 @@ def write_pipeline_card(
     )
     bases = [sources["model"], sources["decoder"]]
     write_card(folder, name, summary, bases, settings={**sources, **numbers}, kind="pipeline")
-
-
-def check_finite_weights(name: str, module: torch.nn.Module) -> None:
-    """Raises `ValueError` when a weight of a part is not finite."""
-    bad = [key for key, value in module.state_dict().items() if not value.isfinite().all()]
-    if bad:
-        raise ValueError(f"{len(bad)} weights of the {name} are not finite; the first is {bad[0]}.")
 
 
 def shrink(value: torch.Tensor) -> torch.Tensor:

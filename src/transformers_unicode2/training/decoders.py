@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from ..diffusion.arguments_unicode2 import check_finite_weights
 from ..images_unicode2 import one_line
+from .decoder_losses import denoising_loss, flow_matching_loss
 from .offload import offload_blocks
 
 # Of FLUX and SDXL, the matrices that a LoRA changes unless it is told others.
@@ -14,6 +16,8 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FLUX_POOLED = ("text_encoder", "tokenizer", "pooler_output")
 SDXL_POOLED = ("text_encoder_2", "tokenizer_2", "text_embeds")
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+# What the configuration of a scheduler says of DDPM's schedule
+DDPM_FIELDS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 
 
 class Decoder:
@@ -37,12 +41,15 @@ class Decoder:
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> torch.Tensor:
-        """Pooled embeddings of captions by the decoder's own text encoder, float32 `(num_captions, pooled_dim)`."""
-        encoder, tokenizer, name = self.pooled
-        encoder, tokenizer = getattr(self.pipeline, encoder), getattr(self.pipeline, tokenizer)
+        """Pooled embeddings of captions by the decoder's own text encoder, float32 `(num_captions, pooled_dim)`.
+
+        Raises `ValueError` on values that are not finite, as `encode_latents` and `measure_scales` do.
+        """
+        part, tokenizer, name = self.pooled
+        encoder, tokenizer = getattr(self.pipeline, part), getattr(self.pipeline, tokenizer)
         options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
         ids = tokenizer(captions, return_tensors="pt", **options)["input_ids"]
-        return encoder(ids.to(encoder.device))[name].float()
+        return check_finite(encoder(ids.to(encoder.device))[name].float(), part)
 
     @torch.no_grad()
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -53,7 +60,7 @@ class Decoder:
                 f"Pictures are {width} pixels wide and {height} high; the decoder paints multiples of "
                 f"{self.size_factor}. Set `image_size` to one."
             )
-        return encode_latents(self.pipeline.vae, pixel_values.to(self.pipeline.vae.device))
+        return check_finite(encode_latents(self.pipeline.vae, pixel_values.to(self.pipeline.vae.device)), "vae")
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> list:
@@ -121,13 +128,22 @@ class Decoder:
     @torch.no_grad()
     def measure_scales(self, captions: list[str]) -> dict[str, float]:
         """Root mean squares of text embeddings and pooled ones, as which a `UniCode2ConditionMapper` starts."""
-        embeds, pooled = self.encode_prompts(captions)
+        embeds, pooled = (check_finite(value, "text encoders") for value in self.encode_prompts(captions))
         return {name: e.float().square().mean().sqrt().item() for name, e in
                 (("output_scale", embeds), ("pooled_scale", pooled))}  # fmt: skip
 
 
 class FluxDecoder(Decoder):
     """FLUX.1, which learns by flow matching."""
+
+    def __init__(self, pipeline, guidance_scale: float = 3.5):
+        super().__init__(pipeline, guidance_scale)
+        scheduler = pipeline.scheduler
+        if "shift" not in scheduler.config:
+            raise ValueError(
+                f"The decoder's scheduler is {type(scheduler).__name__}, which has no `shift` of flow matching; FLUX "
+                "that learnt by flow matching is supported."
+            )
 
     @property
     def size_factor(self) -> int:
@@ -139,7 +155,7 @@ class FluxDecoder(Decoder):
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         config = self.pipeline.scheduler.config
-        if not config.use_dynamic_shifting:
+        if not config.get("use_dynamic_shifting"):
             return config.shift
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         return math.exp(calculate_shift(num_patches, *(config[name] for name in names)))
@@ -168,9 +184,7 @@ class StableDiffusionXLDecoder(Decoder):
         from diffusers import DDPMScheduler
 
         super().__init__(pipeline, guidance_scale)
-        kind = type(pipeline.scheduler).__name__
-        if kind.startswith("EDM"):
-            raise ValueError(f"The decoder's scheduler is {kind}; SDXL that learnt by DDPM's schedule is supported.")
+        check_schedule(pipeline.scheduler)
         self.noise = DDPMScheduler.from_config(pipeline.scheduler.config)
 
     def encode_prompts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +201,34 @@ class StableDiffusionXLDecoder(Decoder):
         """See `denoising_loss`."""
         dtype = self.painter.dtype
         conditioning = (value.to(dtype) for value in (prompt_embeds, pooled_prompt_embeds))
-        return denoising_loss(self.painter, self.noise, latents.to(dtype), *conditioning)
+        return denoising_loss(self.painter, self.noise, latents.to(dtype), *conditioning, factor=self.size_factor)
+
+
+def check_schedule(scheduler) -> None:
+    """Raises `ValueError` unless the noise of SDXL follows DDPM's schedule, and it tells the noise or its velocity."""
+    config = scheduler.config
+    absent = [name for name in DDPM_FIELDS if name not in config]
+    target = config.get("prediction_type", "epsilon")
+    found = [f"no `{absent[0]}`"] if absent else []
+    found += [] if target in ("epsilon", "v_prediction") else [f"`prediction_type` {target}"]
+    found += ["continuous timesteps"] if config.get("timestep_type") == "continuous" else []
+    found += ["`use_flow_sigmas`"] if config.get("use_flow_sigmas") else []
+    if found:
+        raise ValueError(
+            f"The decoder's scheduler is {type(scheduler).__name__} with {found[0]}; supported is SDXL that learnt "
+            "epsilon or v_prediction by DDPM's schedule."
+        )
+
+
+def check_finite(values: torch.Tensor, part: str) -> torch.Tensor:
+    """What a part of a decoder made, as it is. Raises `ValueError` when some of it is not finite."""
+    bad = (~values.isfinite()).sum().item()
+    if bad:
+        raise ValueError(
+            f"The decoder's {part} made {bad} of {values.numel()} values that are not finite; copy its weights again, "
+            "or set `decoder_dtype: float32`."
+        )
+    return values
 
 
 # By the class that a pipeline's index names.
@@ -221,13 +262,16 @@ def load_decoder(
         offload: whether the blocks of its transformer or U-Net stay in CPU memory, see `offload_blocks`.
 
     Raises:
-        `ValueError`: on a pipeline of another kind.
+        `ValueError`: on a pipeline of another kind, or one that lacks a part; on weights of what paints that are not
+            finite; and on float16 without an accelerator.
     """
     import diffusers
 
     from ..diffusion.registration import find_stock_class
 
-    kind = find_stock_class(name)
+    kind, device = find_stock_class(name), torch.device(device)
+    if device.type == "cpu" and dtype == "float16":
+        raise ValueError("`decoder_dtype` is float16, which needs a GPU; set bfloat16 or float32.")
     absent = () if texts else TEXT_PARTS
     absent += () if vae else ("vae",)
     absent += () if painter else (DECODERS[kind].part,)
@@ -235,17 +279,42 @@ def load_decoder(
     if quantization and painter:
         options["quantization_config"] = diffusers.PipelineQuantizationConfig(**quantization)
     index = getattr(diffusers, kind).load_config(name)
-    # A pipeline of ours, or one that was saved without them, has an empty place there
-    lost = [part for part in TEXT_PARTS if texts and index.get(part, [None])[0] is None]
-    if lost:
+    parts = (DECODERS[kind].part, "vae", "scheduler", *TEXT_PARTS)
+    check_whole(name, index, [part for part in parts if part not in absent])
+    of_vae = read_config(name, "vae") if vae or painter else {}
+    pipeline = getattr(diffusers, kind).from_pretrained(name, **options)
+    if painter:
+        # Without its VAE, a pipeline would take the factor to be 8
+        pipeline.vae_scale_factor = 2 ** (len(of_vae["block_out_channels"]) - 1)
+        check_finite_weights(f"The {DECODERS[kind].part} of {name}", getattr(pipeline, DECODERS[kind].part))
+    if offload and painter:
+        offload_blocks(getattr(pipeline, DECODERS[kind].part).requires_grad_(False), device)
+    return DECODERS[kind](pipeline.to(device), guidance_scale)
+
+
+def check_whole(name: str, index: dict, parts: list[str]) -> None:
+    """Raises `ValueError` when a pipeline with this index has not all of these parts."""
+    # A pipeline of ours, or one that was saved without text encoders, has an empty place in the index
+    lost = [part for part in parts if index.get(part, [None])[0] is None]
+    lost += [part for part in parts if Path(name).is_dir() and not Path(name, part).is_dir()]
+    if lost and lost[0] in TEXT_PARTS:
         raise ValueError(
             f"The decoder {name} has no {lost[0]}, which the captions need; name the stock pipeline, or set "
             "`contrastive_weight: 0` and `start`."
         )
-    pipeline = getattr(diffusers, kind).from_pretrained(name, **options)
-    if offload and painter:
-        offload_blocks(getattr(pipeline, DECODERS[kind].part).requires_grad_(False), device)
-    return DECODERS[kind](pipeline.to(device), guidance_scale)
+    if lost:
+        raise ValueError(f"The decoder {name} has no {lost[0]}; copy it again.")
+
+
+def read_config(name: str, part: str) -> dict:
+    """The configuration of a part of a decoder. Raises `ValueError` when there is none."""
+    from diffusers import AutoencoderKL
+
+    # As every model of Diffusers does
+    try:
+        return AutoencoderKL.load_config(name, subfolder=part)
+    except OSError as error:
+        raise ValueError(f"The decoder {name} has no {part}/config.json that can be read; copy it again.") from error
 
 
 def read_widths(name: str) -> dict[str, int]:
@@ -255,7 +324,7 @@ def read_widths(name: str) -> dict[str, int]:
     from ..diffusion.registration import find_stock_class
 
     kind = find_stock_class(name)
-    config = transformers_unicode2.UniCode2ConditionMapper.load_config(name, subfolder=DECODERS[kind].part)
+    config = read_config(name, DECODERS[kind].part)
     return getattr(transformers_unicode2, f"UniCode2{kind}").read_widths(config)
 
 
@@ -275,79 +344,3 @@ def read_scaling(vae) -> tuple:
         return vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
     mean, std = (torch.tensor(value, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1) for value in (mean, std))
     return mean, vae.config.scaling_factor / std
-
-
-def flow_matching_loss(
-    transformer,
-    latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    pooled_prompt_embeds: torch.Tensor,
-    shift: float = 1.0,
-    guidance_scale: float = 3.5,
-) -> torch.Tensor:
-    """The flow-matching loss of a FLUX transformer, a scalar.
-
-    `x_t = (1 - t) x_0 + t noise` with `t` logit-normal in (0, 1), as FLUX was trained; the target is `noise - x_0`.
-
-    `latents` are x_0, `(batch_size, channels, height, width)`. The prompts are
-    `(batch_size, num_tokens, joint_attention_dim)` and `(batch_size, pooled_projection_dim)`. A `shift` above 1 moves
-    the times towards 1, where there is more noise. A transformer with `guidance_embeds` is told `guidance_scale`.
-    """
-    from diffusers import FluxPipeline
-    from diffusers.training_utils import compute_density_for_timestep_sampling
-
-    batch_size, channels, height, width = latents.shape
-    packed = FluxPipeline._pack_latents(latents, batch_size, channels, height, width)  # (batch_size, h*w/4, 4*channels)
-    like = {"device": latents.device, "dtype": latents.dtype}
-    image_ids = FluxPipeline._prepare_latent_image_ids(batch_size, height // 2, width // 2, **like)
-    times = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0).to(latents.device)
-    times = shift * times / (1 + (shift - 1) * times)
-    noise = torch.randn_like(packed)
-    mix = times[:, None, None].to(latents.dtype)
-    told = {}
-    if getattr(getattr(transformer, "config", None), "guidance_embeds", False):
-        told["guidance"] = torch.full((batch_size,), guidance_scale, device=latents.device)
-    prediction = transformer(
-        hidden_states=(1 - mix) * packed + mix * noise,
-        encoder_hidden_states=prompt_embeds,
-        pooled_projections=pooled_prompt_embeds,
-        timestep=times,
-        img_ids=image_ids,
-        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, **like),
-        **told,
-    ).sample
-    return torch.nn.functional.mse_loss(prediction.float(), (noise - packed).float())
-
-
-def denoising_loss(
-    unet, scheduler, latents: torch.Tensor, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
-) -> torch.Tensor:
-    """The loss that SDXL was trained by, a scalar: the squared error of the noise, or of the velocity.
-
-    Args:
-        unet: of SDXL.
-        scheduler (`DDPMScheduler`): its schedule of noise, whose `prediction_type` names the target.
-        latents: x_0, `(batch_size, channels, height, width)`.
-        prompt_embeds: `(batch_size, num_tokens, cross_attention_dim)`.
-        pooled_prompt_embeds: `(batch_size, pooled_dim)`.
-
-    Raises:
-        `ValueError`: on another kind of prediction.
-    """
-    batch_size, _, height, width = latents.shape
-    count, kind = scheduler.config.num_train_timesteps, scheduler.config.prediction_type
-    times = torch.randint(count, (batch_size,), device=latents.device)
-    noise = torch.randn_like(latents)
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(f"The scheduler's `prediction_type` is {kind}; SDXL learns epsilon or v_prediction.")
-    target = noise if kind == "epsilon" else scheduler.get_velocity(latents, noise, times)
-    # Sizes and place of the crop, in pixels: of an image that is as large as what is painted, as inference says
-    size = [8 * height, 8 * width]
-    time_ids = torch.tensor([1024, 1024, 0, 0, *size], device=latents.device, dtype=latents.dtype)
-    prediction = unet(
-        scheduler.add_noise(latents, noise, times),
-        times,
-        encoder_hidden_states=prompt_embeds,
-        added_cond_kwargs={"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.expand(batch_size, 6)},
-    ).sample
-    return torch.nn.functional.mse_loss(prediction.float(), target.float())

@@ -145,8 +145,10 @@ def check_numbers(args: MapperArguments) -> None:
     for name in ("code_noise", "flow_matching_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"`{name}` is {getattr(args, name):g}; it must be in [0, 1].")
-    if not args.temperature > 0:
-        raise ValueError(f"`temperature` is {args.temperature:g}; it must be above 0.")
+    if not 0 < args.temperature < math.inf:
+        raise ValueError(f"`temperature` is {args.temperature:g}; it must be a finite number above 0.")
+    if not 0 <= args.guidance_scale < math.inf:
+        raise ValueError(f"`guidance_scale` is {args.guidance_scale:g}; it must be a finite number of at least 0.")
     if args.image_size is not None and args.image_size < 1:
         raise ValueError(f"`image_size` is {args.image_size}; it must be at least 1.")
     if args.num_validation_images < 0 or args.validation_steps < 1:
@@ -213,14 +215,22 @@ def check_parts(args: MapperArguments) -> None:
 
 
 def check_captions(args: MapperArguments, training_args, pairs) -> None:
-    """Raises `ValueError` when the contrastive loss has no caption to tell others by."""
+    """Raises `ValueError` when a step, or the last of an epoch, has no captions for the contrastive loss to compare."""
     if not args.contrastive_weight:
         return
-    batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    batch = min(batch * training_args.world_size, len(pairs))
+    size, count = training_args.per_device_train_batch_size, len(pairs)
+    batch = min(size * training_args.gradient_accumulation_steps * training_args.world_size, count)
     different = len(set(pairs.pairs["caption"][:NUM_LOOKED_AT]))
     if batch < 2 or different < 2:
         raise ValueError(
             f"The contrastive loss compares captions: a step has {batch}, and the data {different} different ones. "
             "It needs 2 of each; enlarge the batch, or set `contrastive_weight: 0`."
+        )
+    # What an epoch leaves for its last step; several processes would share it evenly, so that none is alone
+    whole = count - count % size if training_args.dataloader_drop_last else count
+    ends = not 0 < training_args.max_steps * batch <= count
+    if training_args.world_size == 1 and whole % batch == 1 and ends:
+        raise ValueError(
+            f"The last step of an epoch has 1 of the {count} pairs, and no other caption to compare; set "
+            "`dataloader_drop_last: true` or another batch size."
         )
