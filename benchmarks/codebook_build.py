@@ -17,7 +17,6 @@ and the table says so. Finished rows are kept: after a kill, the same command re
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from real_features import load_features, read_float32
-from rows import Rows, describe_run
+from rows import Rows, describe_run, read_peak
 
 # Methods of the builder: backend, iterations and Lloyd passes across cell borders.
 METHODS = {
@@ -149,7 +148,7 @@ def run_method(args: argparse.Namespace) -> dict:
             kmeans.train(points)
             codes = kmeans.centroids
     seconds = time.perf_counter() - start
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = read_peak()
     features, backend, errors = load_features(args.features, args.num_features)[0], TorchBackend(), []
     chosen = np.unique(np.linspace(0, len(features) - 1, min(len(features), args.num_measured)).astype(int))
     for rows in np.array_split(chosen, -(-len(chosen) // 65536)) if len(chosen) else ():

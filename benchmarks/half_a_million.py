@@ -8,14 +8,13 @@ with the width of so400m, the other of all patches of the images, every 20th of 
 every size smaller by that factor. The limit of a row is arithmetic: what its products, or the bytes that it has to
 move, take at the rates that the first step measures.
 
-Each step is a process of its own, and its peak resident memory is in the table. Finished steps are kept: after a kill,
-the same command resumes. `--again STEP` runs one anew. The table is printed of all steps that are there.
+Each step is a process of its own, and its peak resident memory is in the table. Finished steps are kept, and so are the
+times and peaks of an unfinished build: after a kill, which ends all processes, the same command resumes. `--again STEP`
+runs one anew. The table is printed of all steps that are there.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from datetime import date
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from half_a_million_codebook import CODEBOOK_STEPS
 from half_a_million_model import MODEL_STEPS
-from rows import find_commit, name_processor
+from rows import find_commit, name_processor, start_child, watch_peak
 
 STEPS = CODEBOOK_STEPS | MODEL_STEPS
 COLUMNS = ("what", "s", "limit, s", "limit of", "peak GiB", "disk GiB", "found")
@@ -72,16 +71,16 @@ def is_finished(file: Path) -> bool:
 
 def run_step(args: argparse.Namespace, name: str) -> None:
     """Runs a step in its own process. Its rows get the date, the commit and the peak memory."""
-    words = [sys.executable, __file__, "--step", name, "--output", args.output, "--images", args.images]
+    words = [__file__, "--step", name, "--output", args.output, "--images", args.images]
     words += ["--encoder", args.encoder, "--llm", args.llm, "--divide", args.divide, "--threads", args.threads]
     print(f"{name}: running", file=sys.stderr, flush=True)
     start = time.perf_counter()
-    process = subprocess.Popen(list(map(str, words)), stdout=sys.stderr)
-    status, usage = os.wait4(process.pid, 0)[1:]
-    if status:
-        raise SystemExit(f"{name} ended with status {status}; the same command resumes.")
+    process = start_child(words, stdout=sys.stderr)
+    peak = watch_peak(process)
+    if process.returncode:
+        raise SystemExit(f"{name} ended with status {process.returncode}; the same command resumes.")
     result = json.loads(result_file(args, name).read_text())
-    result |= {"seconds": time.perf_counter() - start, "peak": usage.ru_maxrss / 2**20}
+    result |= {"seconds": time.perf_counter() - start, "peak": peak}
     result |= {"date": str(date.today()), "commit": find_commit()}
     temporary = result_file(args, name).with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=2))

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from functools import wraps
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from real_features import BLOCK, SyntheticFeatures
+from rows import read_peak, start_child
 
 PHASES = ("extract", "train_cells", "sort", "train_codes", "save")
 DIM = 1152
@@ -81,9 +81,9 @@ def time_phases(kind: type, log: Path) -> type:
 
         @wraps(method)
         def run(self):
-            note(log, phase, "begin")
+            note(log, phase, "begin", read_peak())
             output = method(self)
-            note(log, phase, "end")
+            note(log, phase, "end", read_peak())
             return output
 
         return run
@@ -91,20 +91,33 @@ def time_phases(kind: type, log: Path) -> type:
     return type("TimedBuild", (kind,), {phase: timed(phase) for phase in PHASES})
 
 
-def note(log: Path, phase: str, event: str) -> None:
+def note(log: Path, phase: str, event: str, memory: float = 0.0, disk: float = 0.0) -> None:
+    """Adds a line to the log of a build; `memory` and `disk` are GiB at their peaks so far."""
+    line = {"phase": phase, "event": event, "moment": time.time(), "memory": memory, "disk": disk}
     with open(log, "a") as file:
-        file.write(json.dumps([phase, event, time.time()]) + "\n")
+        file.write(json.dumps(line) + "\n")
+
+
+def read_notes(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def count_kills(log: Path) -> int:
+    return sum(line["event"] == "killed" for line in read_notes(log))
 
 
 def sum_phases(log: Path) -> dict[str, float]:
-    """Seconds of each phase over all runs; a phase that was killed ends with the kill."""
-    seconds, begun = dict.fromkeys(PHASES, 0.0), None
-    for phase, event, moment in map(json.loads, log.read_text().splitlines()):
-        if event == "begin":
-            begun = phase, moment
-        elif begun:
-            seconds[begun[0]] += moment - begun[1]
+    """Seconds of each phase over all runs. A phase that was killed ends with the last note of its run."""
+    seconds, begun, last = dict.fromkeys(PHASES, 0.0), None, 0.0
+    for line in read_notes(log):
+        if begun and line["event"] == "begin":
+            seconds[begun["phase"]] += last - begun["moment"]
+        elif begun and line["event"] in ("end", "killed"):
+            seconds[begun["phase"]] += line["moment"] - begun["moment"]
             begun = None
+        if line["event"] == "begin":
+            begun = line
+        last = line["moment"]
     return seconds
 
 
@@ -168,30 +181,38 @@ def run_build(
 ) -> dict:
     """A build in processes of its own. One is killed as soon as a folder of its work has a number of files.
 
-    Returns seconds of each phase, the number of kills, and the peaks of memory and disk in GiB.
+    The log beside the output holds all that is returned, so that it is right after a kill of this process, too: seconds
+    of each phase, the number of kills, and the peaks of memory and disk in GiB.
     """
-    log, state = output.with_suffix(".log"), {"memory": 0.0, "disk": 0.0}
+    log = output.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
     options = ["--threads", args.threads, "--count", count, "--log", log]
     options += ["--sorted", sorted_in] if sorted_in else []
-    command = [*map(str, [sys.executable, __file__, *options, "--", *words, "--output", output])]
-    for mark in [*kills, None]:
-        process, killed = subprocess.Popen(command, stdout=sys.stderr), False
-        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if mark and len(list((output / "work" / mark[0]).glob("*.safetensors"))) >= mark[1]:
-                process.send_signal(signal.SIGKILL)
-                note(log, "", "killed")
-                killed = True
-                break
-            state["disk"] = max(state["disk"], measure_disk(output))
-            time.sleep(0.5 if args.divide == 1 else 0.01)
-        status, usage = os.wait4(process.pid, 0)[1:]
-        state["memory"] = max(state["memory"], usage.ru_maxrss / 2**20)
-        if status and not killed:
-            raise SystemExit(f"The build of {output} ended with status {status}.")
-    events = [json.loads(line)[1] for line in log.read_text().splitlines()]
-    return {"phases": sum_phases(log), "kills": events.count("killed"), **state}
+    for mark in [*kills[count_kills(log) :], None]:
+        process = start_child([__file__, *options, "--", *words, "--output", output], stdout=sys.stderr)
+        killed = watch_build(process, output, log, mark, 0.5 if args.divide == 1 else 0.01)
+        if process.wait() and not killed:
+            raise SystemExit(f"The build of {output} ended with status {process.returncode}.")
+    peaks = {name: max(line[name] for line in read_notes(log)) for name in ("memory", "disk")}
+    return {"phases": sum_phases(log), "kills": count_kills(log), **peaks}
+
+
+def watch_build(process, output: Path, log: Path, mark: tuple[str, int] | None, wait: float) -> bool:
+    """Notes peaks of a build until it ends; returns whether it was killed at `mark`, a folder and a number of files."""
+    memory, disk, noted = 0.0, 0.0, 0.0
+    while process.poll() is None:
+        memory, disk = max(memory, read_peak(process.pid)), max(disk, measure_disk(output))
+        if mark and len(list((output / "work" / mark[0]).glob("*.safetensors"))) >= mark[1]:
+            process.send_signal(signal.SIGKILL)
+            note(log, "", "killed", memory, disk)
+            return True
+        if time.monotonic() - noted > 20 * wait:
+            note(log, "", "watched", memory, disk)
+            noted = time.monotonic()
+        time.sleep(wait)
+    note(log, "", "watched", memory, disk)
+    return False
 
 
 def measure_disk(folder: Path) -> float:
@@ -272,11 +293,12 @@ def use_synthetic(args: argparse.Namespace) -> list[dict]:
     for size in (sizes.codes // 100, sizes.codes // 10, sizes.codes):
         folder = sizes.folder / ("synthetic" if size == sizes.codes else f"synthetic-{size}")
         cells = min(sizes.cells, size)
-        if size < sizes.codes and not (folder / "codebook.json").exists():
+        if size < sizes.codes:
             words = ["--images", "-", "--encoder", "-", "--codebook-size", size, "--num-cells", cells]
             words += ["--backend", "torch", "--preview-size", 0, "--max-memory-gib", 8]
             kept = sizes.folder / "synthetic" / "work" if cells == sizes.cells else None
-            run_build(args, folder, words, sizes.features, sorted_in=kept)
+            built = run_build(args, folder, words, sizes.features, sorted_in=kept)
+            rows += list_phases(f"build of the same, K = {size:,}", built, {}, check_codes(folder, size))[-1:]
         codebook, counts, error, seconds = load_codebook(folder), np.zeros(size, np.int64), 0.0, 0.0
         for block in range(first, first + sizes.held_out // BLOCK):
             points = source.draw(block).astype(np.float16).astype(np.float32)
@@ -331,9 +353,14 @@ def build_real(args: argparse.Namespace) -> list[dict]:
 
 
 def run_command(*words) -> float:
-    """Seconds of a `unicode2` command in this process."""
+    """Seconds of a `unicode2` command in this process.
+
+    What is at its `--output` already is removed, since a command that is repeated after a kill does only the rest.
+    """
     from transformers_unicode2.cli import main
 
+    output = Path(words[words.index("--output") + 1])
+    shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
     start, sys.argv = time.perf_counter(), ["unicode2", *map(str, words)]
     main()
     return time.perf_counter() - start

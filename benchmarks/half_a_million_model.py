@@ -5,19 +5,26 @@ import ast
 import gc
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from half_a_million_codebook import GIB, Sizes, link_images, measure_disk, read_rates, run_command
+from rows import start_child, watch_peak
 
 HEADS = ("flat", "two_level")
 NUM_STEPS = 20
 # Rows of a step.
 BATCH = 4
+# Visual targets of a step: two drawn pictures of 196 patches.
+NUM_TARGETS = 392
+# Width of C2 where it is updated alone. The time of an update grows with it.
+NARROW = 64
 LEARNING = ["visual_embeddings", "projector", "visual_head"]
 OPTIMIZERS = {"AdamW": {}, "8-bit AdamW": {"optim": "adamw_torch_8bit"}, "Adafactor": {"optim": "adafactor"}}
 # Bytes of an optimizer's state for a parameter. The 8-bit one keeps a float32 scale for each 256 values of a moment.
@@ -198,6 +205,8 @@ def run_stage(args: argparse.Namespace, name: str, changes: dict, kill: bool = F
     import yaml
 
     folder = Sizes(args).folder
+    # What a killed step left would be resumed, with the times of the rest
+    shutil.rmtree(folder / name, ignore_errors=True)
     config = {
         "datasets": [{"path": str(folder / "tokens" / task)} for task in ("read", "draw")],
         "output_dir": str(folder / name),
@@ -234,21 +243,21 @@ def run_training(args: argparse.Namespace, words: list, killed_behind: Path | No
 
     Returns the last loss, the number of tokens that a step has on average, its median seconds, and peak GiB.
     """
-    command = list(map(str, [sys.executable, *words]))
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONUNBUFFERED": "1"}
     moments, logs, peak = [], [], 0.0
     for place in [killed_behind, None] if killed_behind else [None]:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        for line in process.stdout:
-            if line.startswith("{'loss'"):
-                moments.append(time.perf_counter())
-                logs.append(ast.literal_eval(line))
-            if place and place.exists():
-                process.send_signal(signal.SIGKILL)
-        status, usage = os.wait4(process.pid, 0)[1:]
-        peak = max(peak, usage.ru_maxrss / 2**20)
-        if status and not place:
-            raise SystemExit(f"`{' '.join(command)}` ended with status {status}.")
+        process = start_child(words, stdout=subprocess.PIPE, text=True, env=environment)
+        with ThreadPoolExecutor(1) as pool:
+            watched = pool.submit(watch_peak, process)
+            for line in process.stdout:
+                if line.startswith("{'loss'"):
+                    moments.append(time.perf_counter())
+                    logs.append(ast.literal_eval(line))
+                if place and place.exists():
+                    process.send_signal(signal.SIGKILL)
+        peak = max(peak, watched.result())
+        if process.returncode and not place:
+            raise SystemExit(f"`{' '.join(map(str, words))}` ended with status {process.returncode}.")
     tokens = float(logs[-1].get("num_input_tokens_seen", 0)) / NUM_STEPS
     step = float(np.median(np.diff(moments)))
     return {"loss": float(logs[-1]["loss"]), "tokens": tokens, "step": step, "peak": peak}
@@ -315,7 +324,67 @@ def train(args: argparse.Namespace) -> list[dict]:
     return [*rows, row | {"peak GiB": bare["peak"], "found": found}]
 
 
-MODEL_STEPS = {"compose": compose, "quantizer": load_quantizer, "generate": generate, "train": train}
+def update_rows(args: argparse.Namespace) -> list[dict]:
+    """C2 and the two-level head alone: AdamW of all rows, and SparseAdam of those that a step has a gradient for.
+
+    Four batches of random targets, as many as `train` has in a step, take turns.
+    """
+    import torch
+
+    from transformers_unicode2.visual_head_unicode2 import (
+        UniCode2TwoLevelVisualHead,
+        UniCode2VisualEmbeddings,
+        find_cells,
+    )
+
+    sizes, rows = Sizes(args), []
+    codebook = SimpleNamespace(codebook_dim=NARROW, codebook_size=sizes.codes, num_cells=sizes.cells)
+    config = SimpleNamespace(codebook_config=codebook, text_config=SimpleNamespace(hidden_size=576))
+    for kind, options in ((torch.optim.AdamW, {"weight_decay": 0.0}), (torch.optim.SparseAdam, {})):
+        torch.manual_seed(0)
+        c2, head = UniCode2VisualEmbeddings(sizes.codes, NARROW), UniCode2TwoLevelVisualHead(config)
+        torch.nn.init.normal_(c2.weight, std=0.02)
+        optimizer, times, shares = kind([c2.weight], lr=1e-3, **options), [], []
+        batches = [(torch.randn(NUM_TARGETS, 576), torch.randint(sizes.codes, (NUM_TARGETS,))) for _ in range(4)]
+        for step in range(NUM_STEPS):
+            hidden, codes = batches[step % 4]
+            start = time.perf_counter()
+            loss = head(hidden, c2.__call__, task="compute_nll", codes=codes) / NUM_TARGETS
+            loss.backward()
+            begun = time.perf_counter()
+            touched = torch.isin(
+                find_cells(head.cell_offsets, torch.arange(sizes.codes)), find_cells(head.cell_offsets, codes)
+            ).nonzero()[:, 0]
+            if kind is torch.optim.SparseAdam:
+                gradient = c2.weight.grad[touched]
+                made = {"is_coalesced": True, "check_invariants": False}
+                c2.weight.grad = torch.sparse_coo_tensor(touched[None], gradient, c2.weight.shape, **made)
+            optimizer.step()
+            optimizer.zero_grad()
+            times.append((time.perf_counter() - begun, begun - start))
+            shares.append(len(touched) / sizes.codes)
+        update, others = np.median(times, 0).tolist()
+        found = f"loss {loss.item():.3f}; {np.mean(shares):.1%} of the rows of C2 have a gradient; "
+        found += f"loss and gradient take {others:.2f} s"
+        rows.append(
+            {
+                "what": f"two-level head, {NUM_TARGETS} targets: {kind.__name__} of C2, width {NARROW}",
+                "s": update,
+                "found": found,
+            }
+        )
+        del c2, head, optimizer, loss
+        gc.collect()
+    return rows
+
+
+MODEL_STEPS = {
+    "compose": compose,
+    "quantizer": load_quantizer,
+    "generate": generate,
+    "train": train,
+    "update": update_rows,
+}
 
 
 if __name__ == "__main__":

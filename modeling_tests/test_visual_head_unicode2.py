@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from memory import MadeTensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_unicode2 import UniCode2Config, UniCode2ForConditionalGeneration, visual_head_unicode2
@@ -67,7 +68,7 @@ def test_loss_and_gradients_are_those_of_brute_force(headed, monkeypatch):
     expected = -brute_force(headed, hidden)[torch.arange(40), codes].sum()
     expected_gradients = torch.autograd.grad(expected, parameters)
     targets = codes[None] + headed.config.visual_token_offset
-    for limit in (2**26, 96 * 7):  # in one part, and in six
+    for limit in (2**26, 96 * 7):  # in one part, and in several
         monkeypatch.setattr(visual_head_unicode2, "MAX_SCORES", limit)
         loss = headed.compute_loss(hidden[None], targets, num_items_in_batch=1)[0]
         gradients = torch.autograd.grad(loss, parameters)
@@ -76,17 +77,20 @@ def test_loss_and_gradients_are_those_of_brute_force(headed, monkeypatch):
             assert (gradient - reference).norm() <= 1e-5 * reference.norm()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the largest floating-point tensor that any operation makes."""
+def test_loss_is_cut_by_the_scores_that_the_head_computes(headed, monkeypatch):
+    """For a two-level head those of all cells and of the largest one, since each part fills a gradient of all of C2."""
+    parts, compute_nll = [], type(headed.visual_head).compute_nll
 
-    numel = 0
+    def noted(self, *args, codes):
+        parts.append(len(codes))
+        return compute_nll(self, *args, codes=codes)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                self.numel = max(self.numel, tensor.numel())
-        return output
+    monkeypatch.setattr(type(headed.visual_head), "compute_nll", noted)
+    monkeypatch.setattr(visual_head_unicode2, "MAX_SCORES", 96 * 10)
+    targets = torch.randint(96, (1, 40)) + headed.config.visual_token_offset
+    headed.compute_loss(torch.randn(1, 40, 32), targets)
+    num_scores = 96 if headed.config.visual_head == "flat" else len(SIZES) + max(SIZES)
+    assert parts[0] == 96 * 10 // num_scores and sum(parts) == 40
 
 
 def test_loss_never_holds_all_scores(headed, monkeypatch):
@@ -95,10 +99,10 @@ def test_loss_never_holds_all_scores(headed, monkeypatch):
     texts = torch.randint(20, 700, (1, 301))
     monkeypatch.setattr(visual_head_unicode2, "MAX_SCORES", 768 * 10)
     for labels in (targets, texts):
-        with LargestTensor() as largest:
+        with MadeTensors() as made:
             headed.compute_loss(hidden, labels)[0].backward()
         parameters = max(p.numel() for p in headed.parameters())
-        assert largest.numel <= max(768 * 10, parameters, hidden.numel())
+        assert made.largest <= max(768 * 10, parameters, hidden.numel())
 
 
 def test_drawn_codes_follow_the_product(headed):

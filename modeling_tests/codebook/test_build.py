@@ -142,6 +142,8 @@ def test_a_full_disk_stops_the_build_in_one_sentence_and_it_resumes(place, refer
             ["--max-memory-gib", "0.1"],
             "--max-memory-gib is 0.1; 96 codes of width 16 and this encoder need at least 0.75",
         ),
+        # Two codebooks with their thumbnails, and the sums of 76 of these, twice
+        (["--max-memory-gib", "2", "--preview-size", "1000"], "this encoder need at least 2.99"),
     ],
 )
 def test_options_that_make_no_codebook_are_refused(place, tmp_path, monkeypatch, capsys, options, message):

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers_unicode2.codebook.features import shard_path, write_arrays
 from transformers_unicode2.codebook.phases import (
     CellReader,
     average_sums,
+    average_thumbnails,
     find_near_codes,
     pass_over_cell,
     sort_shard,
@@ -44,7 +46,7 @@ def test_lloyd_pass_over_near_cells_is_one_of_flat_k_means_when_all_cells_are_ne
     near = find_near_codes(centroids, np.array([7, 0, 12, 11]))
     passes = [tmp_path / f"pass-{cell}.safetensors" for cell in range(4)]
     for cell, path in enumerate(passes):
-        write_arrays(path, pass_over_cell(reader, cell, codes, near[cell], backend, last=False, side=0))
+        write_arrays(path, pass_over_cell(reader, cell, codes, near[cell], backend, last=False, memory=0))
     means, counts = average_sums(passes, 0, 30, 12)
     distances = np.square(points.astype(np.float64)[:, None] - codes).sum(-1)
     distortion = sum(load_file(path)["distortions"].sum() for path in passes)
@@ -90,6 +92,24 @@ def test_groups_add_up_in_float64(dtype):
     expected = np.ones((9, 5))
     np.add.at(expected, indices, points.astype(np.float64))
     assert np.array_equal(sums, expected)
+
+
+@pytest.mark.parametrize("memory", [2**18, 2**30])
+def test_thumbnails_are_averaged_within_a_memory(tmp_path, memory):
+    """Float64 sums of all are 2.4 MB; the last code has no rows."""
+    rng = np.random.default_rng(0)
+    thumbnails, indices = rng.integers(0, 256, (1200, 768), np.uint8), rng.integers(0, 399, 1200)
+    for shard, rows in enumerate(np.array_split(thumbnails, 3)):
+        arrays = {"features": np.zeros((len(rows), 1), np.float16), "thumbnails": rows}
+        write_arrays(shard_path(tmp_path, shard), arrays | {"offsets": np.array([0, len(rows)])})
+    reader, counts = CellReader(tmp_path, 3), np.bincount(indices, minlength=400)
+    tracemalloc.start()
+    means = average_thumbnails(reader, 0, indices, counts, memory)
+    peak = tracemalloc.get_traced_memory()[1] - means.nbytes
+    tracemalloc.stop()
+    assert peak < memory
+    expected = [thumbnails[indices == code].mean(0).round() if counts[code] else np.zeros(768) for code in range(400)]
+    assert np.array_equal(means, expected)
 
 
 BUILD = """

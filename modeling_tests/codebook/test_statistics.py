@@ -1,12 +1,18 @@
 import numpy as np
 import pytest
+import torch
+from memory import MadeTensors
+from vectors import equal_cells
 
+from transformers_unicode2.codebook import statistics
 from transformers_unicode2.codebook.statistics import (
     compute_gini,
+    compute_probe_recall,
     compute_statistics,
     compute_utilization_curve,
     fit_rate_distortion,
 )
+from transformers_unicode2.codebook.storage import codebook_from_arrays
 
 
 def test_statistics_of_known_counts():
@@ -60,3 +66,21 @@ def test_rate_distortion_exponent_of_a_power_law():
     sizes = np.array([16, 64, 256, 1024])
     fit = fit_rate_distortion(sizes, 3.0 * sizes ** (-2 / 7))
     assert fit["exponent"] == pytest.approx(-2 / 7) and fit["dimension"] == pytest.approx(7)
+
+
+def test_recall_of_few_cells_is_counted_in_a_workspace(monkeypatch):
+    """500 features in 300 cells; a part of the features at a time gives the same."""
+    generator = torch.Generator().manual_seed(0)
+    codes, features = (torch.randn(count, 8, generator=generator) for count in (900, 500))
+    centroids, offsets = equal_cells(codes, 300)
+    codebook = codebook_from_arrays(codes, centroids, offsets)
+    near = torch.cdist(features.double(), centroids.double()).argsort(1)  # (num_features, num_cells)
+    nearest = torch.cdist(features.double(), codes.double()).argmin(1)
+    ranks = (near == nearest[:, None] // 3).nonzero()[:, 1]
+    monkeypatch.setattr(statistics, "find_codes", lambda *_: (nearest.numpy(), None))
+    monkeypatch.setattr(statistics, "WORKSPACE", 64 * 300 * 7)
+    with MadeTensors() as made:
+        recall = compute_probe_recall(codebook, features.numpy())
+    assert list(recall)[:3] == ["1", "2", "3"] and list(recall)[-1] == "300"
+    assert recall == {count: (ranks < int(count)).double().mean().item() for count in recall}
+    assert made.largest <= features.numel()

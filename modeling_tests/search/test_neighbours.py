@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from memory import MadeTensors
 
+from transformers_unicode2.search import neighbours
 from transformers_unicode2.search.neighbours import find_neighbours
 
 
@@ -20,6 +22,16 @@ def test_all_cells_give_the_nearest_of_all(offset, dtype):
     codes = (torch.randn(300, 24) + offset * (dtype == torch.float32)).to(dtype)
     offsets = torch.tensor([0, 0, 40, 150, 150, 299, 300, 300])
     assert torch.equal(find_neighbours(codes, offsets, 5, num_probes=7), find_all(codes, 5))
+
+
+@pytest.mark.parametrize("num_cells", [1, 3, 100])
+def test_memory_grows_neither_with_the_codes_of_a_cell_nor_with_the_cells(monkeypatch, num_cells):
+    monkeypatch.setattr(neighbours, "ROWS", 32)
+    monkeypatch.setattr(neighbours, "WORKSPACE", 64 * 1000)
+    codes = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    with MadeTensors() as made:
+        found = find_neighbours(codes, torch.arange(num_cells + 1) * 300 // num_cells, 5, num_cells)
+    assert torch.equal(found, find_all(codes, 5)) and made.largest <= 300 * 5
 
 
 def test_few_cells_give_most_of_the_nearest():

@@ -159,9 +159,7 @@ def check_image_processor(image_processor, config: PreTrainedConfig) -> None:
         raise ValueError(f"its image processor is a {kind}; it must be one of {', '.join(IMAGE_PROCESSORS)}.")
     for name, is_needed in (("do_rescale", True), ("do_resize", not image_processor.do_center_crop)):
         if is_needed and getattr(image_processor, name, True) is False:
-            raise ValueError(
-                f"its image processor has `{name}` false, so it would not read most pictures; set it."
-            )
+            raise ValueError(f"its image processor has `{name}` false, so it would not read most pictures; set it.")
     height, width = find_image_size(image_processor)
     side = config.image_size
     if (height, width) != (side, side):

@@ -395,7 +395,8 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             return self.visual_head(hidden, self.use_c2(), task="compute_nll", codes=codes)
 
         text = sum_in_chunks(text_nll, hidden_states[is_text], target[is_text], offset)
-        visual = sum_in_chunks(visual_nll, hidden_states[is_visual], target[is_visual] - offset, size)
+        num_scores = self.visual_head(hidden_states, self.use_c2(), task="count_scores").item()
+        visual = sum_in_chunks(visual_nll, hidden_states[is_visual], target[is_visual] - offset, num_scores)
         num_text, num_visual = is_text.sum(), is_visual.sum()
         total = (num_text + num_visual).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return (text + visual) / total, text / num_text.clamp(min=1), visual / num_visual.clamp(min=1)

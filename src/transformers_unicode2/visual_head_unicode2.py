@@ -94,12 +94,16 @@ class UniCode2VisualHead(nn.Module):
 
     def __init__(self, config: UniCode2Config, num_cells: int = 0):
         super().__init__()
+        self.codebook_size = config.codebook_config.codebook_size
         self.linear = nn.Linear(config.text_config.hidden_size, config.codebook_config.codebook_dim + num_cells)
 
     def forward(
         self, hidden_states: torch.Tensor, visual_embeddings: Callable, task: str = "score", **options
     ) -> torch.Tensor:
-        """Runs `score` or `compute_nll`, see the top of this file. `visual_embeddings` is the call of C2."""
+        """Runs `score`, `compute_nll` or `count_scores`, see the top of this file.
+
+        `visual_embeddings` is the call of C2.
+        """
         return getattr(self, task)(hidden_states, visual_embeddings, **options)
 
     def score(
@@ -124,6 +128,10 @@ class UniCode2VisualHead(nn.Module):
         """
         return cross_entropy(self.score(hidden_states, visual_embeddings).float(), codes, reduction="sum")
 
+    def count_scores(self, hidden_states: torch.Tensor, visual_embeddings: Callable) -> torch.LongTensor:
+        """Scores that `compute_nll` holds for each target, at most; a tensor, since ZeRO-3 knows no numbers."""
+        return torch.tensor(self.codebook_size)
+
 
 class UniCode2TwoLevelVisualHead(UniCode2VisualHead):
     """Scores of the next code in two steps, P(code) = P(cell) P(code | cell): the cells, then the codes of one cell.
@@ -134,13 +142,14 @@ class UniCode2TwoLevelVisualHead(UniCode2VisualHead):
     def __init__(self, config: UniCode2Config):
         codebook = config.codebook_config
         super().__init__(config, codebook.num_cells)
-        self.codebook_dim, self.codebook_size = codebook.codebook_dim, codebook.codebook_size
+        self.codebook_dim = codebook.codebook_dim
         self.cell_offsets = nn.Buffer(equal_cells(codebook.codebook_size, codebook.num_cells))
         self.largest_cell = None
 
     def measure_cells(self) -> None:
         """Notes how many codes the largest cell has, once, so that drawing a code need not wait for the answer."""
-        self.largest_cell = int(self.cell_offsets.diff().max())
+        if self.largest_cell is None:
+            self.largest_cell = int(self.cell_offsets.diff().max())
 
     def project(
         self, hidden_states: torch.Tensor, guidance_scale: float | None = None
@@ -183,8 +192,7 @@ class UniCode2TwoLevelVisualHead(UniCode2VisualHead):
         """
         cells = torch.multinomial(cell_scores.flatten(0, -2).softmax(-1), 1)[:, 0]  # (num_rows,)
         start, end = self.cell_offsets[cells], self.cell_offsets[cells + 1]
-        if self.largest_cell is None:
-            self.measure_cells()
+        self.measure_cells()
         codes = start[:, None] + torch.arange(self.largest_cell, device=start.device)
         inside = codes < end[:, None]  # (num_rows, largest cell)
         codes = codes.clamp(max=self.codebook_size - 1)
@@ -201,6 +209,10 @@ class UniCode2TwoLevelVisualHead(UniCode2VisualHead):
         of_cells = cross_entropy(cell_scores, find_cells(self.cell_offsets, codes), reduction="sum")
         options = {"codes": codes, "cell_offsets": self.cell_offsets}
         return of_cells + visual_embeddings(query, task="compute_nll_in_cells", **options)
+
+    def count_scores(self, hidden_states: torch.Tensor, visual_embeddings: Callable) -> torch.LongTensor:
+        self.measure_cells()
+        return torch.tensor(len(self.cell_offsets) - 1 + self.largest_cell)
 
 
 VISUAL_HEAD_CLASSES = {"flat": UniCode2VisualHead, "two_level": UniCode2TwoLevelVisualHead}

@@ -44,7 +44,7 @@ from .phases import (
     NEAR_CELLS,
     CellReader,
     assign_rows,
-    average_previews,
+    average_thumbnails,
     count_distinct,
     sample_features,
     sort_shard,
@@ -159,8 +159,11 @@ class Build:
 
     def check_memory(self, encoder_bytes: int) -> None:
         """Raises `ValueError` unless the budget holds Python with torch, and the encoder or two codebooks."""
-        codes = self.args.codebook_size * (4 * self.dim + 3 * self.args.preview_size**2)
-        least = (3 * GIB // 4 + max(encoder_bytes, 2 * codes)) / GIB
+        size, width = self.args.codebook_size, 3 * self.args.preview_size**2
+        # The last pass of polishing holds float32 sums of the thumbnails of near cells, twice.
+        near = size * min(NEAR_CELLS, self.args.num_cells) // self.args.num_cells if self.args.polish else 0
+        held = 2 * size * (4 * self.dim + width) + 8 * near * width
+        least = (3 * GIB // 4 + max(encoder_bytes, held)) / GIB
         if self.args.max_memory_gib < least:
             raise ValueError(
                 f"--max-memory-gib is {self.args.max_memory_gib:g}; {self.args.codebook_size} codes of width "
@@ -299,11 +302,10 @@ class Build:
         arrays = {"codes": codes}
         # Polishing computes these for its own codes.
         if not self.args.polish:
-            thumbnails = "thumbnails" if self.args.preview_size else None
             indices, distances = assigned or assign_rows(self.reader, cell, codes, self.backend)
-            arrays |= use_codes(self.reader, cell, indices, distances, len(codes), thumbnails)
-            if thumbnails:
-                arrays["previews"] = average_previews(arrays.pop("sums"), arrays["counts"])
+            arrays |= use_codes(indices, distances, len(codes))
+            if self.args.preview_size:
+                arrays["previews"] = average_thumbnails(self.reader, cell, indices, arrays["counts"], self.memory // 4)
         write_arrays(shard_path(self.fine, cell), arrays)
 
     def separate_twins(self) -> None:

@@ -141,12 +141,18 @@ class TorchBackend:
         if self.device.type == "cpu":
             cached = max(64, CACHED_SCORES // len(centroids))
             rows = min(rows, cached if queries.dtype == torch.float32 else FAST_ROWS)
-        # Each of (rows, num_centroids).
-        best = [
-            ((queries[start : start + rows] @ weights).float() - half_norms).max(1)
-            for start in range(0, len(queries), rows)
-        ]
-        return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
+        rows = max(1, min(rows, len(queries)))
+        indices = torch.zeros(len(queries), dtype=torch.long, device=self.device)
+        best = torch.zeros(len(queries), device=self.device)
+        # Allocated once: large blocks that come and go between small results that stay would fragment the heap.
+        scores = torch.empty(rows, len(centroids), device=self.device)
+        products = torch.empty_like(scores, dtype=queries.dtype) if queries.dtype != scores.dtype else scores
+        for start in range(0, len(queries), rows):
+            part = queries[start : start + rows]
+            product, score = products[: len(part)], scores[: len(part)]  # (rows, num_centroids)
+            torch.sub(torch.mm(part, weights, out=product), half_norms, out=score)
+            torch.max(score, 1, out=(best[start : start + rows], indices[start : start + rows]))
+        return indices, best
 
     def _means(self, points, indices, distances, centroids):
         """Mean of the points of each centroid. One without points moves to the farthest point of the worst cluster."""

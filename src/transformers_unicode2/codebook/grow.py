@@ -29,6 +29,7 @@ from .features import Encoder, patch_thumbnails, read_batches
 from .folder import GIB
 from .grow_checkpoint import check_checkpoint, grow_checkpoint
 from .images import ImageSource, fitting_pixels
+from .phases import average_previews
 from .statistics import compute_probe_recall, compute_statistics
 from .storage import codebook_from_arrays, load_codebook, load_encoder, load_provenance, save_codebook
 
@@ -333,4 +334,4 @@ def mean_previews(thumbnails: np.ndarray, indices: np.ndarray, num_new: int) -> 
     add_groups(sums, thumbnails[inside], indices[inside])
     counts = np.bincount(indices[inside], minlength=num_new)
     side = round((sums.shape[1] / 3) ** 0.5)
-    return np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8).reshape(-1, side, side, 3)
+    return average_previews(sums, counts).reshape(-1, side, side, 3)

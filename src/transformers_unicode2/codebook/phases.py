@@ -1,5 +1,6 @@
 """The phases between features and codes. Each writes its files whole or not at all, so that a killed build resumes."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -163,37 +164,47 @@ def assign_rows(reader: CellReader, cell: int, codes: np.ndarray, backend: Backe
     return np.concatenate(indices), np.concatenate(distances)
 
 
-def use_codes(
-    reader: CellReader, cell: int, indices: np.ndarray, distances: np.ndarray, num_codes: int, summed: str | None
-) -> dict[str, np.ndarray]:
+def use_codes(indices: np.ndarray, distances: np.ndarray, num_codes: int) -> dict[str, np.ndarray]:
     """Counts how the rows of a cell use its codes.
 
     Args:
-        reader: the sorted shards.
-        cell: number of the cell.
         indices: int64 `(num_rows,)`, the nearest code of each row.
         distances: `(num_rows,)`, the squared distances to them.
         num_codes: codes to count for.
-        summed: name of an array of the shards whose rows are added up, or `None`.
 
     Returns:
-        Int64 `counts` and float64 `distortions` (sums of squared distances), both `(num_codes,)`; with `summed`, also
-        float64 `sums` `(num_codes, width)`.
+        Int64 `counts` and float64 `distortions` (sums of squared distances), both `(num_codes,)`.
     """
-    output = {
+    return {
         "counts": np.bincount(indices, minlength=num_codes),
         "distortions": np.bincount(indices, distances.astype(np.float64), minlength=num_codes),
     }
-    if summed:
-        output["sums"], start = np.zeros((num_codes, reader.width(summed))), 0
-        for block in reader.read(cell, summed, ROWS):
-            add_groups(output["sums"], block, indices[start : start + len(block)])
+
+
+def sum_thumbnails(
+    reader: CellReader, cell: int, indices: np.ndarray, num_codes: int, memory: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Adds up the thumbnails of the rows of each code, for as many codes at a time as fit `memory` bytes.
+
+    `indices`, int64 `(num_rows,)`, are the codes of the rows of the cell. Yields the codes as a slice, and float64 sums
+    `(codes of the slice, width)`. The thumbnails are read once for each slice.
+    """
+    width = reader.width("thumbnails")
+    # Sums, what is added to them, and as many rows.
+    fitting = max(1, memory // (32 * width))
+    for first in range(0, num_codes, fitting):
+        chosen = slice(first, min(first + fitting, num_codes))
+        sums, start = np.zeros((chosen.stop - first, width)), 0
+        for block in reader.read(cell, "thumbnails", min(ROWS, fitting)):
+            places = indices[start : start + len(block)] - first
+            inside = (places >= 0) & (places < len(sums))
+            add_groups(sums, block[inside], places[inside])
             start += len(block)
-    return output
+        yield chosen, sums
 
 
 def sum_features(reader: CellReader, cell: int, codes: np.ndarray, backend: Backend) -> dict[str, np.ndarray]:
-    """Like `use_codes`, with the `sums` of the features, by the backend's faster products.
+    """Like `use_codes`, by the backend's faster products, with the float64 `sums` of the features, `(num_codes, dim)`.
 
     The distortions are exact for the codes that these products find.
     """
@@ -211,8 +222,25 @@ def sum_features(reader: CellReader, cell: int, codes: np.ndarray, backend: Back
 
 
 def average_previews(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mean thumbnails, uint8 `(num_codes, width)`, from sums of thumbnails; black for unused codes."""
-    return np.round(sums / np.maximum(counts, 1)[:, None]).astype(np.uint8)
+    """Mean thumbnails, uint8 `(num_codes, width)`, from sums of thumbnails; black for unused codes.
+
+    Overwrites the sums, float64 `(num_codes, width)`.
+    """
+    sums /= np.maximum(counts, 1)[:, None]
+    return np.round(sums, out=sums).astype(np.uint8)
+
+
+def average_thumbnails(
+    reader: CellReader, cell: int, indices: np.ndarray, counts: np.ndarray, memory: int
+) -> np.ndarray:
+    """Mean thumbnails of the codes of a cell, uint8 `(num_codes, width)`.
+
+    `counts` are the uses of the codes; the other arguments are those of `sum_thumbnails`.
+    """
+    means = np.zeros((len(counts), reader.width("thumbnails")), np.uint8)
+    for chosen, sums in sum_thumbnails(reader, cell, indices, len(counts), memory):
+        means[chosen] = average_previews(sums, counts[chosen])
+    return means
 
 
 def find_near_codes(centroids: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
@@ -230,19 +258,22 @@ def find_near_codes(centroids: np.ndarray, shares: np.ndarray) -> list[np.ndarra
 
 
 def pass_over_cell(
-    reader: CellReader, cell: int, codes: np.ndarray, ids: np.ndarray, backend: Backend, last: bool, side: int
+    reader: CellReader, cell: int, codes: np.ndarray, ids: np.ndarray, backend: Backend, last: bool, memory: int
 ) -> dict[str, np.ndarray]:
     """One Lloyd pass over the rows of one cell, which may use the codes `ids` of the whole codebook `codes`.
 
     Returns int64 `ids` of the codes in use, ascending, with their `counts` and `distortions`, and float32 `sums`. The
-    sums are those of the features; in the last pass, of the thumbnails, unless their `side` is 0.
+    sums are those of the features; in the last pass of the thumbnails, see `sum_thumbnails`, unless `memory` is 0.
     """
     if last:
         indices, distances = assign_rows(reader, cell, codes[ids], backend)
-        output = use_codes(reader, cell, indices, distances, len(ids), "thumbnails" if side else None)
+        output = use_codes(indices, distances, len(ids))
+        if memory:
+            output["sums"] = np.empty((len(ids), reader.width("thumbnails")), np.float32)
+            for chosen, sums in sum_thumbnails(reader, cell, indices, len(ids), memory):
+                output["sums"][chosen] = sums
     else:
         output = sum_features(reader, cell, codes[ids], backend)
-    if "sums" in output:
         output["sums"] = output["sums"].astype(np.float32)
     used = output["counts"] > 0
     return {"ids": ids[used], **{name: array[used] for name, array in output.items()}}

@@ -73,6 +73,7 @@ class Polish:
         """Runs one Lloyd pass over this process's cells; returns the files of all cells."""
         from tqdm import tqdm
 
+        memory = self.memory // 4 if self.preview_size else 0
         folder = self.work / f"polish-{step}"
         make_folders(folder)
         passes = [shard_path(folder, cell) for cell in range(len(self.near))]
@@ -80,7 +81,7 @@ class Polish:
             for cell in tqdm(self.share(len(passes)), unit="cell", desc=f"polish {step}"):
                 if not passes[cell].exists():
                     near = self.near[cell]
-                    use = pass_over_cell(self.reader, cell, self.codes, near, self.backend, last, self.preview_size)
+                    use = pass_over_cell(self.reader, cell, self.codes, near, self.backend, last, memory)
                     write_arrays(passes[cell], use)
         self.state.wait_for_everyone()
         return passes

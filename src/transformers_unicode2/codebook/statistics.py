@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..search_unicode2 import WORKSPACE
 from .clustering import find_codes
 
 
@@ -119,8 +120,10 @@ def compute_probe_recall(codebook, features: np.ndarray) -> dict[str, float]:
     codes = torch.from_numpy(find_codes(codebook, features)[0])
     home, centroids = codebook.locate(codes), codebook.cell_centroids.double()
     filled, ranks = codebook.cell_offsets.diff() > 0, []
-    for part, cell in zip(torch.from_numpy(features).double().split(1024), home.split(1024)):
-        distance = torch.cdist(part, centroids).masked_fill(~filled, torch.inf)  # (num_rows, num_cells)
+    # Each row takes 8 bytes a cell, several times.
+    rows = max(1, min(1024, WORKSPACE // (64 * len(centroids))))
+    for part, cell in zip(torch.from_numpy(features).split(rows), home.split(rows)):
+        distance = torch.cdist(part.double(), centroids).masked_fill(~filled, torch.inf)  # (num_rows, num_cells)
         ranks.append((distance < distance.gather(1, cell[:, None])).sum(-1))
     ranks, most = torch.cat(ranks), len(centroids)
     counts = sorted({min(most, int(2 ** (step / 4))) for step in range(4 * most.bit_length() + 1)})

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..search_unicode2 import find_cells
+from ..search_unicode2 import WORKSPACE, find_cells
 
-# Codes of a cell that are compared at a time.
+# Codes that are compared at a time with as many others.
 ROWS = 4096
 
 
@@ -21,8 +21,8 @@ def find_neighbours(
     r"""
     The nearest other codes of each code, as far as they lie in the cells that it looks into: its own, and the cells
     whose means are the nearest. That takes `2 * codebook_size * num_probes * codes of a cell * codebook_dim`
-    operations. With as many probes as there are cells, the neighbours are the nearest of all but for float32's
-    rounding.
+    operations, so time is quadratic in the codes of a cell; memory is not. With as many probes as there are cells, the
+    neighbours are the nearest of all but for float32's rounding.
 
     Args:
         codes (`torch.Tensor` of shape `(codebook_size, codebook_dim)`): codes, or the vectors of C2, sorted by cell.
@@ -38,15 +38,17 @@ def find_neighbours(
     means = torch.stack([codes[first:last].float().mean(0) for first, last in zip(offsets[:-1], offsets[1:])])
     found = torch.full((len(codes), count), -1, dtype=torch.int32, device=codes.device)
     best = torch.full((len(codes), count), torch.inf, device=codes.device)
-    parts = zip(codes.split(ROWS), torch.repeat_interleave(offsets.diff()).split(ROWS))
+    step = max(1, min(ROWS, WORKSPACE // (64 * len(means))))
+    parts = zip(codes.split(step), torch.repeat_interleave(offsets.diff()).split(step))
     cells = torch.cat([look_around(*part, means, offsets, num_probes) for part in parts])
     order = cells.flatten().argsort(stable=True)
     rows = (order // cells.shape[1]).split(torch.bincount(cells.flatten(), minlength=len(means)).tolist())
+    bounds = offsets.tolist()
     for cell in progress(range(len(means))):
-        first, last = offsets[cell].item(), offsets[cell + 1].item()
-        others = codes[first:last].float() - means[cell]
-        for part in rows[cell].split(ROWS) if last > first else ():
-            update(best, found, part, codes[part].float() - means[cell], others, first)
+        for first in range(bounds[cell], bounds[cell + 1], ROWS):
+            others = codes[first : min(first + ROWS, bounds[cell + 1])].float() - means[cell]
+            for part in rows[cell].split(ROWS):
+                update(best, found, part, codes[part].float() - means[cell], others, first)
     return found
 
 
