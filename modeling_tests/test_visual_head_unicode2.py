@@ -1,5 +1,8 @@
 """Both visual heads against brute force, and a loss that never holds the scores of all targets."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from memory import MadeTensors
@@ -200,3 +203,56 @@ def test_backward_of_the_loss_takes_memory_for_c2_once(headed):
     with LargeTensors() as made:
         loss.backward()
     assert made.count <= 6  # not one for each of the cells
+
+
+SHARED = """
+import sys
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers_unicode2 import UniCode2ForConditionalGeneration, visual_head_unicode2
+
+distributed.init_process_group("gloo")
+rank, mesh = distributed.get_rank(), init_device_mesh("cpu", (2,))
+# Four targets of the flat head in a part
+visual_head_unicode2.MAX_SCORES = 4 * 96
+model = UniCode2ForConditionalGeneration.from_pretrained(sys.argv[1])
+ids = torch.randint(768, 768 + 96, (2, 30), generator=torch.Generator().manual_seed(0))
+labels = ids.clone()
+labels[1, 4:] = -100
+
+
+def measure(**options):
+    return model(input_ids=ids[rank : rank + 1], labels=labels[rank : rank + 1], **options)
+
+
+model.train()
+expected = measure().loss
+expected.backward()
+gradient = model.model.visual_embeddings.weight.grad.clone()
+distributed.all_reduce(gradient)
+model.zero_grad()
+for part in (model.model.visual_embeddings, model.visual_head, model.lm_head, model):
+    fully_shard(part, mesh=mesh)
+loss = measure().loss
+loss.backward()
+torch.testing.assert_close(loss, expected)
+torch.testing.assert_close(model.model.visual_embeddings.weight.grad.full_tensor(), gradient / 2)
+model.eval()
+with torch.no_grad():
+    nll = measure(measure_targets=True).measured.nll.sum()
+torch.testing.assert_close(nll, expected * (29, 3)[rank])
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_share_weights_ask_for_them_alike(headed, tmp_path):
+    """Though one has ten times the targets of the other: else one would wait for ever."""
+    headed.save_pretrained(tmp_path / "model")
+    (tmp_path / "run.py").write_text(SHARED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "run.py"), str(tmp_path / "model")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert run.stdout.count("equal") == 2, run.stderr[-3000:]

@@ -28,6 +28,7 @@ from .visual_head_unicode2 import (
     UniCode2TwoLevelVisualHead,
     UniCode2VisualEmbeddings,
     check_target_ids,
+    is_sharded,
     keep_positions,
     measure_in_chunks,
     sum_in_chunks,
@@ -394,9 +395,10 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
         def visual_nll(hidden: torch.Tensor, codes: torch.LongTensor) -> torch.Tensor:
             return self.visual_head(hidden, self.use_c2(), task="compute_nll", codes=codes)
 
-        text = sum_in_chunks(text_nll, hidden_states[is_text], target[is_text], offset)
+        sharded = is_sharded(self)
+        text = sum_in_chunks(text_nll, hidden_states[is_text], target[is_text], offset, sharded)
         num_scores = self.visual_head(hidden_states, self.use_c2(), task="count_scores").item()
-        visual = sum_in_chunks(visual_nll, hidden_states[is_visual], target[is_visual] - offset, num_scores)
+        visual = sum_in_chunks(visual_nll, hidden_states[is_visual], target[is_visual] - offset, num_scores, sharded)
         num_text, num_visual = is_text.sum(), is_visual.sum()
         total = (num_text + num_visual).clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return (text + visual) / total, text / num_text.clamp(min=1), visual / num_visual.clamp(min=1)
@@ -410,7 +412,8 @@ class UniCode2ForConditionalGeneration(UniCode2PreTrainedModel, UniCode2Generati
             ((target >= 0) & (target < offset), self.score_text, 0, offset),
             (target >= offset, visual, offset, size),
         ):
-            nll[chosen], hits[chosen] = measure_in_chunks(score, hidden_states[chosen], target[chosen] - first, count)
+            parts = (hidden_states[chosen], target[chosen] - first, count, is_sharded(self))
+            nll[chosen], hits[chosen] = measure_in_chunks(score, *parts)
         return UniCode2MeasuredTargets(targets=target, nll=nll, hits=hits)
 
     @can_return_tuple

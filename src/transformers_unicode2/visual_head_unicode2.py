@@ -260,31 +260,53 @@ def check_target_ids(target: torch.LongTensor, shape: torch.Size, num_ids: int) 
         )
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes share the weights of a model, by ZeRO-3 or FSDP, so that each brings them to the others."""
+    marks = ("ds_id", "device_mesh")
+    shares = any(hasattr(weight, mark) for weight in model.parameters() for mark in marks)
+    return shares or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+def split_targets(
+    hidden_states: torch.Tensor, target: torch.LongTensor, num_scores: int, sharded: bool
+) -> list[tuple[torch.Tensor, torch.LongTensor]]:
+    """Hidden states and targets in parts of at most `MAX_SCORES` scores, `num_scores` for each target.
+
+    Where weights are `sharded`, processes with fewer targets get empty parts behind theirs: each part asks for weights,
+    and a process that asked more often than others would wait for ever.
+    """
+    size = max(MAX_SCORES // num_scores, 1)
+    parts = list(zip(hidden_states.split(size), target.split(size)))
+    most = torch.tensor(len(parts), device=hidden_states.device)
+    if sharded and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return parts + [(hidden_states[:0], target[:0])] * (int(most) - len(parts))
+
+
 def sum_in_chunks(
-    function: Callable, hidden_states: torch.Tensor, target: torch.LongTensor, num_scores: int
+    function: Callable, hidden_states: torch.Tensor, target: torch.LongTensor, num_scores: int, sharded: bool
 ) -> torch.Tensor:
-    """Sum of `function(hidden_states, target)` over parts of at most `MAX_SCORES` scores.
+    """Sum of `function(hidden_states, target)` over parts of at most `MAX_SCORES` scores, see `split_targets`.
 
     Each part is recomputed in the backward pass, so a loss over `num_scores` classes never holds the scores of all
     targets. A single part is not recomputed.
     """
-    size = max(MAX_SCORES // num_scores, 1)
-    if len(target) <= size:
-        return function(hidden_states, target)
-    parts = zip(hidden_states.split(size), target.split(size))
+    parts = split_targets(hidden_states, target, num_scores, sharded)
+    if len(parts) == 1:
+        return function(*parts[0])
     return sum(checkpoint(function, *part, use_reentrant=False) for part in parts)
 
 
 @torch.no_grad()
 def measure_in_chunks(
-    score: Callable, hidden_states: torch.Tensor, target: torch.LongTensor, num_scores: int
+    score: Callable, hidden_states: torch.Tensor, target: torch.LongTensor, num_scores: int, sharded: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood, float32, of each target `(num_targets,)`, and whether its score is the best one.
 
-    `score` makes `(num, num_scores)` of hidden states `(num, hidden_size)`, at most `MAX_SCORES` at a time.
+    `score` makes `(num, num_scores)` of hidden states `(num, hidden_size)`, in the parts of `split_targets`.
     """
-    size, nll, hits = max(MAX_SCORES // num_scores, 1), [], []
-    for hidden, ids in zip(hidden_states.split(size), target.split(size)):
+    nll, hits = [], []
+    for hidden, ids in split_targets(hidden_states, target, num_scores, sharded):
         scores = score(hidden).float()
         nll.append(cross_entropy(scores, ids, reduction="none"))
         hits.append(scores.argmax(-1) == ids)
