@@ -5,7 +5,7 @@ import pytest
 from packaging.version import parse
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-# Transformers 5.24 asks for a PEFT that is not released.
+# A release of Transformers may ask for a PEFT that is not released yet.
 needs_peft_of_transformers = pytest.mark.skipif(
     parse(peft.__version__) < parse(MIN_PEFT_VERSION), reason=f"Transformers asks for PEFT {MIN_PEFT_VERSION}"
 )

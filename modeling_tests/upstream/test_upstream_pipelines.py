@@ -15,6 +15,14 @@ from transformers_unicode2 import (
 from transformers_unicode2.demo import embedded_checkpoint
 
 suites = load_suite("pipelines.testing_utils")
+OF_TEXT_ENCODERS = (
+    "test_simple_inference_with_text_lora",
+    "test_simple_inference_with_text_lora_and_scale",
+    "test_simple_inference_with_text_lora_unloaded",
+    "test_simple_inference_with_text_lora_save_load",
+    "test_simple_inference_with_partial_text_lora",
+    "test_simple_inference_save_pretrained_with_text_lora",
+)
 
 
 class PainterConfig(suites.BasePipelineTesterConfig):
@@ -88,29 +96,10 @@ class LoraTester(suites.LoraTesterMixin):
         inputs = {name: value for name, value in super().get_dummy_inputs().items() if name not in written}
         return {**inputs, "visual_token_ids": torch.arange(800, 864)[None]}
 
-    @pytest.mark.skip("The painter has no text encoders, so a LoRA of them alone changes nothing")
-    def test_simple_inference_with_text_lora(self):
-        pass
-
-    @pytest.mark.skip("The painter has no text encoders, so a LoRA of them alone has no scale")
-    def test_simple_inference_with_text_lora_and_scale(self):
-        pass
-
-    @pytest.mark.skip("The painter has no text encoders, so there is no LoRA of them to unload")
-    def test_simple_inference_with_text_lora_unloaded(self):
-        pass
-
-    @pytest.mark.skip("The painter has no text encoders, so there is no LoRA of them to save")
-    def test_simple_inference_with_text_lora_save_load(self):
-        pass
-
-    @pytest.mark.skip("The painter has no text encoders, so a LoRA has no layers of them to leave out")
-    def test_simple_inference_with_partial_text_lora(self):
-        pass
-
-    @pytest.mark.skip("The painter has no text encoders, so no LoRA of them is saved with the pipeline")
-    def test_simple_inference_save_pretrained_with_text_lora(self):
-        pass
+    @pytest.fixture(autouse=True)
+    def skip_texts(self, request):
+        if request.node.originalname in OF_TEXT_ENCODERS:
+            pytest.skip("The painter has no text encoders, and this test is about a LoRA of theirs")
 
 
 class TestFlux(FluxConfig, PipelineTester):

@@ -277,10 +277,11 @@ def split_targets(
     """
     size = max(MAX_SCORES // num_scores, 1)
     parts = list(zip(hidden_states.split(size), target.split(size)))
-    most = torch.tensor(len(parts), device=hidden_states.device)
     if sharded and torch.distributed.is_initialized():
+        most = torch.tensor(len(parts), device=hidden_states.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return parts + [(hidden_states[:0], target[:0])] * (int(most) - len(parts))
+        parts += [(hidden_states[:0], target[:0])] * (int(most) - len(parts))
+    return parts
 
 
 def sum_in_chunks(

@@ -145,9 +145,8 @@ class Source:
         if self.image_columns != (*CHAT_IMAGES, *CHAT_NAMES):
             return read_messages(turns, list_images(row, self.image_columns), typed)
         messages, images = read_messages(turns, list_chat_images(row), typed)
-        if images:
-            return messages, images
-        return read_messages(turns, list_other_images(row), typed)
+        others = [] if images else list_other_images(row)
+        return read_messages(turns, others, typed) if others else (messages, images)
 
     def name_columns(self, row: dict, number: int) -> dict:
         """The row with its caption in the column `caption`. Of several captions, rows take another one in turn.

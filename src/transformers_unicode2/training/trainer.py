@@ -332,7 +332,8 @@ def check_lengths(name: str, dataset, max_length: int) -> None:
         raise ValueError(
             f"`max_length` is {max_length}, and `skip_prepare_dataset` leaves all lengths; set it to null."
         )
-    lengths = list_lengths(dataset)
+    batches = dataset.select_columns("input_ids").with_format("arrow").iter(4096)
+    lengths = [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
     too_long = sum(length > max_length for length in lengths)
     if too_long:
         raise ValueError(
@@ -354,9 +355,3 @@ def check_cuts(name: str, dataset, args: SFTConfig, visual_token_offset: int) ->
     if args.packing and args.packing_strategy == "wrapped":
         raise ValueError("`packing_strategy` is wrapped, which cuts images; take bfd, which cuts none of these rows.")
     check_lengths(name, dataset, args.max_length)
-
-
-def list_lengths(dataset: Dataset) -> list[int]:
-    """Ids of each row."""
-    batches = dataset.select_columns("input_ids").with_format("arrow").iter(4096)
-    return [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
